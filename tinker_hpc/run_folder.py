@@ -1,0 +1,261 @@
+"""Where everything of a run lies on the shared filesystem, and who may write it.
+
+    <data root>/                       0700
+      checkpoints/<model id>/{weights,sampler_weights}/<name>/   adapter, optimizer, checkpoint.json
+      runs/<run id>/
+        run.json             client, once: the job spec
+        submitted.json       client, once: job id, cluster, time
+        cancel.json          client, once: somebody asked for the end
+        payload.pkl          client, once: the user's function and arguments
+        events.jsonl         supervisor on the first node: the run's history, one JSON object a line
+        outcome.json         supervisor on the first node, once: how the loop ended
+        result.pkl           loop process, once: its return value or exception
+        gateway.json         gateway: base_url, api_key (0600)
+        slurm/               submitit's own folder: scripts, pickles, job logs
+        logs/                gateway.log, loop.log, worker-<node rank>.log
+        workers/<k>/         one worker, one base model
+          worker.json        client, once: base_model, base_model_folder
+          status.json        monitor (session) or supervisor (run): queued, starting, ready, ended and why
+          rendezvous.json    first node: address and port for the other nodes
+          requests/          request log, written by the gateway
+          results/           result log, written by the worker that holds the lease
+          lease/             fencing numbers
+          metrics.jsonl      worker rank 0: a line per optimizer step
+
+One writer per file. JSON files are replaced whole (write, fsync, rename), so a reader sees the old or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinker_hpc.errors import DataRootError, UnknownRunError
+
+PRIVATE_DIR = 0o700
+PRIVATE_FILE = 0o600
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON: all of it or nothing, durable on return, mode 0600."""
+    write_bytes(path, json.dumps(value, indent=1, sort_keys=True).encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`: all of it or nothing, durable on return, mode 0600."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE_FILE)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataRootError(
+            f"cannot write {path}: {error.strerror}. Free some space or check the permissions, then try again.",
+            path=str(path),
+        ) from error
+
+
+def read_json(path: Path) -> Any | None:
+    """The JSON in `path`, or None while it does not exist."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_private(folder: Path) -> Path:
+    """Create `folder` (and its parents) with mode 0700 and return it."""
+    try:
+        folder.mkdir(mode=PRIVATE_DIR, parents=True, exist_ok=True)
+        os.chmod(folder, PRIVATE_DIR)
+    except OSError as error:
+        raise DataRootError(
+            f"cannot create {folder}: {error.strerror}. Choose a folder you may write to: "
+            "set data_root in the configuration file or TINKER_HPC_DATA_ROOT.",
+            path=str(folder),
+        ) from error
+    return folder
+
+
+def check_data_root(root: Path) -> Path:
+    """Create the data root if need be and refuse one that is not ours alone.
+
+    Raises: DataRootError if it cannot be created or written, belongs to somebody else, or lets others in.
+    """
+    make_private(root) if not root.exists() else None
+    info = root.stat()
+    if not stat.S_ISDIR(info.st_mode):
+        raise DataRootError(f"data root {root} is not a folder. Set TINKER_HPC_DATA_ROOT to one.", path=str(root))
+    if info.st_uid != os.getuid():
+        raise DataRootError(
+            f"data root {root} belongs to uid {info.st_uid}, not to you (uid {os.getuid()}). "
+            "Set TINKER_HPC_DATA_ROOT to a folder of your own.",
+            path=str(root),
+        )
+    if info.st_mode & 0o077:
+        raise DataRootError(
+            f"data root {root} has mode {stat.S_IMODE(info.st_mode):04o}: others on this cluster could read your "
+            f"data and key. Run: chmod 700 {root}",
+            path=str(root),
+        )
+    if not os.access(root, os.W_OK | os.X_OK):
+        raise DataRootError(f"data root {root} is not writable. Run: chmod 700 {root}", path=str(root))
+    return root
+
+
+def model_folder_name(model_id: str) -> str:
+    """Folder name of a model id `<session>:train:<n>`; colons trouble PATH-like variables and rsync."""
+    return model_id.replace(":", "_")
+
+
+def checkpoint_folder(root: Path, model_id: str, kind: str, name: str) -> Path:
+    """Folder of `tinker://<model_id>/<kind>/<name>`; kind is `weights` or `sampler_weights`."""
+    return root / "checkpoints" / model_folder_name(model_id) / kind / name
+
+
+@dataclass(frozen=True)
+class WorkerFolder:
+    """One worker's part of a run folder: its base model, its two logs, its lease."""
+
+    path: Path
+
+    @property
+    def declaration(self) -> Path:
+        return self.path / "worker.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def rendezvous(self) -> Path:
+        return self.path / "rendezvous.json"
+
+    @property
+    def requests(self) -> Path:
+        return self.path / "requests"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results"
+
+    @property
+    def lease(self) -> Path:
+        return self.path / "lease"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def create(self, *, base_model: str, base_model_folder: str) -> WorkerFolder:
+        """Make the folders, then declare the worker (the declaration last: it says the rest is there)."""
+        for folder in (self.path, self.requests, self.results, self.lease):
+            make_private(folder)
+        write_json(self.declaration, {"base_model": base_model, "base_model_folder": base_model_folder})
+        return self
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk. Creating the object touches nothing."""
+
+    path: Path
+
+    @classmethod
+    def new(cls, root: Path, name: str = "run") -> RunFolder:
+        """Reserve a fresh run id `<name>-<date>-<6 hex digits>` under the data root."""
+        check_data_root(root)
+        run_id = f"{name}-{time.strftime('%Y%m%d')}-{secrets.token_hex(3)}"
+        folder = cls(root / "runs" / run_id)
+        make_private(root / "runs")
+        for part in (folder.path, folder.slurm, folder.logs, folder.path / "workers"):
+            make_private(part)
+        return folder
+
+    @classmethod
+    def find(cls, root: Path, run_id: str) -> RunFolder:
+        """The run of that id. Raises: UnknownRunError with the data root searched."""
+        folder = cls(root / "runs" / run_id)
+        if "/" in run_id or not (folder.path / "run.json").exists():
+            raise UnknownRunError(f"no run {run_id!r} under {root / 'runs'}. `tinker-hpc ls` lists the runs.")
+        return folder
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    @property
+    def data_root(self) -> Path:
+        return self.path.parent.parent
+
+    @property
+    def spec(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def submitted(self) -> Path:
+        return self.path / "submitted.json"
+
+    @property
+    def cancel(self) -> Path:
+        return self.path / "cancel.json"
+
+    @property
+    def payload(self) -> Path:
+        return self.path / "payload.pkl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def outcome(self) -> Path:
+        return self.path / "outcome.json"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.pkl"
+
+    @property
+    def gateway(self) -> Path:
+        return self.path / "gateway.json"
+
+    @property
+    def slurm(self) -> Path:
+        return self.path / "slurm"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def worker(self, index: int = 0) -> WorkerFolder:
+        return WorkerFolder(self.path / "workers" / str(index))
+
+    def workers(self) -> Iterator[WorkerFolder]:
+        """Every declared worker, in the order they were declared."""
+        parent = self.path / "workers"
+        for name in sorted((n for n in os.listdir(parent) if n.isdigit()), key=int):
+            folder = WorkerFolder(parent / name)
+            if folder.declaration.exists():
+                yield folder
