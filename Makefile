@@ -3,22 +3,60 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+# One thread a process: several ranks share the cores, and oversubscription makes gloo tests crawl.
+export OMP_NUM_THREADS ?= 1
+# Tests make their own models; nothing is looked up on a hub.
+export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lint unit slurm-packages
+.PHONY: help env demo test check lint unit distributed slurm end-to-end bench
 
 help:
-	@echo "make demo   train a small model here, no Slurm needed"
-	@echo "make test   everything, with a real Slurm cluster on this machine (Debian, root)"
-	@echo "make check  the fast tier: lint, types, imports, unit and contract tests"
+	@echo "make demo        fine-tune a small model on this machine, no Slurm needed (about two minutes)"
+	@echo "make test        everything, on a real Slurm cluster brought up on this machine (Debian or Ubuntu, root)"
+	@echo "make check       the fast tier: lint, types, import contracts, unit and contract tests"
+	@echo "make distributed megatron parity against transformers + peft, several gloo ranks"
+	@echo "make slurm       the Slurm tier alone"
+	@echo "make end-to-end  whole loops: submit, train, sample, save, resume"
+	@echo "make bench       the benchmarks, long form; writes tests/benchmarks/results"
 
 env: $(STAMP)
 
-# torch first and by itself: a bare `torch` pulls gigabytes of CUDA on machines that have none.
+# torch first and by itself: asked for by another package it may arrive with gigabytes of CUDA.
 $(STAMP): pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -r requirements.txt
-	$(BIN)/pip install --quiet --no-deps -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m tinker_hpc.demo
+
+test: check distributed end-to-end slurm
+
+check: lint unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+unit: $(STAMP)
+	$(PYTEST) tests/unit tests/contract -m "not slow" -n 2
+
+distributed: $(STAMP)
+	$(PYTEST) tests/distributed tests/benchmarks
+
+end-to-end: $(STAMP)
+	$(PYTEST) tests/end_to_end tests/contract -m "slow or not slow"
+
+slurm: $(STAMP)
+	tests/slurm/install.sh
+	$(PYTEST) tests/slurm
+
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/run_all.py
