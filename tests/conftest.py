@@ -1,0 +1,31 @@
+"""Shared by every tier: a skip in CI is a failure, and third-party warnings that are not ours stay quiet."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+
+CI = os.environ.get("CI") == "true"
+
+# megatron-core warns at import about what it did not find (Apex, TransformerEngine); we use neither.
+warnings.filterwarnings("ignore", module="megatron.*")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A tier without a single test is a mistake, not a success (pytest's own exit code 5 says so)."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """In CI a skipped test is a failed one, but for the GPU tier: CI has no GPU and says so."""
+    report = yield
+    if CI and report.skipped and not hasattr(report, "wasxfail") and not item.get_closest_marker("gpu"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI, where every tier must run: {report.longrepr}"
+    return report
