@@ -1,0 +1,54 @@
+"""Step 1 of a request. Before: tinker_hpc/runs.py wrote payload.pkl. After: the stock SDK, then gateway/app.py.
+
+`python -m tinker_hpc.loop --run-dir DIR` runs the user's function on the job's first node, in a process of its own.
+The supervisor has set TINKER_BASE_URL and TINKER_API_KEY, so plain `tinker.ServiceClient()` finds the gateway.
+Its outcome goes to result.pkl, whole or not at all; the exit code is 0 after a return and 1 after an exception.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import inspect
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tinker_hpc.payload import dump_error, dump_success, load_call
+from tinker_hpc.run_folder import RunFolder, write_bytes
+
+
+async def _await(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def run_loop(folder: RunFolder) -> int:
+    """Run the function of `payload.pkl` and write `result.pkl`.
+
+    Returns: the exit code, 0 after a return, 1 after an exception or a return value that does not pickle.
+    """
+    try:
+        value = load_call(folder.payload.read_bytes()).result()
+        if inspect.isawaitable(value):
+            value = asyncio.run(_await(value))
+        data, code = dump_success(value), 0
+    except BaseException as error:  # SystemExit and KeyboardInterrupt too: the client waits for an answer
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            data, code = dump_success(None), 0
+        else:
+            traceback.print_exc()
+            data, code = dump_error(error), 1
+    write_bytes(folder.result, data)
+    return code
+
+
+def main() -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(prog="python -m tinker_hpc.loop", description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True, help="the run's folder on the shared filesystem")
+    sys.exit(run_loop(RunFolder(parser.parse_args().run_dir)))
+
+
+if __name__ == "__main__":
+    main()
