@@ -1,0 +1,161 @@
+"""The one writer of one folder of segments: numbers records, publishes them, and keeps the number of files small."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from tinker_hpc.errors import CorruptLogError, DataRootError, TinkerHpcError
+from tinker_hpc.log.record import Buffer, encode_parts
+from tinker_hpc.log.segment import (
+    Segment,
+    covering,
+    last_contiguous,
+    list_segments,
+    read_segment,
+    write_segment,
+)
+from tinker_hpc.run_folder import make_private
+
+FANOUT = 32
+"""Merge this many neighbours of one size class: n appends leave about FANOUT * log_FANOUT(n) files."""
+MERGE_BYTES = 64 << 20
+"""Never merge into more than this: copying big payloads again would cost more than the inodes they take."""
+
+
+class Appender:
+    """Appends encoded records to `folder`. Not thread-safe but for the merging thread of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the folder as its only writer and continue behind the last record.
+
+        Raises: CorruptLogError if a record is missing in the middle or the last segment is damaged.
+            DataRootError if the folder cannot be made.
+        """
+        self.folder = make_private(folder)
+        for stray in folder.glob(".tmp-*"):  # of a killed predecessor; we are the only writer now
+            stray.unlink(missing_ok=True)
+        segments = list_segments(folder)
+        self.last = last_contiguous(segments)
+        if segments and segments[-1].last > self.last:
+            raise CorruptLogError(
+                f"{folder}: record {self.last + 1} is missing although later ones are there ({segments[-1].name}). "
+                "Bring the missing file back from a snapshot of the filesystem; nothing was changed.",
+                path=str(folder),
+            )
+        if self.last:
+            newest = covering(segments, self.last)
+            assert newest is not None
+            read_segment(folder, newest)
+        self._lock = threading.Lock()  # guards _sizes
+        self._sizes = {s: (folder / s.name).stat().st_size for s in _without_merged(folder, segments)}
+        self._merging: threading.Thread | None = None
+
+    def append(self, records: Sequence[Sequence[Buffer]]) -> int:
+        """Publish encoded records (parts each) as the next segment; the number of the first. Durable on return.
+
+        Raises: DataRootError; then none of the records is in the log, unless its `visible` is True.
+        """
+        segment = Segment(self.last + 1, self.last + len(records))
+        parts = [part for record in records for part in record]
+        try:
+            write_segment(self.folder, segment, parts)
+        except FileExistsError as error:
+            raise DataRootError(
+                f"{self.folder / segment.name} appeared although this process is the log's only writer. "
+                "Is a second gateway or worker running on this folder? Stop one of them.",
+                path=str(self.folder),
+                visible=False,
+            ) from error
+        except DataRootError as error:
+            if error.visible:  # type: ignore[attr-defined]
+                self.last = segment.last  # readers may have seen them: the numbers are used up
+            raise
+        self.last = segment.last
+        with self._lock:
+            self._sizes[segment] = sum(map(len, parts))
+        self._merge_in_background()
+        return segment.first
+
+    def close(self) -> None:
+        """Wait for a merge under way."""
+        if self._merging is not None:
+            self._merging.join()
+
+    def _merge_in_background(self) -> None:
+        if self._merging is not None and self._merging.is_alive():
+            return
+        with self._lock:
+            chosen = choose_merge(self._sizes)
+        if chosen:
+            self._merging = threading.Thread(target=self._merge, args=(chosen,), name="log-merge", daemon=True)
+            self._merging.start()
+
+    def _merge(self, chosen: Sequence[Segment]) -> None:
+        # No space, or a damaged file: the small files stay, they are just as good. Readers will report the damage.
+        with contextlib.suppress(TinkerHpcError, FileExistsError):
+            merged = merge(self.folder, chosen)
+            with self._lock:
+                size = sum(self._sizes.pop(s) for s in chosen)
+                self._sizes[merged] = size
+
+
+def choose_merge(sizes: dict[Segment, int]) -> list[Segment]:
+    """Which neighbouring segments to merge now (an empty list: none). Pure.
+
+    The size class of a segment is the power of FANOUT that its number of records has reached; FANOUT neighbours of one
+    class, together at most MERGE_BYTES, become one of the next class. So a record is rewritten once per class.
+    """
+    run: list[Segment] = []
+    total = 0
+    for segment in sorted(sizes):
+        fits = (
+            run
+            and segment.first == run[-1].last + 1
+            and _size_class(segment) == _size_class(run[0])
+            and total + sizes[segment] <= MERGE_BYTES
+        )
+        if not fits:
+            run, total = [], 0
+        run.append(segment)
+        total += sizes[segment]
+        if len(run) == FANOUT:
+            return run
+    return []
+
+
+def merge(folder: Path, chosen: Sequence[Segment]) -> Segment:
+    """Replace neighbouring segments by one with the same records: the new one is durable before an old one goes."""
+    merged = Segment(chosen[0].first, chosen[-1].last)
+    parts: list[Buffer] = []
+    for segment in chosen:
+        records = read_segment(folder, segment)
+        if records is None:
+            raise CorruptLogError(f"{folder / segment.name} vanished", path=str(folder / segment.name))
+        for record in records:
+            parts.extend(encode_parts(record))
+    write_segment(folder, merged, parts)
+    for segment in chosen:
+        (folder / segment.name).unlink(missing_ok=True)
+    return merged
+
+
+def _without_merged(folder: Path, segments: Sequence[Segment]) -> list[Segment]:
+    """Remove what a killed predecessor had merged already but not yet unlinked; what is left."""
+    kept = []
+    for segment in segments:
+        bigger = [s for s in segments if s != segment and s.first <= segment.first and segment.last <= s.last]
+        if bigger and read_segment(folder, bigger[0]) is not None:
+            (folder / segment.name).unlink(missing_ok=True)
+        else:
+            kept.append(segment)
+    return kept
+
+
+def _size_class(segment: Segment) -> int:
+    size_class, reach = 0, FANOUT
+    while len(segment) >= reach:
+        size_class, reach = size_class + 1, reach * FANOUT
+    return size_class

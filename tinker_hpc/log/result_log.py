@@ -1,0 +1,142 @@
+"""Step 7 of a request. Before: worker/publisher.py. After: gateway (the future's answer).
+
+The result log: one folder of segments per fencing number, so that no two workers ever write into the same one.
+
+    results/<fence>/seg-...     first record always `sealed`: {"limits": {older fence: how many of its records count}}
+
+A worker that takes over makes its folder first, *then* counts what its predecessors have published, and seals that. A
+reader reads new records first and *then* lists the fences: if it sees none newer than those it read, no seal can leave
+those records out (the folder of a newer one was made after our listing, so it counts them). If it sees a newer fence
+that has not sealed yet it holds them back until the seal says which count.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from tinker_hpc.errors import LeaseLostError
+from tinker_hpc.log.appender import Appender
+from tinker_hpc.log.lease import Lease
+from tinker_hpc.log.record import Record, encode_parts
+from tinker_hpc.log.request_log import POLL_BYTES, LogReader
+from tinker_hpc.log.segment import last_contiguous, list_segments
+from tinker_hpc.run_folder import WorkerFolder, fsync_folder, make_private
+
+
+class ResultLog:
+    """Publishes results under a lease. Thread-safe."""
+
+    def __init__(self, worker_folder: Path, lease: Lease) -> None:
+        """Seal what older workers wrote and open this lease's own folder.
+
+        Raises: LeaseLostError if the lease is already taken over; DataRootError if the disk refuses.
+        """
+        results = make_private(WorkerFolder(worker_folder).results)
+        self.lease = lease
+        self._lock = threading.Lock()
+        self._appender = Appender(_fence_folder(results, lease.fence))
+        fsync_folder(results)
+        if self._appender.last:
+            raise LeaseLostError(f"lease {lease.fence} of {worker_folder} was used before; acquire a new one")
+        limits = _limits_below(results, lease.fence)
+        self.publish([Record({"op": "sealed", "limits": {str(f): n for f, n in limits.items()}})])
+
+    def publish(self, records: Sequence[Record]) -> None:
+        """Write `records` in this order, visible together, durable on return. `fence` is put into their headers.
+
+        Raises: LeaseLostError if another worker took over (the records may be in the log, but do not count).
+            DataRootError if the disk refuses; nothing was published unless its `visible` is True.
+        """
+        if not records:
+            return
+        parts = [encode_parts(Record({**r.header, "fence": self.lease.fence}, r.arrays)) for r in records]
+        with self._lock:
+            self.lease.check()
+            self._appender.append(parts)
+            self.lease.check()
+
+    def close(self) -> None:
+        """Wait for a merge under way."""
+        self._appender.close()
+
+
+class ResultReader:
+    """Reads the results that count, across all fences. One thread at a time."""
+
+    def __init__(self, worker_folder: Path) -> None:
+        """Start at the beginning. The folders need not exist yet."""
+        self._results = WorkerFolder(worker_folder).results
+        self._readers: dict[int, LogReader] = {}
+        self._limits: dict[int, int] = {}
+        self._sealed_by = 0  # the fence `_limits` are from
+
+    def poll(self, max_bytes: int = POLL_BYTES) -> list[Record]:
+        """Records that became visible and count, older fences first, each fence in order; [] if there are none.
+
+        Returns after about `max_bytes`; poll again until it returns nothing.
+        Raises: CorruptLogError as LogReader.poll.
+        """
+        newest = max(_list_fences(self._results), default=0)
+        if newest == 0 or not self._read_seal(newest):
+            return []
+        found: list[Record] = []
+        for fence, limit in sorted(self._limits.items()):
+            reader = self._reader(fence)
+            if reader.position < limit:
+                found += reader.poll(max_bytes - _num_bytes(found), until=limit)
+            if reader.position < limit:  # cut by max_bytes, or a lagging filesystem: later fences wait their turn
+                return found
+        reader = self._reader(newest)
+        before = reader.position
+        fresh = reader.poll(max_bytes - _num_bytes(found))
+        if fresh and max(_list_fences(self._results)) > newest:
+            reader.position = before  # a newer worker may have sealed without them: read again when its seal is there
+            return found
+        return found + fresh
+
+    def _read_seal(self, fence: int) -> bool:
+        if self._sealed_by != fence:
+            limits = _seal_of(self._results, fence)
+            if limits is None:
+                return False
+            self._limits, self._sealed_by = limits, fence
+        return True
+
+    def _reader(self, fence: int) -> LogReader:
+        return self._readers.setdefault(fence, LogReader(_fence_folder(self._results, fence)))
+
+
+def _limits_below(results: Path, fence: int) -> dict[int, int]:
+    """How many records of each older fence count, as the worker with lease `fence` finds them now."""
+    older = [f for f in _list_fences(results) if f < fence]
+    published = {f: last_contiguous(list_segments(_fence_folder(results, f))) for f in older}
+    limits = dict.fromkeys(older, 0)  # a predecessor that had not sealed yet has nothing that counts
+    sealed = [f for f in older if published[f]]
+    if sealed:
+        limits[sealed[-1]] = published[sealed[-1]]
+        limits |= _seal_of(results, sealed[-1]) or {}
+    return limits
+
+
+def _seal_of(results: Path, fence: int) -> dict[int, int] | None:
+    """The limits in the first record of a fence; None while it is not there."""
+    first = LogReader(_fence_folder(results, fence)).poll(until=1)
+    return {int(f): n for f, n in first[0].header["limits"].items()} if first else None
+
+
+def _list_fences(results: Path) -> list[int]:
+    try:
+        return sorted(int(name) for name in os.listdir(results) if name.isdigit())
+    except FileNotFoundError:
+        return []
+
+
+def _fence_folder(results: Path, fence: int) -> Path:
+    return results / f"{fence:08d}"
+
+
+def _num_bytes(records: Sequence[Record]) -> int:
+    return sum(a.nbytes for r in records for a in r.arrays.values())
