@@ -57,7 +57,7 @@ class ClusterProfile:
     """GPUs of a node where the job does not say. None: 1 on slurm, 0 (CPU) on local. Loud beats slow: a cluster without
     GPUs refuses the 1 at once, while an 8B model on CPU would merely never finish."""
     cpus_per_node: int | None = None
-    """CPU cores of a node where the job does not say. None: 4 for each rank, plus 2 for the gateway and the loop."""
+    """CPU cores of a node where the job does not say. None: 4 for each GPU rank, 1 for each CPU rank."""
     time_limit_min: int = 60
     """sbatch --time in minutes where the job does not say. An hour: short jobs backfill sooner."""
     setup: tuple[str, ...] = ()
