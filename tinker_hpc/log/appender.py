@@ -11,8 +11,7 @@ from tinker_hpc.errors import CorruptLogError, DataRootError, TinkerHpcError
 from tinker_hpc.log.record import Buffer, encode_parts
 from tinker_hpc.log.segment import (
     Segment,
-    covering,
-    last_contiguous,
+    chain,
     list_segments,
     read_segment,
     write_segment,
@@ -38,19 +37,20 @@ class Appender:
         for stray in folder.glob(".tmp-*"):  # of a killed predecessor; we are the only writer now
             stray.unlink(missing_ok=True)
         segments = list_segments(folder)
-        self.last = last_contiguous(segments)
+        kept = chain(segments, 0)
+        self.last = kept[-1].last if kept else 0
         if segments and segments[-1].last > self.last:
             raise CorruptLogError(
                 f"{folder}: record {self.last + 1} is missing although later ones are there ({segments[-1].name}). "
                 "Bring the missing file back from a snapshot of the filesystem; nothing was changed.",
                 path=str(folder),
             )
-        if self.last:
-            newest = covering(segments, self.last)
-            assert newest is not None
-            read_segment(folder, newest)
+        if kept:
+            read_segment(folder, kept[-1])
+        for merged in sorted(set(segments) - set(kept)):  # a killed predecessor had not come to unlinking these
+            (folder / merged.name).unlink(missing_ok=True)
         self._lock = threading.Lock()  # guards _sizes
-        self._sizes = {s: (folder / s.name).stat().st_size for s in _without_merged(folder, segments)}
+        self._sizes = {s: (folder / s.name).stat().st_size for s in kept}
         self._merging: threading.Thread | None = None
 
     def append(self, records: Sequence[Sequence[Buffer]]) -> int:
@@ -140,18 +140,6 @@ def merge(folder: Path, chosen: Sequence[Segment]) -> Segment:
     for segment in chosen:
         (folder / segment.name).unlink(missing_ok=True)
     return merged
-
-
-def _without_merged(folder: Path, segments: Sequence[Segment]) -> list[Segment]:
-    """Remove what a killed predecessor had merged already but not yet unlinked; what is left."""
-    kept = []
-    for segment in segments:
-        bigger = [s for s in segments if s != segment and s.first <= segment.first and segment.last <= s.last]
-        if bigger and read_segment(folder, bigger[0]) is not None:
-            (folder / segment.name).unlink(missing_ok=True)
-        else:
-            kept.append(segment)
-    return kept
 
 
 def _size_class(segment: Segment) -> int:

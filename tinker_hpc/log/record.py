@@ -62,7 +62,7 @@ def encode_parts(record: Record) -> list[Buffer]:
     text, offsets = _json_with_offsets(record.header, arrays)
     parts: list[Buffer] = [text]
     position = _HEAD.size + len(text)
-    for (name, array), offset in zip(arrays.items(), offsets, strict=True):
+    for array, offset in zip(arrays.values(), offsets, strict=True):
         parts.append(bytes(offset - position))
         parts.append(array.reshape(-1).view(np.uint8).data)
         position = offset + array.nbytes

@@ -14,7 +14,7 @@ from pathlib import Path
 from tinker_hpc.errors import DataRootError
 from tinker_hpc.log.appender import Appender
 from tinker_hpc.log.record import Buffer, Record, encode_parts
-from tinker_hpc.log.segment import RETRY_S, covering, list_segments, read_segment
+from tinker_hpc.log.segment import RETRY_S, chain, list_segments, read_segment
 
 GROUP_BYTES = 64 << 20
 """Largest segment a group commit makes out of several callers' records; readers take a segment whole into memory."""
@@ -126,17 +126,14 @@ class LogReader:
         """
         found: list[Record] = []
         num_bytes = 0
-        segments = list_segments(self.folder)
+        segments = deque(chain(list_segments(self.folder), self.position))
         relisted = False
-        while num_bytes < max_bytes and (until is None or self.position < until):
-            segment = covering(segments, self.position + 1)
-            if segment is None:
-                break
+        while segments and num_bytes < max_bytes and (until is None or self.position < until):
+            segment = segments.popleft()
             records = read_segment(self.folder, segment, retry_s=self._retry_s)
-            if records is None:  # merged away since we listed; once more, then let the caller wait
-                if relisted:
-                    break
-                segments, relisted = list_segments(self.folder), True
+            if records is None:  # merged away since we listed: list once more, then let the caller wait
+                segments = deque() if relisted else deque(chain(list_segments(self.folder), self.position))
+                relisted = True
                 continue
             relisted = False
             last = segment.last if until is None else min(segment.last, until)

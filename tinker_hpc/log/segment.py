@@ -58,19 +58,26 @@ def list_segments(folder: Path) -> list[Segment]:
     return sorted(Segment(int(m[1]), int(m[2])) for m in map(_NAME.fullmatch, names) if m)
 
 
-def covering(segments: Iterable[Segment], number: int) -> Segment | None:
-    """The segment that holds `number` and reaches farthest; None while no segment does."""
-    return max((s for s in segments if s.first <= number <= s.last), key=lambda s: s.last, default=None)
+def chain(segments: Iterable[Segment], after: int) -> list[Segment]:
+    """The fewest segments that hold the records behind `after`, up to the first number that none holds. Pure."""
+    ordered = sorted(segments)
+    chosen: list[Segment] = []
+    index, reached = 0, after
+    while True:
+        best = None
+        while index < len(ordered) and ordered[index].first <= reached + 1:
+            best = ordered[index] if best is None or ordered[index].last > best.last else best
+            index += 1
+        if best is None or best.last <= reached:
+            return chosen
+        chosen.append(best)
+        reached = best.last
 
 
-def last_contiguous(segments: Sequence[Segment]) -> int:
+def last_contiguous(segments: Iterable[Segment]) -> int:
     """The largest n so that 1..n are all covered; 0 for an empty folder."""
-    reached = 0
-    for segment in sorted(segments):
-        if segment.first > reached + 1:
-            break
-        reached = max(reached, segment.last)
-    return reached
+    chosen = chain(segments, 0)
+    return chosen[-1].last if chosen else 0
 
 
 def write_segment(folder: Path, segment: Segment, parts: Sequence[Buffer]) -> None:
