@@ -1,0 +1,125 @@
+"""Saved states and sampler weights: finding them, and copying one out as a PEFT adapter.
+
+A checkpoint is a folder (run_folder.py says where) with `checkpoint.json`, written last by the worker, and the files
+peft itself loads: adapter_config.json and adapter_model.safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tinker_hpc.errors import ConfigError, DataRootError
+from tinker_hpc.run_folder import RunFolder, checkpoint_folder, read_json
+
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_PATH = re.compile(r"tinker://(?P<model_id>[^/]+)/(?P<kind>weights|sampler_weights)/(?P<name>[^/]+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved state or one set of sampler weights."""
+
+    path: str
+    """`tinker://<model id>/<weights | sampler_weights>/<name>`, what the SDK loads."""
+    kind: str
+    """`weights` (a state: adapter and optimizer, resumable) or `sampler_weights` (the adapter)."""
+    name: str
+    model_id: str
+    run_id: str | None
+    base_model: str
+    folder: Path
+    size_bytes: int
+    created_at: float | None
+    """Unix seconds."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint in `folder`, or None if it is not a complete one."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    facts = read_json(folder / "checkpoint.json") if "checkpoint.json" in names else None
+    if not isinstance(facts, dict):
+        return None
+    model_id, kind = str(facts.get("model_id") or folder.parent.parent.name), folder.parent.name
+    return Checkpoint(
+        path=str(facts.get("path") or f"tinker://{model_id}/{kind}/{folder.name}"),
+        kind=kind,
+        name=folder.name,
+        model_id=model_id,
+        run_id=facts.get("run_id"),
+        base_model=str(facts.get("base_model", "")),
+        folder=folder,
+        size_bytes=sum((folder / name).stat().st_size for name in names),
+        created_at=facts.get("created_at"),
+    )
+
+
+def all_checkpoints(data_root: Path) -> list[Checkpoint]:
+    """Every complete checkpoint under a data root, oldest first."""
+    found = (read_checkpoint(folder) for folder in _folders(data_root / "checkpoints"))
+    return sorted((c for c in found if c is not None), key=lambda c: (c.created_at or 0.0, c.path))
+
+
+def checkpoints_of_run(folder: RunFolder) -> list[Checkpoint]:
+    """The checkpoints one run saved, oldest first."""
+    return [c for c in all_checkpoints(folder.data_root) if c.run_id == folder.run_id]
+
+
+def find_checkpoint(data_root: Path, path: str) -> Checkpoint:
+    """The checkpoint of a `tinker://` path.
+
+    Raises: ConfigError if the path is not one, or nothing complete is saved there.
+    """
+    match = _PATH.fullmatch(path)
+    if match is None:
+        raise ConfigError(
+            f"{path!r} is not a checkpoint path; expected tinker://MODEL_ID/weights/NAME (or sampler_weights)."
+        )
+    folder = checkpoint_folder(data_root, match["model_id"], match["kind"], match["name"])
+    found = read_checkpoint(folder)
+    if found is None:
+        raise ConfigError(
+            f"no checkpoint {path} ({folder} is missing or incomplete). `tinker-hpc checkpoints` lists them."
+        )
+    return found
+
+
+def export_peft(checkpoint: Checkpoint, target: Path) -> Path:
+    """Copy a checkpoint's adapter to `target`, a new folder that peft, transformers and vLLM load as it is.
+
+    Raises: ConfigError if `target` exists; DataRootError if it cannot be written.
+    """
+    if target.exists():
+        raise ConfigError(f"{target} exists already; name a folder that does not, nothing is overwritten.")
+    lacking = [name for name in PEFT_FILES if not (checkpoint.folder / name).exists()]
+    if lacking:
+        raise ConfigError(f"checkpoint {checkpoint.path} has no {' and no '.join(lacking)} in {checkpoint.folder}.")
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        for name in PEFT_FILES:
+            shutil.copyfile(checkpoint.folder / name, unfinished / name)
+        unfinished.rename(target)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise DataRootError(
+            f"cannot write {target}: {error.strerror}. Choose a folder you may write to.", path=str(target)
+        ) from error
+    return target
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    for kind in ("weights", "sampler_weights"):
+        yield from root.glob(f"*/{kind}/[!.]*")
