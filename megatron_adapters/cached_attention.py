@@ -1,0 +1,118 @@
+"""Attention through the cache: what the model's own attention calls when a pass is a prefill or a decode step.
+
+Queries and keys arrive with their positions already rotated in, so that a cached key is used as it is.
+
+Shapes: T rows of the pass (tokens of packed prompts, or one token a sequence), Q local query heads, H local KV heads,
+G = Q / H, D head dim, N lanes of a group, L tokens in use, C tokens of a lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .attention import PackedContext, packed_attention
+from .kv_cache import Lane, LaneGroup
+
+_LENGTH_STEP = 32  # keys are read in whole steps: few distinct shapes, and masks aligned as CUDA kernels want them
+
+
+def mark_filled(lanes: Sequence[Lane], length: int) -> None:
+    """Let attention see the first `length` tokens of these lanes."""
+    for lane in lanes:
+        lane.group.mask_RC[lane.row, :length] = 0
+
+
+class PrefillAttention:
+    """Attention of packed prompts that also stores their keys and values, in every lane that continues a prompt."""
+
+    def __init__(self, lanes: Sequence[Sequence[Lane]]) -> None:
+        """`lanes[i]`: of the context's sequence i; those of padding, at the end, may be left out."""
+        self._lanes = lanes
+
+    def attend(
+        self, layer_number: int, query_TQD: Tensor, key_THD: Tensor, value_THD: Tensor, context: PackedContext
+    ) -> Tensor:
+        """An `AttentionCache` of attention.py. Returns [T, Q, D]."""
+        layer = layer_number - 1
+        for (start, end), lanes in zip(pairwise(context.bounds), self._lanes, strict=False):
+            for lane in lanes:
+                lane.group.keys_RHCD[layer][lane.row, :, : end - start] = key_THD[start:end].transpose(0, 1)
+                lane.group.values_RHCD[layer][lane.row, :, : end - start] = value_THD[start:end].transpose(0, 1)
+        return packed_attention(query_TQD, key_THD, value_THD, context)
+
+
+@dataclass
+class _GroupStep:
+    """The rows of a decode step whose lanes are in one group, in the lanes' order."""
+
+    group: LaneGroup
+    batch_rows_N: Tensor
+    """int64: which row of the pass each lane is."""
+    lane_rows_N: Tensor
+    """int64: 0 to N - 1, the live lanes."""
+    positions_N: Tensor
+    """int64: where the new token goes, which is how many are cached."""
+    used: int
+    """L: tokens to read."""
+
+
+class DecodeAttention:
+    """Attention of one new token of every live lane, built anew when a sequence joins or leaves.
+
+    `lanes[i]` belongs to row i of the pass; rows beyond (sequence-parallel padding) get zeros.
+    """
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._lanes = lanes
+        self._steps: list[_GroupStep] = []
+        for group in dict.fromkeys(lane.group for lane in lanes):
+            rows = sorted((lane.row, row) for row, lane in enumerate(lanes) if lane.group is group)
+            assert [lane_row for lane_row, _ in rows] == list(range(len(group.lanes))), "every live lane must step"
+            device = group.shape.device
+            batch_rows_N = torch.tensor([row for _, row in rows], device=device)
+            self._steps.append(_GroupStep(group, batch_rows_N, torch.arange(len(rows), device=device), batch_rows_N, 0))
+
+    def begin(self, positions: Sequence[int]) -> None:
+        """Start a step: `positions[i]` is the position of row i's new token, from 0."""
+        for step in self._steps:
+            here = [positions[row] for row in step.batch_rows_N.tolist()]
+            step.positions_N = torch.tensor(here, device=step.batch_rows_N.device)
+            step.used = min(step.group.lane_tokens, -(-(max(here) + 1) // _LENGTH_STEP) * _LENGTH_STEP)
+            step.group.mask_RC[step.lane_rows_N, step.positions_N] = 0
+
+    def attend(
+        self, layer_number: int, query_TQD: Tensor, key_THD: Tensor, value_THD: Tensor, context: PackedContext
+    ) -> Tensor:
+        """Store the new keys and values and attend to all cached ones; an `AttentionCache` of attention.py.
+
+        Grouped queries ride as a query length of G, so that keys are never repeated.
+
+        Args: layer_number: from 1. query_TQD, key_THD, value_THD: this rank's heads. context: not read.
+        Returns: [T, Q, D], dtype of the query.
+        """
+        layer = layer_number - 1
+        num_tokens, num_heads, head_dim = query_TQD.shape
+        num_kv_heads = key_THD.shape[1]
+        out_TQD = torch.zeros_like(query_TQD) if num_tokens > len(self._lanes) else torch.empty_like(query_TQD)
+        for step in self._steps:
+            keys_RHCD, values_RHCD = step.group.keys_RHCD[layer], step.group.values_RHCD[layer]
+            keys_RHCD[step.lane_rows_N, :, step.positions_N] = key_THD[step.batch_rows_N]
+            values_RHCD[step.lane_rows_N, :, step.positions_N] = value_THD[step.batch_rows_N]
+            num_lanes = len(step.lane_rows_N)
+            query_NHGD = query_TQD[step.batch_rows_N].view(num_lanes, num_kv_heads, -1, head_dim)
+            out_NHGD = F.scaled_dot_product_attention(
+                query_NHGD,
+                keys_RHCD[:num_lanes, :, : step.used],
+                values_RHCD[:num_lanes, :, : step.used],
+                attn_mask=step.group.mask_RC[:num_lanes, None, None, : step.used].expand(
+                    num_lanes, 1, query_NHGD.shape[2], step.used
+                ),
+            )
+            out_TQD[step.batch_rows_N] = out_NHGD.reshape(num_lanes, num_heads, head_dim)
+        return out_TQD

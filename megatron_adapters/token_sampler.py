@@ -1,0 +1,131 @@
+"""From logits to the next token of every row: temperature, then top-k, then top-p, then one draw.
+
+The order is vLLM's (and Tinker's). The logprob that goes with a token is that of the temperature-scaled distribution
+*before* top-k and top-p cut it (TINKER's cookbook checks exactly this); a greedy row (temperature 0) takes the lowest
+token id among the largest logits and reports its logprob at temperature 1. Pure: randomness comes in as `uniform_B`.
+
+Shapes: B rows, V vocabulary, C chunks of the vocabulary, W width of a chunk, K candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NOT_FINITE = -1  # the token of a row whose logits hold a NaN or +inf: the adapter has diverged
+
+_CHUNK_WIDTH = 256
+_FIRST_CANDIDATES = 1024  # top-p rarely needs more; the whole vocabulary is sorted only where it does
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """Parameters of a batch, one entry a row, on the logits' device.
+
+    temperature_B: float32, 0 is greedy. top_k_B: int64, below 1 is off. top_p_B: float32, 1 or more is off.
+    uniform_B: float64 in [0, 1), see philox.py.
+    """
+
+    temperature_B: Tensor
+    top_k_B: Tensor
+    top_p_B: Tensor
+    uniform_B: Tensor
+
+
+@torch.no_grad()
+def sample_tokens(logits_BV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
+    """Draw one token a row.
+
+    Args:
+        logits_BV: any floating dtype; computed in float32.
+    Returns: tokens int64 [B] (`NOT_FINITE` where a row has no distribution) and logprobs float32 [B], natural log.
+    """
+    logits_BV = logits_BV.float()
+    greedy_B = rows.temperature_B <= 0
+    temperature_B = torch.where(greedy_B, 1.0, rows.temperature_B)
+    scaled_BV = logits_BV if bool((temperature_B == 1).all()) else logits_BV / temperature_B[:, None]
+    largest_B = scaled_BV.amax(1)
+    mass_BV = (scaled_BV - largest_B[:, None]).exp_()  # unnormalised probabilities, the largest is 1
+    chunk_mass_BC = _chunked(mass_BV).sum(-1).double()
+    total_B = chunk_mass_BC.sum(-1)
+
+    tokens_B = _draw_from_all(mass_BV, chunk_mass_BC, rows.uniform_B)
+    if bool(greedy_B.any()):
+        some = greedy_B.nonzero()[:, 0]
+        tokens_B[some] = scaled_BV[some].argmax(1)  # the first among equals, as torch.argmax documents
+    truncated_B = ~greedy_B & (((rows.top_k_B > 0) & (rows.top_k_B < logits_BV.shape[1])) | (rows.top_p_B < 1))
+    if bool(truncated_B.any()):
+        some = truncated_B.nonzero()[:, 0]
+        tokens_B[some] = _draw_truncated(
+            mass_BV[some], total_B[some], rows.top_k_B[some], rows.top_p_B[some], rows.uniform_B[some]
+        )
+    logprobs_B = scaled_BV.gather(1, tokens_B[:, None])[:, 0] - largest_B - total_B.log().float()
+    tokens_B = torch.where(total_B.isfinite() & largest_B.isfinite(), tokens_B, NOT_FINITE)
+    return tokens_B, logprobs_B
+
+
+def _chunked(mass_BV: Tensor) -> Tensor:
+    """[B, V] as [B, C, W], padded with zeros."""
+    padding = -mass_BV.shape[1] % _CHUNK_WIDTH
+    if padding:
+        mass_BV = torch.nn.functional.pad(mass_BV, (0, padding))
+    return mass_BV.view(mass_BV.shape[0], -1, _CHUNK_WIDTH)
+
+
+def _draw_from_all(mass_BV: Tensor, chunk_mass_BC: Tensor, uniform_B: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution in order of token id: first the chunk, then the token inside it.
+
+    Two levels, since a float64 running sum over a whole vocabulary costs more than all the rest.
+    """
+    until_BC = chunk_mass_BC.cumsum(1)
+    target_B = uniform_B * until_BC[:, -1]
+    chunk_B = _first_above(until_BC, chunk_mass_BC, target_B)
+    rest_B = target_B - (until_BC - chunk_mass_BC).gather(1, chunk_B[:, None])[:, 0]
+    inside_BW = _chunked(mass_BV)[torch.arange(len(chunk_B), device=mass_BV.device), chunk_B].double()
+    return chunk_B * _CHUNK_WIDTH + _first_above(inside_BW.cumsum(1), inside_BW, rest_B)
+
+
+def _draw_truncated(mass_BV: Tensor, total_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, uniform_B: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution over what top-k and then top-p leave, most probable first.
+
+    top-p keeps the smallest number of candidates whose share of the mass *left by top-k* reaches top_p, at least one.
+    """
+    vocabulary_size = mass_BV.shape[1]
+    no_top_k_B = (top_k_B < 1) | (top_k_B >= vocabulary_size)
+    limit_B = torch.where(no_top_k_B, vocabulary_size, top_k_B)
+    num_candidates = min(vocabulary_size, max(_FIRST_CANDIDATES, int(torch.where(no_top_k_B, 0, top_k_B).max())))
+    while True:
+        mass_BK, token_BK = _most_probable(mass_BV, num_candidates)
+        allowed_BK = torch.arange(num_candidates, device=mass_BV.device) < limit_B[:, None]
+        mass_BK = mass_BK.double() * allowed_BK
+        until_BK = mass_BK.cumsum(1)
+        left_by_top_k_B = torch.where(no_top_k_B, total_B, until_BK[:, -1])
+        wanted_B = top_p_B.double() * left_by_top_k_B
+        if num_candidates == vocabulary_size or bool((~no_top_k_B | (until_BK[:, -1] >= wanted_B)).all()):
+            break
+        num_candidates = vocabulary_size
+    kept_BK = (until_BK - mass_BK < wanted_B[:, None]) | (top_p_B >= 1)[:, None]
+    kept_BK[:, 0] = True
+    mass_BK = mass_BK * kept_BK
+    until_BK = mass_BK.cumsum(1)
+    pick_B = _first_above(until_BK, mass_BK, uniform_B * until_BK[:, -1])
+    return token_BK.gather(1, pick_B[:, None])[:, 0]
+
+
+def _most_probable(mass_BV: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+    """Mass and token id of the most probable candidates in descending order, the lower id first among equals."""
+    if num_candidates == mass_BV.shape[1]:
+        return mass_BV.sort(dim=1, descending=True, stable=True)
+    _, token_BK = mass_BV.topk(num_candidates, dim=1, sorted=False)
+    token_BK = token_BK.sort(dim=1).values
+    mass_BK, order_BK = mass_BV.gather(1, token_BK).sort(dim=1, descending=True, stable=True)
+    return mass_BK, token_BK.gather(1, order_BK)
+
+
+def _first_above(until_BN: Tensor, mass_BN: Tensor, target_B: Tensor) -> Tensor:
+    """Index of the first entry whose running sum exceeds the target; never an entry without mass."""
+    index_B = (until_BN <= target_B[:, None]).sum(1)
+    last_B = until_BN.shape[1] - 1 - (mass_BN > 0).flip(1).int().argmax(1)  # rounding may push the target past the end
+    return torch.minimum(index_B, last_B)
