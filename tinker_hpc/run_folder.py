@@ -32,7 +32,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,11 +168,16 @@ class WorkerFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def create(self, *, base_model: str, base_model_folder: str) -> WorkerFolder:
+    def create(
+        self, *, base_model: str, base_model_folder: str, layout: Mapping[str, Any] | None = None
+    ) -> WorkerFolder:
         """Make the folders, then declare the worker (the declaration last: it says the rest is there)."""
         for folder in (self.path, self.requests, self.results, self.lease):
             make_private(folder)
-        write_json(self.declaration, {"base_model": base_model, "base_model_folder": base_model_folder})
+        write_json(
+            self.declaration,
+            {"base_model": base_model, "base_model_folder": base_model_folder, "layout": dict(layout or {})},
+        )
         return self
 
 

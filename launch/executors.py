@@ -1,0 +1,148 @@
+"""submitit's two executors with what a cluster taught us (submitit 1.5.4).
+
+Kept from submitit: pickling, the entry point on the node, the file names. Replaced: the script's text (a template),
+the call of sbatch (a lost answer is looked up, a refusal explained), and how a local job is detached.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from submitit.local.local import LocalExecutor, LocalJob
+from submitit.slurm.slurm import SlurmExecutor, SlurmJob
+
+from launch import process_tree
+from launch.host import CommandResult, Host
+from launch.job_spec import JobSpec
+from launch.refusals import explain_refusal, is_refusal
+from launch.render import python_of, sbatch_text
+from tinker_hpc.errors import SlurmUnavailableError
+
+_LOOKUP_WAITS_S = (0.0, 1.0, 2.0, 4.0, 8.0)
+_STARTED: list[subprocess.Popen[bytes]] = []
+"""Controllers of this client: kept so that a finished one is reaped, and never waited for."""
+
+
+class SlurmJobExecutor(SlurmExecutor):
+    """submitit for Slurm, with our script and a submission that happens at most once."""
+
+    def __init__(self, spec: JobSpec, slurm_folder: Path, host: Host) -> None:
+        # Not SlurmExecutor's own __init__: it looks for srun here, but the commands run on `host`.
+        super(SlurmExecutor, self).__init__(slurm_folder)
+        self.python = python_of(spec)
+        self.spec = spec
+        self.host = host
+        self.parameters = {"nodes": spec.nodes, "ntasks_per_node": 1, "time": spec.time_limit_min}
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return sbatch_text(self.spec, command, self.folder)
+
+    def _submit_command(self, command: str) -> SlurmJob[Any]:
+        script = self.folder / "job.sbatch"
+        script.write_text(self._make_submission_file_text(command, uid=""))
+        job_id = sbatch(self.spec, script, self.host)
+        return SlurmJob(folder=self.folder, job_id=job_id, tasks=list(range(self.spec.nodes)))
+
+
+def sbatch(spec: JobSpec, script: Path, host: Host) -> str:
+    """Submit a script and return the job id.
+
+    An answer that got lost does not mean a job that got lost: a hung controller creates it when it wakes. So after
+    anything but a refusal the job is looked for by its name, and never submitted again from here.
+
+    Raises: SubmissionError (refused), SlurmUnavailableError (no answer, and no such job in the queue).
+    """
+    argv = ["sbatch", "--parsable", str(script)]
+    try:
+        result = host.run(argv)
+    except SlurmUnavailableError as error:
+        if not getattr(error, "timed_out", False):
+            raise
+        result = CommandResult(tuple(argv), 1, "", str(error))
+    if result.ok and (match := re.search(r"^(\d+)(;.*)?$", result.stdout, re.MULTILINE)):
+        return match.group(1)
+    if is_refusal(result):
+        raise explain_refusal(result, spec)
+    found = find_by_name(spec.run_id, host)
+    if found is not None:
+        return found
+    raise SlurmUnavailableError(
+        f"sbatch gave no job id for run {spec.run_id}: {result.words}. No job of that name is in the queue now. "
+        f"`scontrol ping` tells whether Slurm answers; before you submit again, see that "
+        f"`squeue --me --name={spec.run_id}` is still empty.",
+        command="sbatch",
+    )
+
+
+def find_by_name(run_id: str, host: Host) -> str | None:
+    """The id of the job with that name, or None if Slurm does not (come to) know it within a quarter of a minute."""
+    for wait_s in _LOOKUP_WAITS_S:
+        time.sleep(wait_s)
+        try:
+            result = host.run(["squeue", "--me", "-h", "-t", "all", f"--name={run_id}", "-o", "%A"])
+        except SlurmUnavailableError:
+            continue
+        if result.ok and result.stdout.split():
+            return result.stdout.split()[0]
+    return None
+
+
+class LocalJobExecutor(LocalExecutor):
+    """submitit's local processes, detached from the client for good.
+
+    submitit leaves the controller in the client's session (Ctrl-C and a closed terminal reach it), lets it inherit
+    the client's output (a pipe that never closes) and overwrites CUDA_VISIBLE_DEVICES counting from 0.
+    """
+
+    def __init__(self, spec: JobSpec, slurm_folder: Path) -> None:
+        super().__init__(slurm_folder, python=python_of(spec))
+        self.spec = spec
+        self.parameters = {"timeout_min": spec.time_limit_min}
+
+    def _submit_command(self, command: str) -> LocalJob[Any]:
+        with (self.folder / "controller.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "submitit.local._local", str(self.folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=local_environment(self.spec, command, os.environ),
+            )
+        _STARTED.append(process)
+        return LocalJob(folder=self.folder, job_id=str(process.pid), process=process, tasks=[0])
+
+
+def reap_local() -> None:
+    """Collect the exit codes of finished controllers of this client."""
+    _STARTED[:] = [process for process in _STARTED if process.poll() is None]
+
+
+def local_environment(spec: JobSpec, command: str, environ: Any) -> dict[str, str]:
+    """Environment of a local job's controller (pure)."""
+    visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    devices = visible or [str(index) for index in range(spec.gpus_per_node)]
+    return {
+        **environ,
+        "HF_HUB_OFFLINE": environ.get("HF_HUB_OFFLINE", "1"),
+        **spec.variables,
+        process_tree.RUN_ID_VARIABLE: spec.run_id,
+        "SUBMITIT_EXECUTOR": "local",
+        "SUBMITIT_LOCAL_NTASKS": "1",
+        "SUBMITIT_LOCAL_COMMAND": command,
+        # The supervisor ends a local job at its limit and says so; submitit's own limit, which kills after a second,
+        # is only for a supervisor that hangs.
+        "SUBMITIT_LOCAL_TIMEOUT_S": str(60 * spec.time_limit_min + 60),
+        "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "0",
+        "SUBMITIT_LOCAL_NODEID": "0",
+        "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+        "SUBMITIT_STDERR_TO_STDOUT": "",
+        "SUBMITIT_LOCAL_WITH_SHELL": "",
+        "CUDA_VISIBLE_DEVICES": ",".join(devices[: spec.gpus_per_node]),
+    }

@@ -1,0 +1,114 @@
+"""What to change when sbatch says no (pure). Slurm's words are kept; a sentence of advice is added."""
+
+from __future__ import annotations
+
+from launch.host import CommandResult
+from launch.job_spec import JobSpec
+from tinker_hpc.errors import SubmissionError
+
+# No answer from the controller: the job may or may not exist. Everything else sbatch says is a refusal.
+_NO_ANSWER = (
+    "unable to contact slurm controller",
+    "socket timed out",
+    "zero bytes were transmitted or received",
+    "connection refused",
+    "connection reset",
+    "connection timed out",
+    "communication connection failure",
+    "gave no answer within",
+    "slurm temporarily unable to accept job",
+    "munge",  # a credential that could not be made, or checked in time
+    "protocol authentication error",
+    "could not establish a configuration source",
+    "backup controller",
+)
+
+
+def is_refusal(result: CommandResult) -> bool:
+    """Whether Slurm answered and said no, so that surely no job was made."""
+    if result.ok:
+        return False  # exit code 0 without a job id: nobody knows
+    words = (result.stderr + result.stdout).lower()
+    return not any(phrase in words for phrase in _NO_ANSWER)
+
+
+def explain_refusal(result: CommandResult, spec: JobSpec) -> SubmissionError:
+    """The error for a refused submission: what Slurm said, what was asked for, what to do next."""
+    return SubmissionError(
+        f"Slurm refused run {spec.run_id} on cluster {spec.cluster.name!r}: {_gist(result)} "
+        f"{advice(result.words, spec)} The script: `tinker-hpc run --dry-run …` prints it.",
+        slurm_words=result.words,
+        run_id=spec.run_id,
+    )
+
+
+def advice(words: str, spec: JobSpec) -> str:
+    """The next thing to do, for the commonest refusals of Slurm 22.05 to 25."""
+    said = words.lower()
+    profile = spec.cluster
+    where = f"[clusters.{profile.name}] in the configuration file"
+    if "invalid partition" in said:
+        return (
+            f"Asked for: partition {profile.partition or '(the default)'}. `sinfo -s` lists the partitions; "
+            f"set `partition` in {where}."
+        )
+    if "account" in said and "combination" in said:
+        return (
+            f"Asked for: account {profile.account or '(your default)'} in partition "
+            f"{profile.partition or '(the default)'}. `sacctmgr show assoc user=$USER format=account,partition,qos` "
+            f"lists yours; set `account` in {where}."
+        )
+    if "accounting/qos policy" in said or "qosmax" in said or "assocmax" in said or "assocgrp" in said:
+        return (
+            "A limit of your account or QOS is reached (number of jobs, size or time). Wait for a job to end, ask "
+            f"for less, or set another `qos` or `account` in {where}."
+        )
+    if "qos" in said:
+        return (
+            f"Asked for: qos {profile.qos or '(your default)'}. `sacctmgr show assoc user=$USER format=account,qos` "
+            f"lists yours; set `qos` in {where}."
+        )
+    if "time limit" in said or "--time" in said:
+        return (
+            f"Asked for: {spec.time_limit_min} min. `sinfo -o '%P %l'` shows the longest each partition allows; ask "
+            "for less with `time`, or for another partition."
+        )
+    if "memory specification" in said:
+        return (
+            f"Asked for: memory {spec.memory_per_node or '(the default)'} per node. `sinfo -o '%P %m'` shows what "
+            "nodes have, in MiB; ask for less with `memory`, or leave it out where the site forbids it."
+        )
+    if "feature" in said:
+        return (
+            f"Asked for: constraint {profile.constraint}. `sinfo -o '%P %f'` lists the features; set `constraint` "
+            f"in {where}."
+        )
+    if "generic resource" in said or "gres" in said:
+        return f"Asked for: {_size(spec)}. `sinfo -o '%P %G'` lists the GPUs; set `gpu_type` in {where}."
+    if "node configuration" in said or "node count" in said or "more processors" in said:
+        return (
+            f"No node of partition {profile.partition or '(the default)'} can ever offer: {_size(spec)}. "
+            "`sinfo -o '%P %D %c %m %G'` shows its nodes: count, CPUs, MiB, GPUs."
+        )
+    if "inactive or drain" in said:
+        return f"Partition {profile.partition or '(the default)'} takes no jobs now. `sinfo -s` shows which do."
+    if "unrecognized option" in said or "unknown option" in said or "invalid option" in said:
+        return f"This Slurm does not know an option of the script. Check `extra` in {where}."
+    return f"Asked for: {_size(spec)}. Check the profile {where}."
+
+
+def _size(spec: JobSpec) -> str:
+    parts = [f"{spec.nodes} node{'s' if spec.nodes > 1 else ''}", f"{spec.cpus_per_node} CPUs"]
+    if spec.gpus_per_node:
+        kind = f"{spec.cluster.gpu_type} " if spec.cluster.gpu_type else ""
+        parts.append(f"{spec.gpus_per_node} {kind}GPUs")
+    if spec.memory_per_node:
+        parts.append(f"memory {spec.memory_per_node}")
+    return parts[0] + " with " + ", ".join(parts[1:]) + " each"
+
+
+def _gist(result: CommandResult) -> str:
+    """Slurm's lines without the repeated "sbatch: error:", as one sentence."""
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in result.words.splitlines()]
+    text = "; ".join(line for line in lines if line)
+    return text if text.endswith(".") else text + "."

@@ -1,0 +1,110 @@
+"""What the supervisor on the first node leaves in the run folder: claim, events, worker status, outcome.
+
+    slurm/claim.json       which job works on this run; made with O_EXCL, so a second job of the same run steps back
+    events.jsonl           {"time", "event", ...} a line: started, gateway_ready, loop_started, worker_ready,
+                           worker_ended, gateway_restarted, signal, loop_ended, ended
+    workers/0/status.json  {"phase": starting | ready | ended, "reason", "error", "since"}      (runs only)
+    outcome.json           {"state": succeeded | failed, "reason", "exit_code", "error", "traceback", "ended_at"}
+
+`reason` of an outcome says who ended it: `loop` (by itself, well or not), `cancelled`, `time_limit`, `signal`
+(preemption, an administrator), `worker`, `gateway`, `setup` (the loop could not be started), `closed` (a session).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tinker_hpc.run_folder import RunFolder, read_json, write_json
+
+CLAIM_NAME = "claim.json"
+
+
+class RunRecord:
+    """Writes the supervisor's files. One instance, on the first node."""
+
+    def __init__(self, run_folder: RunFolder, *, writes_status: bool) -> None:
+        self._run_folder = run_folder
+        self._writes_status = writes_status
+        self._phase = ""
+
+    def event(self, event: str, **details: Any) -> None:
+        """Append one line to `events.jsonl`, durable on return."""
+        line = json.dumps({"time": time.time(), "event": event, **details}) + "\n"
+        descriptor = os.open(self._run_folder.events, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            os.write(descriptor, line.encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def worker_status(self, phase: str, reason: str, *, error: str | None = None) -> None:
+        """Tell the gateway how the worker is. A session's status is written by the client's monitor instead."""
+        if self._phase == "ended":
+            return
+        self._phase = phase
+        if self._writes_status:
+            write_json(
+                self._run_folder.worker(0).status,
+                {"phase": phase, "reason": reason, "error": error, "since": time.time()},
+            )
+
+    @property
+    def worker_phase(self) -> str:
+        """The phase last written; "" before the first."""
+        return self._phase
+
+    def outcome(self, *, exit_code: int, reason: str, error: str | None = None, traceback: str | None = None) -> None:
+        """How it ended; written once, before anything is torn down, so that a result never waits for a shutdown."""
+        write_json(
+            self._run_folder.outcome,
+            {
+                "state": "succeeded" if exit_code == 0 else "failed",
+                "reason": reason,
+                "exit_code": exit_code,
+                "error": error,
+                "traceback": traceback,
+                "ended_at": time.time(),
+            },
+        )
+        self.event("ended", reason=reason, exit_code=exit_code, error=error)
+
+
+def claim(run_folder: RunFolder, job: dict[str, Any]) -> dict[str, Any] | None:
+    """Take the run for this job. None: it is ours. Else: what the job that came first wrote.
+
+    Slurm starts a job twice more often than one would think: a submission repeated after a time-out, a controller
+    that lost its last seconds, a copy requeued while the first still runs on a node that was only unreachable.
+    """
+    path = run_folder.slurm / CLAIM_NAME
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return read_claim(run_folder) or {}
+    with os.fdopen(descriptor, "w") as file:
+        json.dump({**job, "claimed_at": time.time()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return None
+
+
+def read_claim(run_folder: RunFolder) -> dict[str, Any] | None:
+    """Who works on the run; None if nobody began."""
+    try:
+        return read_json(run_folder.slurm / CLAIM_NAME)
+    except ValueError:  # between its creation and its text
+        return None
+
+
+def listed(path: Path) -> bool:
+    """Whether a file that another node makes is there, asked so that NFS answers truly.
+
+    A stat of a missing name is remembered as missing for up to a minute; a fresh listing is not.
+    """
+    try:
+        return path.name in os.listdir(path.parent)
+    except FileNotFoundError:
+        return False
