@@ -116,12 +116,16 @@ def _draw_truncated(mass_BV: Tensor, total_B: Tensor, top_k_B: Tensor, top_p_B: 
 
 def _most_probable(mass_BV: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
     """Mass and token id of the most probable candidates in descending order, the lower id first among equals."""
-    if num_candidates == mass_BV.shape[1]:
-        return mass_BV.sort(dim=1, descending=True, stable=True)
-    _, token_BK = mass_BV.topk(num_candidates, dim=1, sorted=False)
-    token_BK = token_BK.sort(dim=1).values
-    mass_BK, order_BK = mass_BV.gather(1, token_BK).sort(dim=1, descending=True, stable=True)
-    return mass_BK, token_BK.gather(1, order_BK)
+    if num_candidates < mass_BV.shape[1]:
+        mass_BK, token_BK = mass_BV.topk(num_candidates, dim=1, sorted=False)
+        least_B1 = mass_BK.amin(1, keepdim=True)
+        # torch.topk takes any of the entries equal to its last one; where that is a choice, sort everything.
+        if not bool(((least_B1 > 0) & ((mass_BV >= least_B1).sum(1, keepdim=True) > num_candidates)).any()):
+            token_BK = token_BK.sort(dim=1).values
+            mass_BK, order_BK = mass_BV.gather(1, token_BK).sort(dim=1, descending=True, stable=True)
+            return mass_BK, token_BK.gather(1, order_BK)
+    mass_BV, token_BV = mass_BV.sort(dim=1, descending=True, stable=True)
+    return mass_BV[:, :num_candidates], token_BV[:, :num_candidates]
 
 
 def _first_above(until_BN: Tensor, mass_BN: Tensor, target_B: Tensor) -> Tensor:
