@@ -1,0 +1,323 @@
+"""Step 6 of a request. Before: tinker_hpc/worker/. After: model.py.
+
+The engine is one rank's handle on the base model, its adapters and its snapshots. Every public method is a
+collective: all ranks call it with equal arguments in the same order. Arguments are checked on every rank before
+anything is communicated, so a bad one raises everywhere and nobody waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tinker_hpc.errors import RequestError, ShapeError, WeightsError
+
+from . import adapter_files, runtime
+from .adapters import Adapter, LoraWeights
+from .decode import Admit, Decoder, OnFinished
+from .families import check_layout, read_architecture
+from .grad_sync import gradient_norm, sum_gradients
+from .interface import AdamParams, Datum, Layout, LoraSpec, LossFn, ModelInfo, PassOutput
+from .lora_linear import Segment
+from .model import Model
+from .optimizer import step_
+from .packing import pack, split_over_ranks
+from .projections import parameters_per_rank, projections, target_names
+from .sample_request import SampledSequence, SampleRequest, SampleResult
+from .sampler import make_decoder
+
+__all__ = [
+    "AdamParams",
+    "Datum",
+    "Engine",
+    "Layout",
+    "LoraSpec",
+    "LossFn",
+    "ModelInfo",
+    "PassOutput",
+    "SampleRequest",
+    "SampleResult",
+    "SampledSequence",
+]
+
+TOKEN_BUDGET = 4096
+"""Tokens of a micro-batch. Activations are kept for the backward: about 0.3 MB a token and layer at hidden 4096."""
+
+
+class Engine:
+    """Trains and serves LoRA adapters on one frozen base. Build it with `Engine.start`.
+
+    Attributes:
+        info: facts of the base model. global_rank, world_size: this process.
+        control_group: gloo over all ranks, for the caller's own broadcasts of CPU data.
+        model, runtime: for sampling (decode.py).
+    """
+
+    def __init__(self, model: Model, base_model_folder: Path, token_budget: int) -> None:
+        arch = model.arch
+        self.model = model
+        self.runtime = model.runtime
+        self.base_model_folder = base_model_folder
+        self.token_budget = token_budget
+        self.info = ModelInfo(
+            model_type=arch.model_type,
+            vocab_size=arch.vocab_size,
+            max_context=arch.max_context,
+            num_layers=arch.num_layers,
+            hidden_size=arch.hidden_size,
+            eos_token_ids=arch.eos_token_ids,
+        )
+        self.global_rank = self.runtime.global_rank
+        self.world_size = self.runtime.layout.world_size
+        self.control_group = self.runtime.control_group
+        self.adapters: dict[str, Adapter] = {}
+        self.snapshots: dict[str, LoraWeights] = {}
+        self._decoder: Decoder | None = None
+
+    @classmethod
+    def start(
+        cls, base_model_folder: Path, layout: Layout, *, dtype: str | None = None, token_budget: int = TOKEN_BUDGET
+    ) -> Engine:
+        """Join the other ranks (torchrun's environment; none means one process) and load this rank's shard.
+
+        Args:
+            dtype: "float32" or "bfloat16"; None means bfloat16 on CUDA and float32 on CPU.
+            token_budget: most tokens of a micro-batch, but for a single longer sequence.
+        Raises: ConfigError for a model or layout that cannot run, WeightsError for a checkpoint that does not fit;
+            both before any communication or memory is spent.
+        Collectives: creation of the process groups.
+        """
+        arch, hf_config = read_architecture(base_model_folder)
+        check_layout(arch, layout)
+        ranks = runtime.start(layout, dtype)
+        return cls(Model(ranks, arch, hf_config, base_model_folder), base_model_folder, token_budget)
+
+    def stop(self) -> None:
+        """Leave the process groups; the engine is of no use afterwards."""
+        runtime.stop()
+
+    # ---- adapters
+
+    def create_adapter(self, adapter_id: str, spec: LoraSpec) -> int:
+        """New adapter: A drawn from the seed, B zero. Returns the number of trainable parameters.
+
+        Raises: RequestError if the id is taken, the rank is below 1 or nothing would be trained.
+        Collectives: none.
+        """
+        if adapter_id in self.adapters:
+            raise RequestError(f"an adapter {adapter_id!r} exists already. Use another id, or drop it first.")
+        if spec.rank < 1:
+            raise RequestError(f"LoRA rank {spec.rank} is not possible. Use 1 or more; powers of two are usual.")
+        switches = {
+            "train_attn": spec.train_attn,
+            "train_mlp": spec.train_mlp,
+            "train_unembed": spec.train_unembed,
+        }
+        if not any(switches.values()):
+            raise RequestError("train_attn, train_mlp and train_unembed are all false. Set at least one of them.")
+        adapter = self._new_adapter(spec.rank, spec.alpha, target_names(**switches))
+        expected = spec.rank * parameters_per_rank(self.model.arch, **switches)
+        if adapter.num_parameters != expected:
+            raise WeightsError(
+                f"adapter {adapter_id!r} of rank {spec.rank} has {adapter.num_parameters} trainable parameters, the "
+                f"formula says {expected}. This is a bug of tinker_hpc; please report the base model and layout."
+            )
+        adapter.initialize(spec.seed)
+        self.adapters[adapter_id] = adapter
+        return adapter.num_parameters
+
+    def drop_adapter(self, adapter_id: str) -> None:
+        """Forget an adapter and free its memory. Collectives: none."""
+        self._adapter(adapter_id)
+        del self.adapters[adapter_id]
+
+    def save_adapter(self, adapter_id: str, folder: Path, *, optimizer: bool) -> None:
+        """Write PEFT's files, and with `optimizer` the Adam state, into `folder`; see adapter_files.save.
+
+        Gradients of passes since the last optimizer step are not saved.
+        """
+        adapter = self._adapter(adapter_id)
+        adapter_files.save(adapter, self.runtime, folder, optimizer=optimizer, base_model=str(self.base_model_folder))
+
+    def load_adapter(self, adapter_id: str, folder: Path, *, optimizer: bool) -> None:
+        """Create the adapter from `folder`, or replace it: weights, rank, targets; pending gradients are dropped.
+
+        Without `optimizer` the Adam state starts anew.
+        Raises: WeightsError, leaving an existing adapter as it was. Collectives: none.
+        """
+        config = adapter_files.read_config(folder, self.model.arch)
+        adapter = self._new_adapter(config.rank, config.alpha, config.targets)
+        adapter_files.load(adapter, folder, optimizer=optimizer)
+        self.adapters[adapter_id] = adapter
+
+    # ---- snapshots, for sampling
+
+    def snapshot(self, adapter_id: str, snapshot_id: str) -> None:
+        """Keep an immutable copy of the adapter's weights as they are now. Collectives: none."""
+        self.snapshots[snapshot_id] = self._adapter(adapter_id).lora.snapshot(self.runtime.dtype)
+
+    def load_snapshot(self, snapshot_id: str, folder: Path) -> None:
+        """Snapshot from an adapter's folder. Raises: WeightsError. Collectives: none."""
+        arch = self.model.arch
+        config = adapter_files.read_config(folder, arch)
+        self.snapshots[snapshot_id] = adapter_files.load_snapshot(folder, arch, config, self.runtime)
+
+    def drop_snapshot(self, snapshot_id: str) -> None:
+        """Forget a snapshot. Collectives: none."""
+        if self.snapshots.pop(snapshot_id, None) is None:
+            raise RequestError(f"no snapshot {snapshot_id!r}. Known: {', '.join(self.snapshots) or 'none'}.")
+
+    def sample(
+        self,
+        requests: Sequence[SampleRequest],
+        on_finished: OnFinished | None = None,
+        admit: Admit | None = None,
+    ) -> list[SampleResult]:
+        """Answer sampling requests, batched across prompts and snapshots; see `Decoder.run`.
+
+        `on_finished(index, result)` is called on every rank as each is answered; `admit()` may bring in more between
+        steps, and must return equal requests on every rank. A request that cannot be served has `error` set.
+        """
+        if self._decoder is None:  # at the first use: the cache is planned into what the weights left free
+            self._decoder = make_decoder(self.model, self.snapshots, self.base_model_folder)
+        return self._decoder.run(requests, on_finished, admit)
+
+    # ---- training
+
+    def run_pass(self, adapter_id: str, data: Sequence[Datum], loss_fn: LossFn, *, backward: bool) -> PassOutput:
+        """Logprobs of the target tokens and the summed loss; with `backward` the gradients are added to the adapter's.
+
+        Raises: RequestError or ShapeError for data that cannot be run, before anything is computed.
+        Collectives: those of the model within each TP group, once per micro-batch of that data-parallel rank (their
+            numbers differ between data-parallel ranks, which is why gradients wait for optim_step); at the end the
+            results are summed over the DP group on the CPU.
+        """
+        adapter = self._adapter(adapter_id)
+        self._check(data)
+        lengths = [len(datum.tokens) for datum in data]
+        mine = split_over_ranks(lengths, self.runtime.layout.dp_size)[self.runtime.dp_rank]
+        starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        # Every position is written by one data-parallel rank and zero elsewhere, so the sum is a gather.
+        logprobs = torch.zeros(int(starts[-1]), dtype=torch.float32)
+        loss_sum = torch.zeros(1, dtype=torch.float64)
+        for members in pack(mine, lengths, self.token_budget):
+            loss, computed = self._run_micro_batch(adapter, [data[i] for i in members], loss_fn, backward)
+            loss_sum += loss
+            for index, values in zip(members, computed.split([lengths[i] for i in members]), strict=True):
+                logprobs[starts[index] : starts[index + 1]] = values
+        if self.runtime.layout.dp_size > 1:
+            dist.all_reduce(logprobs, group=self.runtime.dp_group)
+            dist.all_reduce(loss_sum, group=self.runtime.dp_group)
+        flat, total = logprobs.numpy(), loss_sum.item()
+        pieces = [flat[start:end] for start, end in pairwise(starts)]
+        return PassOutput(pieces, total, {"loss:sum": total})
+
+    def optim_step(self, adapter_id: str, adam: AdamParams) -> dict[str, float]:
+        """One AdamW step on the gradients accumulated since the last one; then they are zero.
+
+        Returns: {"grad_norm:mean": global norm before clipping}; 0 without gradients, which is a legal step.
+        Raises: RequestError if the norm is not finite; weights and Adam state stay as they were, the gradients go.
+        Collectives: see grad_sync.py.
+        """
+        adapter = self._adapter(adapter_id)
+        sum_gradients(adapter, self.runtime)
+        norm = gradient_norm(adapter, self.runtime)
+        if not np.isfinite(norm):
+            adapter.zero_grad()
+            raise RequestError(
+                f"the gradient norm of adapter {adapter_id!r} is {norm}, so this step was not taken; the weights are "
+                "unchanged and the gradients dropped. Look for NaN or infinite loss inputs, or lower the learning rate."
+            )
+        step_(adapter, adam, norm)
+        return {"grad_norm:mean": norm}
+
+    def _run_micro_batch(
+        self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn, backward: bool
+    ) -> tuple[float, Tensor]:
+        """Loss and logprobs (float32 [tokens] on the CPU) of sequences packed into one forward."""
+        model, device = self.model, self.runtime.device
+        lengths = [len(datum.tokens) for datum in data]
+        num_tokens = sum(lengths)
+        padding = model.padded_length(num_tokens) - num_tokens
+        padded_lengths = [*lengths, padding] if padding else lengths  # the padding is a sequence of its own
+        bounds = [0, *np.cumsum(padded_lengths).tolist()]
+        positions = np.concatenate([np.arange(n, dtype=np.int64) for n in padded_lengths])
+        tokens = np.concatenate([*(datum.tokens for datum in data), np.zeros(padding, np.int32)]).astype(np.int64)
+        inputs = {
+            key: torch.from_numpy(np.concatenate([datum.inputs[key] for datum in data])).to(device)
+            for key in data[0].inputs
+        }
+        targets_T = torch.nn.functional.pad(inputs["target_tokens"].long(), (0, padding))
+        segment_ids_T = torch.from_numpy(np.repeat(np.arange(len(data)), lengths)).to(device)
+        segments = [Segment(adapter.lora, 0, len(tokens))]
+        with torch.set_grad_enabled(backward):
+            context = model.context(bounds, torch.from_numpy(positions).to(device))
+            hidden_TD = model.hidden_states(torch.from_numpy(tokens).to(device), context, segments)
+            logprobs_T = model.head.target_logprobs(hidden_TD, targets_T, segments)[:num_tokens]
+            loss = loss_fn(logprobs_T, inputs, segment_ids_T)
+            if backward and loss.requires_grad:
+                loss.backward()
+        return loss.item(), logprobs_T.detach().cpu()
+
+    # ---- checks
+
+    def _new_adapter(self, rank: int, alpha: float, targets: tuple[str, ...]) -> Adapter:
+        return Adapter(
+            projections(self.model.arch, targets),
+            rank=rank,
+            alpha=alpha,
+            targets=targets,
+            tp_rank=self.runtime.tp_rank,
+            tp_size=self.runtime.layout.tp_size,
+            device=self.runtime.device,
+        )
+
+    def _adapter(self, adapter_id: str) -> Adapter:
+        if adapter_id not in self.adapters:
+            raise RequestError(f"no adapter {adapter_id!r}. Known: {', '.join(self.adapters) or 'none'}.")
+        return self.adapters[adapter_id]
+
+    def _check(self, data: Sequence[Datum]) -> None:
+        """Refuse data that the model cannot run; what a loss needs beyond target_tokens is the loss's business."""
+        if not data:
+            raise RequestError("a pass needs at least one datum; none was given.")
+        keys = set(data[0].inputs)
+        for index, datum in enumerate(data):
+            length = len(datum.tokens)
+            if length == 0:
+                raise RequestError(f"datum {index} has no tokens. Leave it out of the batch.")
+            if length > self.info.max_context:
+                raise RequestError(
+                    f"datum {index} has {length} tokens, the model's context is {self.info.max_context}. Shorten it."
+                )
+            if set(datum.inputs) != keys:
+                raise RequestError(
+                    f"datum {index} has the loss inputs {sorted(datum.inputs)}, datum 0 has {sorted(keys)}. "
+                    "All data of one call need the same keys."
+                )
+            if "target_tokens" not in keys:
+                raise RequestError(
+                    f"the loss inputs {sorted(keys)} lack target_tokens: the token to score at every position."
+                )
+            for key, values in datum.inputs.items():
+                if values.shape[0] != length or (key == "target_tokens" and values.ndim != 1):
+                    raise ShapeError(
+                        f"datum {index}: {key} has shape {list(values.shape)}, the datum has {length} tokens. "
+                        "Give one entry per token."
+                    )
+            self._check_ids(index, "tokens", datum.tokens)
+            self._check_ids(index, "target_tokens", datum.inputs["target_tokens"])
+
+    def _check_ids(self, index: int, name: str, ids: np.ndarray) -> None:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.info.vocab_size:
+            raise RequestError(
+                f"datum {index}: {name} holds the id {low if low < 0 else high}, the vocabulary has ids 0 to "
+                f"{self.info.vocab_size - 1}. Use the base model's own tokenizer."
+            )

@@ -1,0 +1,203 @@
+"""The unembedding, fused with the log-probability of the target tokens, in chunks; logits are never kept.
+
+Two reasons not to use GPTModel's output layer: full logits of a packed batch are gigabytes, and its transposed
+[T, 1, V] gradient runs as a batched matmul, 12 times slower than a 2-D one (megatron-core 0.16.1).
+
+The vocabulary is sharded over TP: every rank computes its own columns for all tokens. Of the softmax only three
+numbers a token travel: the largest logit, the sum of exponentials, the target's logit. The backward recomputes each
+chunk's logits from the saved hidden states.
+
+Shapes: T tokens, D hidden, V this rank's vocabulary rows, R rank, C tokens of a chunk, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .adapters import LoraPair
+from .lora_linear import Segment, check_tiling
+
+PATH = "lm_head"
+CHUNK_ELEMENTS = 2**26
+"""float32 logits held at a time (256 MiB); a chunk of a 152k vocabulary is then about 440 tokens."""
+
+
+@dataclass(frozen=True)
+class LmHead:
+    """The frozen unembedding of this rank.
+
+    weight_VD: [vocab_size / tp_size, hidden]; the embedding's own matrix where the two are tied.
+    """
+
+    weight_VD: Tensor
+    vocab_start: int
+    tp_group: dist.ProcessGroup
+
+    def target_logprobs(self, hidden_TD: Tensor, targets_T: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """log p(target) of every token, float32 [T], differentiable in hidden_TD and the adapters.
+
+        Args:
+            hidden_TD: final hidden states of all tokens, equal on all TP ranks. Its gradient is this rank's part of
+                a sum over TP (the reduce-scatter behind the gather adds it up).
+            targets_T: int64 [T] global token ids.
+            segments: must tile 0..T.
+        Collectives: forward, over the TP group: one all-reduce MAX [T], one all-reduce SUM [2, T]. Backward: none;
+            the gradient of lm_head's A is a partial sum over TP (grad_sync.py).
+        """
+        check_tiling(segments, hidden_TD.shape[0])
+        pieces, matrices = _pieces(segments)
+        return _TargetLogprobs.apply(hidden_TD, self, targets_T, pieces, *matrices)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def logits(self, hidden_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Full-vocabulary logits of a few rows, float32 [N, vocab_size], equal on all TP ranks.
+
+        Collectives: one all-gather of [N, V] over the TP group.
+        """
+        check_tiling(segments, hidden_ND.shape[0])
+        pieces, matrices = _pieces(segments)
+        parts = [_chunk_logits(hidden_ND, self.weight_VD, piece, matrices) for piece in pieces]
+        local_NV = torch.cat(parts) if parts else hidden_ND.new_zeros(0, self.weight_VD.shape[0]).float()
+        if self.tp_group.size() == 1:
+            return local_NV
+        gathered = [torch.empty_like(local_NV) for _ in range(self.tp_group.size())]
+        dist.all_gather(gathered, local_NV.contiguous(), group=self.tp_group)
+        return torch.cat(gathered, dim=1)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens start..end of one segment; `pair` is the index of its A in the list of matrices (B follows)."""
+
+    start: int
+    end: int
+    pair: int | None
+    scaling: float
+
+    def chunks(self, vocab: int) -> Iterator[_Piece]:
+        step = max(1, CHUNK_ELEMENTS // vocab)
+        for start in range(self.start, self.end, step):
+            yield _Piece(start, min(start + step, self.end), self.pair, self.scaling)
+
+
+def _pieces(segments: Sequence[Segment]) -> tuple[list[_Piece], list[Tensor]]:
+    """Segments as plain numbers beside one flat list of tensors, each adapter's matrices once."""
+    matrices: list[Tensor] = []
+    index: dict[int, int] = {}
+    pieces = []
+    for segment in segments:
+        pair: LoraPair | None = segment.pairs([PATH])[0]
+        place = None
+        if pair is not None:
+            place = index.setdefault(id(pair), len(matrices))
+            if place == len(matrices):
+                matrices.extend(pair)
+        pieces.append(_Piece(segment.start, segment.end, place, segment.lora.scaling if segment.lora else 0.0))
+    return pieces, matrices
+
+
+def _chunk_logits(hidden_TD: Tensor, weight_VD: Tensor, piece: _Piece, matrices: Sequence[Tensor]) -> Tensor:
+    """This rank's logits of one chunk, float32 [C, V]."""
+    h_CD = hidden_TD[piece.start : piece.end]
+    logits_CV = h_CD @ weight_VD.t()
+    if piece.pair is not None:
+        a_RD, b_VR = (x.to(h_CD.dtype) for x in matrices[piece.pair : piece.pair + 2])
+        logits_CV = logits_CV + (h_CD @ a_RD.t() * piece.scaling) @ b_VR.t()
+    return logits_CV.float()
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """See LmHead.target_logprobs. The derivative of log p(t) by the logits is onehot(t) - softmax."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, head: LmHead, targets_T: Tensor, pieces: list[_Piece], *matrices: Tensor
+    ) -> Tensor:
+        num_tokens, vocab = hidden_TD.shape[0], head.weight_VD.shape[0]
+        largest_T, sum_T, target_logit_T = (
+            torch.zeros(num_tokens, dtype=torch.float32, device=hidden_TD.device) for _ in range(3)
+        )
+        local_T, inside_T = _local_targets(targets_T, head)
+        for piece in pieces:
+            for chunk in piece.chunks(vocab):
+                here = slice(chunk.start, chunk.end)
+                logits_CV = _chunk_logits(hidden_TD, head.weight_VD, chunk, matrices)
+                largest_T[here] = logits_CV.amax(dim=-1)
+                target_logit_T[here] = logits_CV.gather(1, local_T[here, None])[:, 0] * inside_T[here]
+                sum_T[here] = logits_CV.sub_(largest_T[here, None]).exp_().sum(dim=-1)
+        if head.tp_group.size() > 1:
+            local_largest_T = largest_T.clone()
+            dist.all_reduce(largest_T, dist.ReduceOp.MAX, group=head.tp_group)
+            both = torch.stack((sum_T * (local_largest_T - largest_T).exp(), target_logit_T))
+            dist.all_reduce(both, group=head.tp_group)
+            sum_T, target_logit_T = both
+        log_normalizer_T = largest_T + sum_T.log()
+        ctx.save_for_backward(hidden_TD, local_T, inside_T, log_normalizer_T, *matrices)
+        ctx.head, ctx.pieces = head, pieces
+        return target_logit_T - log_normalizer_T
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, local_T, inside_T, log_normalizer_T, *matrices = ctx.saved_tensors
+        head: LmHead = ctx.head
+        grad_T = grad_outputs[0].float()
+        hidden_grad_TD = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
+        matrix_grads = [torch.zeros_like(x, dtype=torch.float32) for x in matrices]
+        for piece in ctx.pieces:
+            for chunk in piece.chunks(head.weight_VD.shape[0]):
+                here = slice(chunk.start, chunk.end)
+                logits_CV = _chunk_logits(hidden_TD, head.weight_VD, chunk, matrices)
+                softmax_CV = logits_CV.sub_(log_normalizer_T[here, None]).exp_()
+                logit_grad_CV = softmax_CV.mul_(-grad_T[here, None])
+                onehot_grad_C = grad_T[here] * inside_T[here]
+                logit_grad_CV.scatter_add_(1, local_T[here, None], onehot_grad_C[:, None])
+                _backward_chunk(
+                    logit_grad_CV.to(hidden_TD.dtype),
+                    hidden_TD,
+                    head,
+                    chunk,
+                    matrices,
+                    hidden_grad_TD=hidden_grad_TD,
+                    matrix_grads=matrix_grads,
+                )
+        grads = (grad.to(x.dtype) for grad, x in zip(matrix_grads, matrices, strict=True))
+        return hidden_grad_TD, None, None, None, *grads
+
+
+def _backward_chunk(
+    logit_grad_CV: Tensor,
+    hidden_TD: Tensor,
+    head: LmHead,
+    chunk: _Piece,
+    matrices: Sequence[Tensor],
+    *,
+    hidden_grad_TD: Tensor | None,
+    matrix_grads: Sequence[Tensor],
+) -> None:
+    """Add one chunk's part to the gradients, in place (those of A and B in float32)."""
+    here = slice(chunk.start, chunk.end)
+    if hidden_grad_TD is not None:
+        hidden_grad_TD[here] = logit_grad_CV @ head.weight_VD
+    if chunk.pair is None:
+        return
+    h_CD = hidden_TD[here]
+    a_RD, b_VR = (x.to(h_CD.dtype) for x in matrices[chunk.pair : chunk.pair + 2])
+    down_CR = h_CD @ a_RD.t() * chunk.scaling
+    down_grad_CR = logit_grad_CV @ b_VR * chunk.scaling
+    matrix_grads[chunk.pair].add_(down_grad_CR.t() @ h_CD)
+    matrix_grads[chunk.pair + 1].add_(logit_grad_CV.t() @ down_CR)
+    if hidden_grad_TD is not None:
+        hidden_grad_TD[here] += down_grad_CR @ a_RD
+
+
+def _local_targets(targets_T: Tensor, head: LmHead) -> tuple[Tensor, Tensor]:
+    """Targets as row numbers of this rank's part, and which of them it holds (others point at row 0)."""
+    local_T = targets_T - head.vocab_start
+    inside_T = (local_T >= 0) & (local_T < head.weight_VD.shape[0])
+    return torch.where(inside_T, local_T, 0), inside_T

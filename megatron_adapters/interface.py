@@ -1,0 +1,94 @@
+"""What goes into the engine and comes out of it: plain Python and numpy, equal on every rank.
+
+Legend of the shape suffixes used in this package:
+  T tokens of a packed micro-batch, N tokens of one datum, D hidden size, V vocabulary, R rank, O outputs, I inputs.
+  Suffixes are logical sizes; under tensor parallelism a rank may hold a part of them, which the docstring then says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks share the work. world_size = tp_size * dp_size; sequence parallel where tp_size > 1."""
+
+    tp_size: int = 1
+    """Ranks that split every weight matrix; consecutive ranks, best on one node."""
+    dp_size: int = 1
+    """Copies of the model, each working on its own part of a batch."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.dp_size
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What to train. The scaling of the update is alpha / rank."""
+
+    rank: int
+    seed: int
+    """Seed of the initial A matrices; B starts at zero. The same under every layout."""
+    train_mlp: bool = True
+    train_attn: bool = True
+    train_unembed: bool = True
+    alpha: float = 32.0
+
+
+@dataclass(frozen=True)
+class AdamParams:
+    """AdamW with decoupled weight decay; defaults are Tinker's."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+    """Largest global gradient norm; 0 means no clipping."""
+
+
+@dataclass(frozen=True)
+class Datum:
+    """One sequence. `inputs` must hold `target_tokens` (int64 [N]); the other keys are the loss's own."""
+
+    tokens: np.ndarray
+    """int32 [N]"""
+    inputs: Mapping[str, np.ndarray]
+    """each [N, ...]"""
+
+
+@dataclass(frozen=True)
+class PassOutput:
+    """What a pass computed, in the order the data were given."""
+
+    logprobs: list[np.ndarray]
+    """one float32 [N] per datum: natural log of the probability of each target token"""
+    loss_sum: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a caller may want to know about the base model."""
+
+    model_type: str
+    vocab_size: int
+    max_context: int
+    num_layers: int
+    hidden_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+LossFn = Callable[[Tensor, Mapping[str, Tensor], Tensor], Tensor]
+"""(logprobs_T float32, inputs_T by key, segment_ids_T int64) -> scalar: the SUM over the tokens of a micro-batch.
+
+segment_ids_T numbers the sequences of the micro-batch from 0. How a batch is cut into micro-batches depends on the
+layout, so a loss must be a sum over sequences.
+"""

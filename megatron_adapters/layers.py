@@ -1,0 +1,82 @@
+"""The megatron-core layer specification: stock blocks, with our own norm and attention.
+
+Stock megatron-core without TransformerEngine cannot do this: its norm refuses sequence parallelism, its attention
+refuses packing and materialises the scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from .attention import PackedAttention
+from .families import Architecture
+from .interface import Layout
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm as transformers computes it: float32 inside, cast, then the weight.
+
+    Zhang & Sennrich 2019, arXiv:1910.07467. The weight is frozen, so it needs no gradient sum under sequence
+    parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
+
+
+def transformer_config(arch: Architecture, layout: Layout, dtype: torch.dtype, *, on_cpu: bool) -> TransformerConfig:
+    """megatron-core's configuration: no dropout, no fusions (they need Apex or TransformerEngine), nothing drawn."""
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn_size,
+        layernorm_epsilon=arch.norm_eps,
+        normalization="RMSNorm",
+        qk_layernorm=arch.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        perform_initialization=False,
+        use_cpu_initialization=on_cpu,
+        tensor_model_parallel_size=layout.tp_size,
+        sequence_parallel=layout.tp_size > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+    )
+
+
+def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Specification of all decoder layers and the final norm."""
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    parts: Any = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=RMSNorm)

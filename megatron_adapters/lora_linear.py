@@ -1,0 +1,176 @@
+"""LoRA beside megatron-core's parallel linears: y = base(x) + (alpha / rank) * (x A^T) B^T, Hu et al. 2021,
+arXiv:2106.09685, section 4.1. While B is zero the output equals the base's, bit for bit.
+
+The tokens of a forward are cut into contiguous *segments*, each with its own adapter or none; ranks and target sets
+may differ. A `Routing`, shared by all wrapped linears of a model, says which; it is set once per forward.
+
+Tensor parallelism (always with sequence parallelism when tp_size > 1):
+  column  A sees this rank's tokens only; the [tokens, rank] result is gathered, then B gives this rank's outputs.
+  row     A gives partial sums over this rank's inputs; they are reduce-scattered, then B sees this rank's tokens.
+So only `rank` columns travel, never activations; and the gradient of every replicated matrix (column A, row B) is a
+partial sum over TP, which grad_sync.py adds up.
+
+Shapes: T all tokens, L this rank's tokens (T / tp_size), I inputs, O outputs, W padded width (sum of ranks), P paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+from .adapters import LoraPair, LoraWeights
+
+
+class Segment(NamedTuple):
+    """Tokens start..end-1 of a packed forward use `lora`, or the base alone."""
+
+    lora: LoraWeights | None
+    start: int
+    end: int
+
+    def pairs(self, paths: Sequence[str]) -> list[LoraPair | None]:
+        return [self.lora.pairs.get(path) if self.lora else None for path in paths]
+
+    def width(self, paths: Sequence[str]) -> int:
+        return sum(self.lora.rank for pair in self.pairs(paths) if pair and self.lora)
+
+
+class Routing:
+    """Which segment of the tokens belongs to which adapter, during one forward."""
+
+    def __init__(self, tp_rank: int, tp_size: int) -> None:
+        self.tp_rank, self.tp_size = tp_rank, tp_size
+        self.all: tuple[Segment, ...] = ()
+        self.local: tuple[Segment, ...] = ()
+
+    @contextmanager
+    def use(self, segments: Sequence[Segment], num_tokens: int) -> Iterator[None]:
+        """Route the forward inside the `with`. Segments must tile 0..num_tokens, a multiple of tp_size, in order."""
+        check_tiling(segments, num_tokens)
+        share = num_tokens // self.tp_size
+        self.all = tuple(segments)
+        self.local = tuple(clip_segments(segments, self.tp_rank * share, (self.tp_rank + 1) * share))
+        try:
+            yield
+        finally:
+            self.all = self.local = ()
+
+    def adapts(self, paths: Sequence[str]) -> bool:
+        return any(segment.width(paths) for segment in self.all)
+
+
+def check_tiling(segments: Sequence[Segment], num_tokens: int) -> None:
+    """An internal check: a gap would silently shift every later token to another adapter."""
+    position = 0
+    for segment in segments:
+        assert segment.start == position <= segment.end, f"segments leave a gap at token {position}: {segment}"
+        position = segment.end
+    assert position == num_tokens, f"segments end at {position}, the forward has {num_tokens} tokens"
+
+
+def clip_segments(segments: Sequence[Segment], start: int, end: int) -> list[Segment]:
+    """The parts of the segments inside start..end, counted from `start`; empty parts are dropped."""
+    parts = [Segment(lora, max(s, start) - start, min(e, end) - start) for lora, s, e in segments]
+    return [part for part in parts if part.end > part.start]
+
+
+class LoraLinear(nn.Module):
+    """A frozen Column- or RowParallelLinear with the adapters of the projections it fuses.
+
+    Args:
+        base: called as base(x) -> (output, bias).
+        paths: Hugging Face paths of the fused projections, in the order `merge` expects.
+        sharding: "column" or "row".
+        out_sizes: this rank's output width of each projection.
+        merge: arranges the projections' outputs [T, O_p] in the base's fused layout [T, O].
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        paths: Sequence[str],
+        *,
+        sharding: str,
+        out_sizes: Sequence[int],
+        merge: Callable[[list[Tensor]], Tensor],
+        routing: Routing,
+        tp_group: dist.ProcessGroup,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.paths = tuple(paths)
+        self.column = sharding == "column"
+        self.out_sizes = tuple(out_sizes)
+        self.merge = merge
+        self.routing = routing
+        self.tp_group = tp_group
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [L, 1, I] (column) or [T, 1, I / tp_size] (row) -> ([T, 1, O / tp_size] or [L, 1, O], bias).
+
+        Collectives: the base's, then over the TP group one all-gather (column) or one reduce-scatter (row) of
+        [T, W], and the mirror image in backward; none where no segment adapts these projections.
+        """
+        out, bias = self.base(x)
+        if not self.routing.adapts(self.paths):
+            return out, bias
+        down = self.routing.local if self.column else self.routing.all
+        up = self.routing.all if self.column else self.routing.local
+        width = max(segment.width(self.paths) for segment in self.routing.all)
+        h_W = project_down(x[:, 0], down, self.paths, width)
+        if self.column:
+            h_W = gather_from_sequence_parallel_region(h_W, tensor_parallel_output_grad=True, group=self.tp_group)
+        else:
+            h_W = reduce_scatter_to_sequence_parallel_region(h_W, group=self.tp_group)
+        deltas = project_up(h_W, up, self.paths, self.out_sizes)
+        return out + self.merge(deltas)[:, None], bias
+
+
+def project_down(x_LI: Tensor, segments: Sequence[Segment], paths: Sequence[str], width: int) -> Tensor:
+    """(alpha / rank) * x A^T of every path, side by side, zero-padded to `width`: [L, W].
+
+    The scaling is applied here, to `rank` columns, and not to the wide output.
+    """
+    pieces = []
+    for segment in segments:
+        matrices = [pair.a for pair in segment.pairs(paths) if pair is not None]
+        length = segment.end - segment.start
+        if not matrices or segment.lora is None:
+            pieces.append(x_LI.new_zeros(length, width))
+            continue
+        a = (matrices[0] if len(matrices) == 1 else torch.cat(matrices)).to(x_LI.dtype)
+        h = F.linear(x_LI[segment.start : segment.end], a) * segment.lora.scaling
+        pieces.append(h if h.shape[1] == width else F.pad(h, (0, width - h.shape[1])))
+    return _joined(pieces)
+
+
+def project_up(
+    h_W: Tensor, segments: Sequence[Segment], paths: Sequence[str], out_sizes: Sequence[int]
+) -> list[Tensor]:
+    """h B^T for every path: a list of [tokens, O_p]; zeros where a segment does not adapt that path."""
+    pieces: list[list[Tensor]] = [[] for _ in paths]
+    for segment in segments:
+        h = h_W[segment.start : segment.end]
+        column = 0
+        for index, pair in enumerate(segment.pairs(paths)):
+            if pair is None or segment.lora is None:
+                pieces[index].append(h.new_zeros(h.shape[0], out_sizes[index]))
+                continue
+            part = h[:, column : column + segment.lora.rank]
+            column += segment.lora.rank
+            pieces[index].append(F.linear(part, pair.b.to(h.dtype)))
+    return [_joined(path_pieces) for path_pieces in pieces]
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

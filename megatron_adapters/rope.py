@@ -1,0 +1,47 @@
+"""Rotary position embedding with the exact frequencies and scaling of transformers.
+
+megatron-core hardcodes Llama 3's scaling constants, so its own rope is switched off (position_embedding_type "none")
+and attention.py rotates queries and keys itself, at explicit positions.
+Su et al. 2021, arXiv:2104.09864; scaled variants: transformers/modeling_rope_utils.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RotaryTable:
+    """Cosine and sine at any positions. Kept in float32 whatever the model's dtype: bf16 angles lose positions."""
+
+    def __init__(self, hf_config: Any, head_dim: int, device: torch.device) -> None:
+        inverse_frequencies, scaling = _frequencies(hf_config, head_dim)
+        self.inverse_frequencies = inverse_frequencies.to(device=device, dtype=torch.float32)  # [head_dim / 2]
+        self.scaling = float(scaling)
+
+    def cos_sin(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Two float32 [T, 1, head_dim], to be broadcast over the heads. positions_T: any integer dtype."""
+        angles = positions_T.to(torch.float32)[:, None] * self.inverse_frequencies
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return angles.cos() * self.scaling, angles.sin() * self.scaling
+
+
+def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
+    """Rotate x [tokens, heads, head_dim], "half" layout (first and second half form the pairs); dtype of x."""
+    x = x_THK.float()
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos_T1K + torch.cat((-second, first), dim=-1) * sin_T1K).to(x_THK.dtype)
+
+
+def _frequencies(hf_config: Any, head_dim: int) -> tuple[Tensor, float]:
+    """Inverse frequencies [head_dim / 2] and the factor on cos and sin."""
+    parameters = hf_config.rope_parameters  # transformers 5; `rope_theta` is gone from the top level
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    return ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))

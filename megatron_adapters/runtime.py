@@ -1,0 +1,121 @@
+"""The ranks: who am I, which device, which process groups. Everything that reads torchrun's environment is here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+from tinker_hpc.errors import ConfigError
+
+from . import cpu_shims
+from .interface import Layout
+
+CONTROL_TIMEOUT = timedelta(days=30)
+"""An idle worker's ranks wait on rank 0's next broadcast for as long as nobody sends a request."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This rank's place. Ranks are numbered tp fastest: global_rank = dp_rank * tp_size + tp_rank."""
+
+    layout: Layout
+    device: torch.device
+    dtype: torch.dtype
+    global_rank: int
+    tp_rank: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    control_group: dist.ProcessGroup
+    """gloo over all ranks: small CPU tensors and Python objects, never weights"""
+
+
+def start(layout: Layout, dtype: str | None = None) -> Runtime:
+    """Join the process group and make the tensor- and data-parallel groups.
+
+    Args:
+        dtype: "float32" or "bfloat16"; None means bfloat16 on CUDA and float32 on CPU.
+    Raises: ConfigError if the number of processes does not fit the layout, or the dtype is unknown.
+    Collectives: creates groups, so every rank must call it at the same point; a second call makes new groups.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != layout.world_size:
+        raise ConfigError(
+            f"{world_size} processes were started, but tp_size {layout.tp_size} * dp_size {layout.dp_size} needs "
+            f"{layout.world_size}. Change the layout or the number of ranks."
+        )
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    compute_dtype = _dtype(dtype, cuda)
+    if cuda:
+        torch.cuda.set_device(device)  # before NCCL, which binds to the current device
+        initialize_rng_tracker(inference_rng_tracker=True)
+    else:
+        cpu_shims.install()
+    if not dist.is_initialized():
+        _join(world_size, cuda)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp_size, create_gloo_process_groups=False
+    )
+    return Runtime(
+        layout=layout,
+        device=device,
+        dtype=compute_dtype,
+        global_rank=dist.get_rank(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        control_group=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
+    )
+
+
+def stop() -> None:
+    """Leave all groups. Collectives: every rank should leave, or the others' next collective fails."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_rank_zero(runtime: Runtime, action: Callable[[], None]) -> None:
+    """Run `action` on rank 0 alone; if it raises, every rank raises the same error instead of waiting for ever.
+
+    Collectives: one object broadcast over control_group, which is also the barrier: the work is done on return.
+    """
+    outcome: list[BaseException | None] = [None]
+    if runtime.global_rank == 0:
+        try:
+            action()
+        except Exception as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0, group=runtime.control_group)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def _join(world_size: int, cuda: bool) -> None:
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    elif world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _dtype(name: str | None, cuda: bool) -> torch.dtype:
+    if name is None:
+        return torch.bfloat16 if cuda else torch.float32
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is unknown. Use one of: {', '.join(DTYPES)}.")
+    return DTYPES[name]
