@@ -27,7 +27,7 @@ class BaseModel:
     """A base model on disk.
 
     Attributes:
-        name: as the user gave it (or the folder's absolute path if the user gave a folder).
+        name: as the user gave it if that is a hub name, else the folder's absolute path (`public_name`).
         folder: holds config.json, *.safetensors and the tokenizer.
         config: config.json as a dict.
         vocab_size: rows of the embedding; token ids are 0 ... vocab_size - 1. Padding rows count.
@@ -72,7 +72,7 @@ def resolve(name: str, mapping: Mapping[str, str] | None = None, *, download: bo
 
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return read(local_name(folder), folder.resolve())
+        return read(public_name(name, folder), folder.resolve())
     searched.append(f"no folder {folder.absolute()}")
 
     if not HUB_NAME.fullmatch(name):
@@ -129,21 +129,23 @@ def read(name: str, folder: Path) -> BaseModel:
     )
 
 
-def local_name(folder: Path) -> str:
-    """The name a model given as a folder goes by: its absolute path, in a form the SDK does not misread.
+def public_name(name: str, folder: Path) -> str:
+    """The name a model goes by: a hub name as it is, a path as absolute path in a form the SDK does not misread.
 
     `SamplingClient.get_tokenizer` takes any name with exactly two slashes for organisation/model/variant and drops
     the last part (tinker 0.38, lib/public_interfaces/sampling_client.py); a slash at the end makes it three.
     """
-    name = str(folder.resolve())
-    return name + "/" if name.count("/") == 2 else name
+    if HUB_NAME.fullmatch(name):
+        return name
+    path = str(folder.resolve())
+    return path + "/" if path.count("/") == 2 else path
 
 
 def same_model(asked: str, served: str, served_folder: str | Path, mapping: Mapping[str, str] | None = None) -> bool:
     """Whether the base model name `asked` means the one `served` from `served_folder` (a name, or any path to it)."""
     if asked == served:
         return True
-    for candidate in (asked, (mapping or {}).get(asked)):
+    for candidate in ((mapping or {}).get(asked), asked):  # the order of resolve()
         if candidate and os.path.isdir(Path(candidate).expanduser()):
             return Path(candidate).expanduser().resolve() == Path(served_folder).resolve()
     return False

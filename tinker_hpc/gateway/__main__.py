@@ -1,0 +1,138 @@
+"""`python -m tinker_hpc.gateway --run-dir DIR`: the gateway of one run, until SIGTERM or SIGINT.
+
+The first start picks a free port and a key and writes gateway.json; a restart takes both from there, because the loop's
+SDK knows no others, and rebuilds everything else from the request logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import logging
+import os
+import resource
+import secrets
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from tinker_hpc.config import load_config
+from tinker_hpc.errors import DataRootError, TinkerHpcError
+from tinker_hpc.gateway import app
+from tinker_hpc.gateway.desk import Desk
+from tinker_hpc.gateway.ledger import Ledger
+from tinker_hpc.gateway.lookup import Lookup
+from tinker_hpc.gateway.retrieval import HOLD_S, Retrieval
+from tinker_hpc.gateway.sessions import Sessions
+from tinker_hpc.gateway.workers import Workers
+from tinker_hpc.run_folder import RunFolder, read_json, write_json
+
+HOST = "127.0.0.1"
+BACKLOG = 2048
+# Longer than any client keeps an idle connection: a server that hangs up first makes the SDK wait a second and retry.
+KEEP_ALIVE_S = 600
+# A predecessor killed a moment ago may still hold the port.
+BIND_PATIENCE_S = 20.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tinker_hpc.gateway", description="The gateway of one run.")
+    parser.add_argument("--run-dir", type=Path, required=True, help="the run's folder under the data root")
+    run = RunFolder(parser.parse_args(argv).run_dir.resolve())
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    try:
+        serve(run)
+    except TinkerHpcError as error:
+        print(f"gateway: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def serve(run: RunFolder, *, hold_s: float = HOLD_S) -> None:
+    """Answer until told to stop. Raises: TinkerHpcError if it cannot start."""
+    os.umask(0o077)
+    _raise_file_limit()
+    if not run.path.is_dir():
+        raise DataRootError(f"no run folder {run.path}. It is made by tinker_hpc.submit, tinker-hpc run or serve.")
+    known: dict[str, Any] = read_json(run.gateway) or {}
+    listening = bind(known)
+    port = listening.getsockname()[1]
+    api_key = known.get("api_key") or f"tml-{secrets.token_urlsafe(32)}"
+
+    ledger = Ledger()
+    workers = Workers(run, load_config().base_models)
+    sessions = Sessions(run.path / "sessions.json")
+    desk = Desk(run.data_root, workers, ledger, sessions)
+    lookup = Lookup(run.data_root, ledger, workers, sessions)
+    application = app.build(desk, lookup, Retrieval(ledger, workers, hold_s=hold_s), api_key)
+    for link in workers.scan():  # before gateway.json: what is wrong with one ends this process, with words
+        ledger.replay(link.requests(), link.index)
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=1,
+            backlog=BACKLOG,
+        )
+    )
+    write_json(
+        run.gateway,
+        {
+            "base_url": f"http://{HOST}:{port}",
+            "api_key": api_key,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started_at": time.time(),
+        },
+    )
+    server.run(sockets=[listening])
+
+
+def bind(known: dict[str, Any]) -> socket.socket:
+    """The listening socket: the port of gateway.json where there is one, a free one otherwise.
+
+    Raises: DataRootError if the known port is held by somebody else for longer than a dying predecessor would.
+    """
+    port = int(known["base_url"].rpartition(":")[2]) if known else 0
+    deadline = time.monotonic() + BIND_PATIENCE_S
+    while True:
+        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((HOST, port))
+            listening.listen(BACKLOG)
+            return listening
+        except OSError as error:
+            listening.close()
+            if error.errno != errno.EADDRINUSE:
+                raise DataRootError(f"cannot listen on {HOST}:{port}: {error.strerror}.") from error
+            if known.get("host") != socket.gethostname():
+                port = 0  # another node: whoever knew the old address is not here
+                continue
+            if time.monotonic() > deadline:
+                raise DataRootError(
+                    f"port {port} on {HOST} is taken, and the loop of this run knows no other. Is its gateway (pid "
+                    f"{known.get('pid')}) still running? Stop it, or start the run again."
+                ) from error
+            time.sleep(0.2)
+
+
+def _raise_file_limit() -> None:
+    """Each sample in flight holds a connection."""
+    with contextlib.suppress(OSError, ValueError):
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What became of each accepted request. Lives on the event loop alone: no locks.
+
+A request id handed out is known for ever (and again after a restart, from the log). Answers are kept in memory up to a
+number of bytes; an older one is read from the result log again when somebody still asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinker_hpc.gateway.answers import Answer
+
+MAX_ANSWER_BYTES = 256 * 2**20
+
+
+@dataclass(slots=True, eq=False)
+class Future:
+    """One accepted (or being accepted) request.
+
+    Attributes:
+        worker_index: whose log holds it.
+        digest: of the payload; a retry must have the same.
+        reply: what the accepting endpoint answered (`reply_of`), to be answered again to a retry.
+        facts: what encoding the answer needs of the request (`facts_of`).
+        durable: done when the record is on disk, failed when it could not be written.
+        done: it has a result (whose body may have left the memory).
+    """
+
+    request_id: str
+    op: str
+    model_id: str | None
+    seq_id: int | None
+    worker_index: int
+    digest: str
+    reply: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+    durable: asyncio.Future[None] | None = None
+    done: bool = False
+    _changed: asyncio.Event | None = None
+
+    async def change(self, timeout_s: float) -> None:
+        """Wait until woken, at most `timeout_s`."""
+        if self._changed is None:
+            self._changed = asyncio.Event()
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        except TimeoutError:
+            return
+
+    def wake(self) -> None:
+        """Let everybody who waits look again."""
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+
+class FutureTable:
+    """All futures by request id; the answers of the recent ones."""
+
+    def __init__(self, max_answer_bytes: int = MAX_ANSWER_BYTES) -> None:
+        self._futures: dict[str, Future] = {}
+        self._pending: dict[int, dict[str, Future]] = {}
+        self._answers: OrderedDict[str, Answer] = OrderedDict()
+        self._answer_bytes = 0
+        self._max_answer_bytes = max_answer_bytes
+
+    def get(self, request_id: str) -> Future | None:
+        return self._futures.get(request_id)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._futures
+
+    def add(self, future: Future) -> None:
+        self._futures[future.request_id] = future
+        if not future.done:
+            self._pending.setdefault(future.worker_index, {})[future.request_id] = future
+
+    def drop(self, future: Future) -> None:
+        """Forget a request that was not accepted after all."""
+        self._futures.pop(future.request_id, None)
+        self._pending.get(future.worker_index, {}).pop(future.request_id, None)
+
+    def pending(self, worker_index: int) -> int:
+        """How many accepted requests of that worker wait for a result."""
+        return len(self._pending.get(worker_index, ()))
+
+    def finish(self, request_id: str, answer: Answer) -> None:
+        """Record the answer. The first one counts; a second result of the same request changes nothing."""
+        future = self._futures.get(request_id)
+        if future is None:
+            return
+        if not future.done:
+            future.done = True
+            self._pending.get(future.worker_index, {}).pop(request_id, None)
+            self.keep(request_id, answer)
+        future.wake()
+
+    def keep(self, request_id: str, answer: Answer) -> None:
+        """Hold an answer in memory, letting the oldest go beyond the limit (the newest always stays)."""
+        previous = self._answers.pop(request_id, None)
+        if previous is not None:
+            self._answer_bytes -= len(previous.body)
+        self._answers[request_id] = answer
+        self._answer_bytes += len(answer.body)
+        while self._answer_bytes > self._max_answer_bytes and len(self._answers) > 1:
+            _, oldest = self._answers.popitem(last=False)
+            self._answer_bytes -= len(oldest.body)
+
+    def answer(self, request_id: str) -> Answer | None:
+        """The answer, if it is still in memory."""
+        return self._answers.get(request_id)
+
+    def wake_pending(self, worker_index: int) -> None:
+        """The worker's state changed: everybody who waits for it looks again."""
+        for future in list(self._pending.get(worker_index, {}).values()):
+            future.wake()
+
+    def __iter__(self) -> Iterator[Future]:
+        return iter(list(self._futures.values()))
+
+    def __len__(self) -> int:
+        return len(self._futures)

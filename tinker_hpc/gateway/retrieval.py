@@ -1,0 +1,97 @@
+"""Step 7 of a request. Before: gateway/workers.py. After: the SDK's future.
+
+retrieve_future is a long poll: the SDK asks, we hold the question until there is an answer or its patience (45 s) is
+nearly used up, then say 408 and it asks again at once. The 408 carries why there is no answer yet; the SDK prints it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from tinker_hpc.gateway.answers import Answer, failure
+from tinker_hpc.gateway.futures import Future
+from tinker_hpc.gateway.ledger import Ledger
+from tinker_hpc.gateway.refusals import Refusal, unknown
+from tinker_hpc.gateway.workers import Workers
+
+HOLD_S = 40.0
+# The first answer while the worker waits in the queue comes soon, so that the user reads why; later ones rarely.
+FIRST_HOLD_S = 3.0
+# Chunks of one call arrive in any order within milliseconds; a gap this old is a request that will never come.
+GAP_AFTER_S = 30.0
+
+
+class NotYet(Exception):
+    """No answer yet; `body` says why (answered as 408)."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        super().__init__(body)
+        self.body = body
+
+
+class Retrieval:
+    """Answers retrieve_future."""
+
+    def __init__(self, ledger: Ledger, workers: Workers, *, hold_s: float = HOLD_S) -> None:
+        self.ledger = ledger
+        self.workers = workers
+        self.hold_s = hold_s
+
+    async def answer(self, request_id: str, iteration: int) -> Answer:
+        """The answer of a request, waiting for it as long as the SDK's patience allows.
+
+        Raises: NotYet; Refusal 404 for an id that was never handed out.
+        """
+        future = self.ledger.futures.get(request_id)
+        if future is None:
+            raise unknown(
+                f"unknown request {request_id!r}: this gateway never accepted it. Is TINKER_BASE_URL the one the "
+                "request was sent to?"
+            )
+        started = time.monotonic()
+        while True:
+            finished = await self._finished(future)
+            if finished is not None:
+                return finished
+            hold_s = self.hold_s if iteration > 0 or self._ready(future) else min(FIRST_HOLD_S, self.hold_s)
+            left_s = started + hold_s - time.monotonic()
+            if left_s <= 0:
+                raise NotYet(self._why(future, waited_s=time.monotonic() - started))
+            await future.change(left_s)
+
+    async def _finished(self, future: Future) -> Answer | None:
+        kept = self.ledger.futures.answer(future.request_id)
+        if kept is not None:
+            return kept
+        link = self.workers.links[future.worker_index]
+        if future.done:
+            if "error" in future.facts:
+                return failure(future.facts["error"], future.facts["category"])
+            found = await asyncio.to_thread(link.find_answer, future.request_id, future.facts)
+            if found is None:
+                raise Refusal(500, f"the result of {future.request_id} was there and cannot be found again.")
+            self.ledger.futures.keep(future.request_id, found)
+            return found
+        reason = link.hopeless()
+        return None if reason is None else failure(reason, "server")
+
+    def _ready(self, future: Future) -> bool:
+        return self.workers.links[future.worker_index].status.phase == "ready"
+
+    def _why(self, future: Future, waited_s: float) -> dict[str, Any]:
+        body = {"type": "try_again", "request_id": future.request_id, "queue_state": "active"}
+        status = self.workers.links[future.worker_index].status
+        if status.phase != "ready":
+            reason = status.reason or {"queued": "the worker waits in the queue"}.get(status.phase, "the worker starts")
+            return {**body, "queue_state": "paused_capacity", "queue_state_reason": reason}
+        missing = self.ledger.gap_before(future)
+        if missing is not None and waited_s >= min(GAP_AFTER_S, self.hold_s):
+            reason = (
+                f"request {future.seq_id} of {future.model_id} waits for request {missing}, which this client has not "
+                "sent. If a call on this TrainingClient raised before it was sent, nothing after it can run: make a "
+                "new client from the last saved state"
+            )
+            return {**body, "queue_state": "paused_capacity", "queue_state_reason": reason}
+        return body

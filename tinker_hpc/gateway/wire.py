@@ -1,0 +1,258 @@
+"""Tinker's wire format <-> plain values. Pure: bytes and dicts in, numpy and dicts out, no I/O.
+
+Only three messages are protobuf (tinker 0.25 to 0.38): ForwardBackwardRequest in, ForwardBackwardOutput and
+SampleResponse out. Everything else is JSON. Tensors travel as raw little-endian bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import orjson
+
+from tinker_hpc.errors import RequestError
+
+PROTOBUF = "application/x-protobuf"
+JSON = "application/json"
+
+
+def load_messages() -> ModuleType:
+    """The SDK's compiled protobuf module, without importing `tinker` itself (which imports torch where present)."""
+    loaded = sys.modules.get("tinker.proto.tinker_public_pb2")
+    if loaded is not None:
+        return loaded
+    spec = importlib.util.find_spec("tinker")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("the gateway needs the `tinker` package beside it: pip install 'tinker>=0.25'")
+    path = Path(next(iter(spec.submodule_search_locations))) / "proto" / "tinker_public_pb2.py"
+    module_spec = importlib.util.spec_from_file_location("tinker_hpc.gateway._tinker_public_pb2", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+messages: Any = load_messages()
+
+_DTYPES = {messages.DTYPE_FLOAT32: np.dtype("<f4"), messages.DTYPE_INT64: np.dtype("<i8")}
+_STOP_REASONS = {"stop": messages.STOP_REASON_STOP, "length": messages.STOP_REASON_LENGTH}
+
+
+@dataclass(frozen=True)
+class WireTensor:
+    """One loss_fn_inputs entry as it came. `values` is flat; `sparse` means CSR, whose values are not positional."""
+
+    values: np.ndarray
+    shape: tuple[int, ...]
+    sparse: bool = False
+
+
+@dataclass(frozen=True)
+class WireDatum:
+    """One datum: `tokens` int32 [N]; `other_chunks` names chunk kinds that are not text."""
+
+    tokens: np.ndarray
+    inputs: Mapping[str, WireTensor]
+    other_chunks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ForwardBackwardCall:
+    """A ForwardBackwardRequest, decoded but not yet judged."""
+
+    model_id: str
+    seq_id: int
+    data: tuple[WireDatum, ...]
+    loss_fn: str
+    loss_fn_config: Mapping[str, float | str]
+    forward_only: bool
+
+
+def decode_forward_backward(body: bytes) -> ForwardBackwardCall:
+    """Parse a ForwardBackwardRequest.
+
+    Raises: RequestError if the bytes are no such message or a tensor's bytes do not divide into its dtype.
+    """
+    message = messages.ForwardBackwardRequest()
+    try:
+        message.ParseFromString(body)
+    except Exception as error:  # google.protobuf.message.DecodeError, whichever implementation is loaded
+        raise RequestError(
+            f"the body ({len(body)} bytes) is not a protobuf ForwardBackwardRequest: {error}. "
+            "Use tinker>=0.25, which sends protobuf."
+        ) from error
+    config: dict[str, float | str] = dict(message.loss_fn_config)
+    for key, value in message.loss_fn_config_v2.items():
+        config[key] = value.text if value.WhichOneof("value") == "text" else value.number
+    return ForwardBackwardCall(
+        model_id=message.model_id,
+        seq_id=message.seq_id,
+        data=tuple(_decode_datum(datum, index) for index, datum in enumerate(message.data)),
+        loss_fn=message.loss_fn,
+        loss_fn_config=config,
+        forward_only=message.forward_only,
+    )
+
+
+def _decode_datum(datum: Any, index: int) -> WireDatum:
+    pieces: list[bytes] = []
+    others: list[str] = []
+    for chunk in datum.model_input:
+        kind = chunk.WhichOneof("chunk")
+        if kind == "encoded_text":
+            pieces.append(chunk.encoded_text.tokens)
+        else:
+            others.append(kind or "empty")
+    tokens = _from_bytes(b"".join(pieces), np.dtype("<i4"), f"data[{index}].model_input")
+    inputs = {
+        key: _decode_tensor(tensor, f"data[{index}].loss_fn_inputs[{key!r}]")
+        for key, tensor in datum.loss_fn_inputs.items()
+    }
+    return WireDatum(tokens=tokens, inputs=inputs, other_chunks=tuple(others))
+
+
+def _decode_tensor(tensor: Any, where: str) -> WireTensor:
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        name = messages.DType.Name(tensor.dtype) if tensor.dtype in messages.DType.values() else tensor.dtype
+        raise RequestError(f"{where} has dtype {name}; the wire knows float32 and int64.")
+    if tensor.HasField("sparse_csr"):
+        values = _from_bytes(tensor.sparse_csr.values, dtype, where)
+        return WireTensor(values=values, shape=tuple(tensor.shape), sparse=True)
+    values = _from_bytes(tensor.dense, dtype, where)
+    shape = tuple(tensor.shape) or (values.size,)
+    return WireTensor(values=values, shape=shape)
+
+
+def _from_bytes(data: bytes, dtype: np.dtype, where: str) -> np.ndarray:
+    if len(data) % dtype.itemsize:
+        raise RequestError(f"{where} has {len(data)} bytes, not a multiple of {dtype.itemsize} ({dtype.name}).")
+    return np.frombuffer(data, dtype=dtype)
+
+
+def forward_backward_digest(call: ForwardBackwardCall) -> str:
+    """SHA-256 of what was asked. Of the decoded values, because a retry may serialize its maps in another order."""
+    digest = hashlib.sha256()
+    head = [call.loss_fn, sorted(call.loss_fn_config.items()), call.forward_only, len(call.data)]
+    digest.update(json.dumps(head).encode())
+    for datum in call.data:
+        keys = sorted(datum.inputs)
+        shapes = [[key, datum.inputs[key].values.dtype.name, datum.inputs[key].shape] for key in keys]
+        digest.update(json.dumps([datum.tokens.size, datum.other_chunks, shapes]).encode())
+        digest.update(datum.tokens.data)
+        for key in keys:
+            digest.update(datum.inputs[key].values.data)
+    return digest.hexdigest()
+
+
+def json_digest(payload: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
+    """SHA-256 of a JSON body with sorted keys, leaving out keys that a retry is free to change."""
+    kept = {key: value for key, value in payload.items() if key not in without}
+    return hashlib.sha256(orjson.dumps(kept, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """A JSON object. NaN and Infinity parse (Python clients write them), so that validation can name the field.
+
+    Raises: RequestError if it is not JSON or not an object.
+    """
+    try:
+        value = orjson.loads(body or b"{}")
+    except ValueError:
+        try:
+            value = json.loads(body)
+        except ValueError as error:
+            raise RequestError(f"the body ({len(body)} bytes) is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"the body is JSON {type(value).__name__}, expected an object with named fields.")
+    return value
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON for an answer. NaN and Infinity stay (stdlib spelling): a NaN gradient norm must reach the user as NaN."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def prompt_tokens(prompt: Any) -> tuple[np.ndarray, tuple[str, ...]]:
+    """A JSON ModelInput -> (tokens int64 [P], kinds of chunks that are not text).
+
+    int64, so that an id beyond int32 is still there for validation to name.
+    Raises: RequestError if it is not a ModelInput.
+    """
+    chunks = prompt.get("chunks") if isinstance(prompt, dict) else None
+    if not isinstance(chunks, list):
+        raise RequestError('prompt must be a ModelInput: {"chunks": [{"type": "encoded_text", "tokens": [...]}]}.')
+    tokens: list[int] = []
+    others: list[str] = []
+    for chunk in chunks:
+        kind = chunk.get("type", "encoded_text") if isinstance(chunk, dict) else type(chunk).__name__
+        if kind == "encoded_text":
+            tokens.extend(chunk.get("tokens") or ())
+        else:
+            others.append(str(kind))
+    try:
+        array = np.asarray(tokens, dtype=np.int64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"prompt tokens must be integers: {error}") from error
+    return array, tuple(others)
+
+
+def encode_forward_backward_output(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
+    """A forward_backward result -> ForwardBackwardOutput: one ArrayRecord over all datums.
+
+    Args:
+        header: `metrics` {"name:reduction": value}, `loss_fn_output_type` optional.
+        arrays: `logprobs` float32 [T] flat, `offsets` int64 [n + 1] in elements.
+    """
+    output = messages.ForwardBackwardOutput()
+    output.loss_fn_output_type = header.get("loss_fn_output_type") or "ArrayRecord"
+    for name, value in (header.get("metrics") or {}).items():
+        output.metrics[name] = float(value)
+    offsets = np.ascontiguousarray(arrays["offsets"], dtype="<i8")
+    logprobs = np.ascontiguousarray(arrays["logprobs"], dtype="<f4")
+    record = output.loss_fn_outputs.add()
+    record.num_datums = offsets.size - 1
+    field = record.fields["logprobs"]
+    field.data = logprobs.tobytes()
+    field.offsets = (offsets * logprobs.itemsize).tobytes()  # the wire counts bytes
+    field.dtype = messages.DTYPE_FLOAT32
+    return output.SerializeToString()
+
+
+def encode_sample_response(
+    header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], *, prompt_logprobs_last_n: int | None = None
+) -> bytes:
+    """A sample result -> SampleResponse.
+
+    Args:
+        header: `stop_reasons`, one of "stop", "length" per sequence.
+        arrays: `tokens` int32 and `logprobs` float32, flat, `offsets` int64 [n + 1]; `prompt_logprobs` float32 [P],
+            first NaN (which the SDK turns into None), if asked for.
+        prompt_logprobs_last_n: keep only that many at the end; earlier ones become NaN.
+    """
+    response = messages.SampleResponse()
+    offsets = arrays["offsets"]
+    tokens = np.ascontiguousarray(arrays["tokens"], dtype="<i4")
+    logprobs = np.ascontiguousarray(arrays["logprobs"], dtype="<f4")
+    for index, reason in enumerate(header["stop_reasons"]):
+        start, end = int(offsets[index]), int(offsets[index + 1])
+        sequence = response.sequences.add()
+        sequence.stop_reason = _STOP_REASONS[reason]
+        sequence.tokens = tokens[start:end].tobytes()
+        sequence.logprobs = logprobs[start:end].tobytes()
+    prompt = arrays.get("prompt_logprobs")
+    if prompt is not None:
+        kept = np.array(prompt, dtype="<f4")
+        if prompt_logprobs_last_n is not None:
+            kept[: kept.size - prompt_logprobs_last_n] = np.nan
+        response.prompt_logprobs = kept.tobytes()
+    return response.SerializeToString()
