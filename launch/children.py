@@ -36,7 +36,7 @@ class Child:
                 env=dict(env),
                 cwd=cwd,
                 start_new_session=True,
-                preexec_fn=process_tree.child_setup(),
+                preexec_fn=process_tree.child_setup(),  # noqa: PLW1509  the supervisor has one thread
             )
 
     @property

@@ -1,4 +1,4 @@
-"""The three things a supervisor asks of the gateway it started: where it is, whether it answers, to close the worker."""
+"""What a supervisor asks of the gateway it started: where it is, whether it answers, to close the worker."""
 
 from __future__ import annotations
 

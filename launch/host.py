@@ -76,8 +76,8 @@ class LocalHost:
             )
         except FileNotFoundError as error:
             raise SlurmUnavailableError(
-                f"`{argv[0]}` is not installed on this machine ({os.uname().nodename}). Run this on a login node of the "
-                'cluster, or use cluster="local".',
+                f"`{argv[0]}` is not installed on this machine ({os.uname().nodename}). Run this on a login "
+                'node of the cluster, or use cluster="local".',
                 command=argv[0],
             ) from error
         except subprocess.TimeoutExpired as error:

@@ -1,4 +1,4 @@
-"""A job spec as the text of its sbatch script (pure). `--dry-run` prints it, submit.py sends it, nothing else makes one.
+"""A job spec as the text of its sbatch script (pure). `--dry-run` prints it, submit.py sends it.
 
 The text itself is in slurm_templates/, one readable file per shape of job; here are only its values, quoted.
 """

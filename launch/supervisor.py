@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from launch import process_tree
 from launch.children import (
@@ -187,7 +188,7 @@ class OtherNode(_Node):
         """Whether a signal asks for the end (USR2 only announces it)."""
         return any(number in (signal.SIGTERM, signal.SIGINT) for number in self.take_signals())
 
-    def _rendezvous(self) -> dict[str, object] | None:
+    def _rendezvous(self) -> dict[str, Any] | None:
         path = self.run_folder.worker(0).rendezvous
         deadline = time.monotonic() + _RENDEZVOUS_PATIENCE_S
         while not listed(path):
@@ -241,7 +242,9 @@ class FirstNode(_Node):
                 return self._stopped(number)
         if self.place.executor == "local" and time.time() - self.started_at > 60 * self.spec.time_limit_min:
             return self._end(
-                124, "time_limit", f"the time limit of {self.spec.time_limit_min} min is over (`time` sets it)"
+                128 + signal.SIGTERM,
+                "time_limit",
+                f"the time limit of {self.spec.time_limit_min} min is over (`time` sets it)",
             )
         self._watch_worker()
         if not self.has_loop:

@@ -1,0 +1,56 @@
+"""`scontrol show job` for one finished job: all there is on a cluster without accounting (pure but for the call).
+
+The controller forgets a finished job after MinJobAge (default 300 s).
+"""
+
+from __future__ import annotations
+
+import re
+
+from launch.host import Host
+from launch.job_state import JobStatus, job_state
+from launch.slurm_fields import duration_s, exit_and_signal, gpu_count, node_names, text, unix_time
+from tinker_hpc.errors import SlurmUnavailableError
+
+_PAIR = re.compile(r"(?:^|\s)([A-Z][\w/:-]*)=(\S*)")
+
+
+def query(host: Host, job_id: str) -> tuple[str, JobStatus] | None:
+    """Name and status of a job; None if the controller does not know it (any more).
+
+    Raises: SlurmUnavailableError with scontrol's words.
+    """
+    result = host.run(["scontrol", "show", "job", "--oneliner", job_id])
+    if result.ok:
+        return parse(result.stdout)
+    if "Invalid job id" in result.words:
+        return None
+    raise SlurmUnavailableError(f"scontrol show job {job_id} failed: {result.words}", command="scontrol")
+
+
+def parse(output: str) -> tuple[str, JobStatus] | None:
+    """The first job of `scontrol show job --oneliner`. Values with spaces (Command, paths) are cut; none is needed."""
+    values = dict(_PAIR.findall(output.splitlines()[0])) if output.strip() else {}
+    if "JobId" not in values:
+        return None
+    state = job_state(values.get("JobState", ""))
+    code, signal = exit_and_signal(values.get("ExitCode", ""))
+    elapsed_s = duration_s(values.get("RunTime", ""))
+    nodes = node_names(values.get("NodeList", ""))
+    start = unix_time(values.get("StartTime", "")) if nodes else None
+    status = JobStatus(
+        job_id=values["JobId"],
+        state=state,
+        slurm_state=values.get("JobState", ""),
+        reason=text(values.get("Reason", "")),
+        exit_code=code if state.finished else None,
+        signal=signal if state.finished else None,
+        nodes=nodes,
+        start=start,
+        end=unix_time(values.get("EndTime", "")) if state.finished else None,
+        elapsed_s=elapsed_s if start is not None else None,
+        gpu_hours=None
+        if start is None or elapsed_s is None
+        else gpu_count(values.get("TRES", "")) * elapsed_s / 3600.0,
+    )
+    return values.get("JobName", ""), status
