@@ -14,6 +14,7 @@
     ├── UnknownRunError (KeyError)          no run of that id under the data root
     ├── SubmissionError (RuntimeError)      Slurm refused the job; its own words included
     ├── SlurmUnavailableError (RuntimeError)  a Slurm command failed or timed out
+    ├── SessionError (RuntimeError)         a session's gateway did not start or end, or the session is closed
     ├── JobFailedError (RuntimeError)       the job ended before the loop did; says why
     │   ├── JobCancelledError
     │   ├── JobTimeLimitError
@@ -103,6 +104,10 @@ class SubmissionError(TinkerHpcError, RuntimeError):
 
 class SlurmUnavailableError(TinkerHpcError, RuntimeError):
     """A Slurm command failed, timed out, or is not installed."""
+
+
+class SessionError(TinkerHpcError, RuntimeError):
+    """A session's gateway did not start, did not end, or the session is closed already."""
 
 
 class JobFailedError(TinkerHpcError, RuntimeError):

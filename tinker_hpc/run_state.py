@@ -104,7 +104,8 @@ def combine(run_id: str, own: OwnFiles, job: JobStatus | None) -> RunStatus:
     if outcome.get("state") == "succeeded":
         state, reason = JobState.COMPLETED, ""
     elif outcome.get("state") == "failed" and not (job and job.state.finished and job.state not in _LOOP_ENDS):
-        state, reason = JobState.FAILED, str(outcome.get("error") or reason)
+        state = _OUTCOME_REASONS.get(str(outcome.get("reason")), JobState.FAILED)
+        reason = str(outcome.get("error") or reason)
     elif job is None and own.worker_status:
         phase_state = {"starting": JobState.RUNNING, "ready": JobState.RUNNING}
         state = phase_state.get(str(own.worker_status.get("phase")), state)
@@ -134,6 +135,8 @@ def combine(run_id: str, own: OwnFiles, job: JobStatus | None) -> RunStatus:
     )
 
 
+# What the supervisor knew of the end when it wrote the outcome (launch/run_record.py lists the words).
+_OUTCOME_REASONS = {"cancelled": JobState.CANCELLED, "time_limit": JobState.TIMEOUT}
 # Ends of a job that say no more than the loop's own outcome does.
 _LOOP_ENDS = (JobState.COMPLETED, JobState.FAILED, JobState.LOST)
 

@@ -119,15 +119,17 @@ class Waiter:
     def _outcome_suffices(self, own: OwnFiles) -> bool:
         """Whether outcome.json alone tells how the run ended.
 
-        Not if a function's return value must still become visible, and not if the loop was killed: only Slurm knows
-        whether that was the time limit, memory or a hand.
+        Not if a function's return value must still become visible, and not if the job was killed from outside: only
+        Slurm knows whether that was the time limit, memory or a hand.
         """
-        is_command = own.spec.get("command") is not None
         outcome = own.outcome or {}
+        has_value = own.spec.get("command") is None and own.spec.get("kind") == "run"
         if outcome.get("state") == "succeeded":
-            return is_command
-        exit_code = outcome.get("exit_code")
-        return is_command and isinstance(exit_code, int) and 0 < exit_code < _SIGNALLED
+            return not has_value
+        if outcome.get("reason") == "loop":  # a function that raised has written result.pkl
+            exit_code = outcome.get("exit_code")
+            return not has_value and isinstance(exit_code, int) and exit_code < _SIGNALLED
+        return outcome.get("reason") in ("setup", "gateway", "worker")
 
     def _allowance(self, own: OwnFiles) -> float:
         if self._job is None:

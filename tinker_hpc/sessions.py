@@ -1,0 +1,190 @@
+"""A session: a gateway here and workers as jobs, without a loop in the job. For notebooks and `tinker-hpc serve`.
+
+The client's part only: start the keeper (session_keeper.py), which owns gateway and jobs, and submit a worker when a
+base model is named. The keeper holds one end of a pipe; when this end goes, by close() or by death, it ends it all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from launch.gateway_client import GatewayAddress, answers, read_address
+from launch.log_tail import last_lines, read_tail
+from launch.submit import submit as submit_job
+from tinker_hpc.base_models import resolve, same_model
+from tinker_hpc.checkpoints import find_checkpoint
+from tinker_hpc.config import Config, load_config
+from tinker_hpc.errors import ConfigError, SessionError, SubmissionError
+from tinker_hpc.resources import Resources, build_job_spec, check_run_name
+from tinker_hpc.run_folder import RunFolder
+
+_GATEWAY_PATIENCE_S = 60.0
+_CLOSE_PATIENCE_S = 60.0
+"""The keeper gives workers 10 s, cancels, and ends the gateway within 5 s; Slurm may take its time to answer."""
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A base model with a worker of this session."""
+
+    asked: str
+    folder: str
+    run_id: str
+
+
+class Session:
+    """A running session. Close it, or use it as a context manager; if this process dies it closes itself.
+
+    Args:
+        cluster: profile of the workers' jobs. None: the configuration's default.
+        resources: sizes of each worker's job.
+        name: start of the session's id.
+    Raises: SessionError if the gateway does not start; ConfigError, DataRootError.
+    """
+
+    def __init__(
+        self,
+        *,
+        cluster: str | None = None,
+        resources: Resources | None = None,
+        name: str | None = None,
+        config: Config | None = None,
+    ) -> None:
+        self._config = config or load_config()
+        self._profile = self._config.profile(cluster)
+        self._resources = resources or Resources()
+        self._name = check_run_name(name, otherwise="session")
+        self._lock = threading.RLock()
+        self._served: list[_Served] = []
+        self._closed = False
+        self.folder = RunFolder.new(self._config.data_root, self._name)
+        self._keeper = self._start_keeper()
+        try:
+            self._address = self._wait_for_gateway()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def id(self) -> str:
+        """The session's name: its folder, and `tinker-hpc status ID`."""
+        return self.folder.run_id
+
+    @property
+    def base_url(self) -> str:
+        """Of the gateway, http on 127.0.0.1."""
+        return self._address.base_url
+
+    @property
+    def api_key(self) -> str:
+        """A random key of this session; whoever has it can use the session."""
+        return self._address.api_key
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def serve(self, base_model: str) -> str:
+        """Have a worker for `base_model`: submit a job for it unless there is one. Returns its run id, at once.
+
+        Raises: UnknownBaseModelError, SubmissionError, ConfigError; SessionError after `close`.
+        """
+        with self._lock:
+            if self._closed:
+                raise SessionError(f"session {self.id} is closed. Open another one.")
+            for served in self._served:
+                if same_model(base_model, served.asked, served.folder, self._config.base_models):
+                    return served.run_id
+            model = resolve(base_model, self._config.base_models)
+            first = not self._served
+            # The gateway looks for workers in the session's own folder. One job is one run folder, so every worker
+            # after the first has its own, and a link to it here.
+            folder = self.folder if first else RunFolder.new(self._config.data_root, self._name)
+            spec = build_job_spec(
+                self._resources,
+                profile=self._profile,
+                base_model=model,
+                asked_base_model=base_model,
+                run_id=folder.run_id,
+                kind="session",
+                name=self._name,
+            )
+            try:
+                submit_job(spec, folder)
+            except SubmissionError:
+                folder.spec.unlink(missing_ok=True)  # refused: there is no job, so nothing to list
+                folder.worker(0).declaration.unlink(missing_ok=True)
+                raise
+            if not first:
+                os.symlink(folder.worker(0).path, self.folder.worker(len(self._served)).path)
+            self._served.append(_Served(base_model, str(model.folder), folder.run_id))
+            return folder.run_id
+
+    def serve_checkpoint(self, path: str) -> str | None:
+        """Have a worker for the base model a `tinker://` checkpoint was trained on; None if there is no such one."""
+        try:
+            checkpoint = find_checkpoint(self._config.data_root, path)
+        except ConfigError:
+            return None  # the gateway's own answer says what is wrong with the path
+        return self.serve(checkpoint.base_model)
+
+    def close(self) -> None:
+        """End the worker jobs and the gateway. Returns when they are gone, or after a minute at most."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._keeper.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._keeper.stdin.close()
+        try:
+            self._keeper.wait(_CLOSE_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            raise SessionError(
+                f"session {self.id} did not end within {_CLOSE_PATIENCE_S:.0f} s; its keeper (process "
+                f"{self._keeper.pid}) goes on trying. Log: {self.folder.logs / 'keeper.log'}"
+            ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start_keeper(self) -> subprocess.Popen[bytes]:
+        with (self.folder.logs / "keeper.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "tinker_hpc.session_keeper", "--run-dir", str(self.folder.path)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the client; the keeper ends when the pipe does
+            )
+
+    def _wait_for_gateway(self) -> GatewayAddress:
+        deadline = time.monotonic() + _GATEWAY_PATIENCE_S
+        while time.monotonic() < deadline:
+            address = read_address(self.folder)
+            if address is not None and answers(address):
+                return address
+            if self._keeper.poll() is not None:
+                break
+            time.sleep(0.05)
+        logs = [self.folder.logs / name for name in ("gateway.log", "keeper.log")]
+        said = next((text for log in logs if log.exists() and (text := last_lines(read_tail(log), 5))), "nothing")
+        raise SessionError(
+            f"the gateway of session {self.id} did not start within {_GATEWAY_PATIENCE_S:.0f} s. It said: {said} "
+            f"Logs: {self.folder.logs}",
+            log_paths=tuple(map(str, logs)),
+        )
