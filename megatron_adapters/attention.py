@@ -26,7 +26,9 @@ from .rope import RotaryTable, rotate
 class AttentionCache(Protocol):
     """What decoding plugs in: it stores the new keys and values and attends over all stored ones."""
 
-    def attend(self, layer_number: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: PackedContext) -> Tensor:
+    def attend(
+        self, layer_number: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: PackedContext, /
+    ) -> Tensor:
         """Return [T, H, K]. layer_number counts from 1; q and k are already rotated to context.positions_T."""
         ...
 

@@ -79,4 +79,5 @@ def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=RMSNorm)
+    norm: Any = RMSNorm  # build_module takes a class as well as a ModuleSpec; the annotation does not say so
+    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=norm)

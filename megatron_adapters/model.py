@@ -48,9 +48,9 @@ class Model:
         self.runtime = runtime
         self.rotary = RotaryTable(hf_config, arch.head_dim, runtime.device)
         self.routing = Routing(runtime.tp_rank, layout.tp_size)
-        head_source = gpt.embedding.word_embeddings if arch.tied_embeddings else gpt.output_layer
+        unembedding: Any = gpt.embedding.word_embeddings if arch.tied_embeddings else gpt.output_layer
         vocab_start = runtime.tp_rank * (arch.vocab_size // layout.tp_size)
-        self.head = LmHead(head_source.weight.detach(), vocab_start, runtime.tp_group)
+        self.head = LmHead(unembedding.weight.detach(), vocab_start, runtime.tp_group)
         _wrap_linears(self.gpt, arch, runtime, self.routing)
 
     def padded_length(self, num_tokens: int) -> int:

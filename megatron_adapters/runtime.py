@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,16 +69,18 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp_size, create_gloo_process_groups=False
     )
+    control_group: Any = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    mpu: Any = parallel_state  # its annotations admit None, which initialize_model_parallel rules out
     return Runtime(
         layout=layout,
         device=device,
         dtype=compute_dtype,
         global_rank=dist.get_rank(),
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        control_group=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        tp_group=mpu.get_tensor_model_parallel_group(),
+        dp_group=mpu.get_data_parallel_group(),
+        control_group=control_group,
     )
 
 
@@ -110,7 +113,7 @@ def _join(world_size: int, cuda: bool) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     elif world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=torch.distributed.distributed_c10d.HashStore(), rank=0, world_size=1)
 
 
 def _dtype(name: str | None, cuda: bool) -> torch.dtype:
