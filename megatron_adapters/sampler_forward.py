@@ -1,0 +1,107 @@
+"""The decode loop's two passes over the real model: packed prompts, and one token of every live sequence.
+
+Shapes: T tokens of a pass with sequence-parallel padding, B rows (prompts, or live sequences), N tokens to score,
+D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .adapters import LoraWeights
+from .cached_attention import DecodeAttention, PrefillAttention
+from .decode import Prefilled, PrefillRow
+from .lora_linear import Segment
+from .model import Model
+
+
+class ModelForward:
+    """A `TokenForward` of decode.py over this rank's shard. `snapshots` is read at every pass."""
+
+    def __init__(self, model: Model, snapshots: Mapping[str, LoraWeights]) -> None:
+        self._model = model
+        self._snapshots = snapshots
+
+    @torch.no_grad()
+    def prefill(self, rows: Sequence[PrefillRow]) -> Prefilled:
+        """Collectives: those of `Model.hidden_states`, `LmHead.logits`, and `LmHead.target_logprobs` where wanted."""
+        device = self._model.runtime.device
+        lengths = [len(row.tokens) for row in rows]
+        num_tokens = sum(lengths)
+        padding = self._model.padded_length(num_tokens) - num_tokens
+        bounds = np.cumsum([0, *lengths, *([padding] if padding else [])]).tolist()
+        positions_T = np.concatenate([np.arange(length) for length in [*lengths, padding]])
+        tokens_T = np.concatenate([*(row.tokens for row in rows), np.zeros(padding, dtype=np.int32)])
+        context = self._model.context(
+            bounds, torch.from_numpy(positions_T).to(device), PrefillAttention([row.lanes for row in rows])
+        )
+        snapshot_ids = [row.snapshot_id for row in rows]
+        hidden_TD = self._model.hidden_states(
+            torch.from_numpy(tokens_T.astype(np.int64)).to(device),
+            context,
+            self._segments(snapshot_ids, lengths, padding),
+        )
+        last_B = torch.tensor(bounds[1 : len(rows) + 1], device=device) - 1
+        logits_BV = self._model.head.logits(hidden_TD[last_B], self._segments(snapshot_ids, [1] * len(rows)))
+        return Prefilled(logits_BV, self._prompt_logprobs(rows, bounds, hidden_TD))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        snapshot_ids: Sequence[str | None],
+        attention: DecodeAttention,
+    ) -> Tensor:
+        """Collectives: those of `Model.hidden_states` and `LmHead.logits`."""
+        device = self._model.runtime.device
+        num_rows = len(tokens)
+        padding = self._model.padded_length(num_rows) - num_rows
+        ones = [1] * num_rows
+        context = self._model.context(
+            range(num_rows + padding + 1), torch.tensor([*positions, *[0] * padding], device=device), attention
+        )
+        hidden_TD = self._model.hidden_states(
+            torch.tensor([*tokens, *[0] * padding], device=device),
+            context,
+            self._segments(snapshot_ids, ones, padding),
+        )
+        return self._model.head.logits(hidden_TD[:num_rows], self._segments(snapshot_ids, ones))
+
+    def _segments(self, snapshot_ids: Sequence[str | None], lengths: Sequence[int], padding: int = 0) -> list[Segment]:
+        """One segment for every run of equal weights; padding uses the base alone."""
+        segments, start = [], 0
+        for snapshot_id, members in groupby(zip(snapshot_ids, lengths, strict=True), key=lambda member: member[0]):
+            end = start + sum(length for _, length in members)
+            segments.append(Segment(None if snapshot_id is None else self._snapshots[snapshot_id], start, end))
+            start = end
+        if padding:
+            segments.append(Segment(None, start, start + padding))
+        return segments
+
+    def _prompt_logprobs(
+        self, rows: Sequence[PrefillRow], bounds: Sequence[int], hidden_TD: Tensor
+    ) -> list[npt.NDArray[np.float32] | None]:
+        """log p of each prompt token after those before it, at temperature 1; the first has none: NaN."""
+        wanted = [place for place, row in enumerate(rows) if row.prompt_logprobs]
+        results: list[npt.NDArray[np.float32] | None] = [None] * len(rows)
+        if not wanted:
+            return results
+        device = hidden_TD.device
+        lengths = [len(rows[place].tokens) - 1 for place in wanted]
+        sources_N = torch.cat([torch.arange(bounds[place], bounds[place + 1] - 1, device=device) for place in wanted])
+        targets_N = np.concatenate([rows[place].tokens[1:] for place in wanted]).astype(np.int64)
+        logprobs_N = self._model.head.target_logprobs(
+            hidden_TD[sources_N],
+            torch.from_numpy(targets_N).to(device),
+            self._segments([rows[place].snapshot_id for place in wanted], lengths),
+        )
+        for place, scores in zip(wanted, logprobs_N.split(lengths), strict=True):
+            results[place] = np.concatenate([np.array([np.nan], dtype=np.float32), scores.float().cpu().numpy()])
+        return results
