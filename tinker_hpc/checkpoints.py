@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ class Checkpoint:
     """`weights` (a state: adapter and optimizer, resumable) or `sampler_weights` (the adapter)."""
     name: str
     model_id: str
-    run_id: str | None
     base_model: str
     folder: Path
     size_bytes: int
@@ -58,7 +56,6 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         kind=kind,
         name=folder.name,
         model_id=model_id,
-        run_id=facts.get("run_id"),
         base_model=str(facts.get("base_model", "")),
         folder=folder,
         size_bytes=sum((folder / name).stat().st_size for name in names),
@@ -68,13 +65,15 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 
 def all_checkpoints(data_root: Path) -> list[Checkpoint]:
     """Every complete checkpoint under a data root, oldest first."""
-    found = (read_checkpoint(folder) for folder in _folders(data_root / "checkpoints"))
-    return sorted((c for c in found if c is not None), key=lambda c: (c.created_at or 0.0, c.path))
+    return _read_all(data_root, "*")
 
 
 def checkpoints_of_run(folder: RunFolder) -> list[Checkpoint]:
-    """The checkpoints one run saved, oldest first."""
-    return [c for c in all_checkpoints(folder.data_root) if c.run_id == folder.run_id]
+    """The checkpoints one run (or session) saved, oldest first: those of the SDK sessions its gateway opened."""
+    names = os.listdir(folder.path)
+    sessions = read_json(folder.path / "sessions.json") if "sessions.json" in names else None
+    found = [c for session_id in sessions or {} for c in _read_all(folder.data_root, f"{session_id}_train_*")]
+    return sorted(found, key=_age)
 
 
 def find_checkpoint(data_root: Path, path: str) -> Checkpoint:
@@ -120,6 +119,10 @@ def export_peft(checkpoint: Checkpoint, target: Path) -> Path:
     return target
 
 
-def _folders(root: Path) -> Iterator[Path]:
-    for kind in ("weights", "sampler_weights"):
-        yield from root.glob(f"*/{kind}/[!.]*")
+def _read_all(data_root: Path, models: str) -> list[Checkpoint]:
+    folders = (data_root / "checkpoints").glob(f"{models}/*/[!.]*")
+    return sorted((c for folder in folders if (c := read_checkpoint(folder)) is not None), key=_age)
+
+
+def _age(checkpoint: Checkpoint) -> tuple[float, str]:
+    return checkpoint.created_at or 0.0, checkpoint.path

@@ -320,6 +320,7 @@ class Run:
         """The value, or the right error, of a run that is over."""
         from launch.failure import error_for
         from launch.job_spec import JobSpec
+        from launch.job_state import JobState, JobStatus
 
         logs = tuple(str(path) for path in self.log_paths.values())
         if ended.own.has_result:
@@ -335,24 +336,26 @@ class Run:
                 log_paths=logs,
             ) from outcome.exception
         own, job = ended.own, ended.job
+        command, outcome = own.spec.get("command"), dict(own.outcome or {})
         state = combine(self.id, own, job).state
-        if state.ok and (own.spec.get("command") is not None or own.spec.get("kind") == "session"):
+        if state.ok and (command is not None or own.spec.get("kind") == "session"):
             return None
-        if own.outcome is not None and own.spec.get("command") is not None and not state.ok:
-            code = own.outcome.get("exit_code")
-            if job is None or job.state.value in ("FAILED", "COMPLETED", "RUNNING"):
-                raise LoopFailedError(
-                    f"the command of run {self.id} ended with exit code {code}: {' '.join(own.spec['command'])}\n\n"
-                    f"{self.logs('loop', tail=_TAIL_LINES).rstrip()}\n\nLog: {self.folder.logs / 'loop.log'}",
-                    run_id=self.id,
-                    exit_code=code,
-                    remote_traceback="",
-                    log_paths=logs,
-                )
-        if job is None:
+        if command is not None and outcome.get("reason") == "loop" and state is JobState.FAILED:
+            code = outcome.get("exit_code")
+            raise LoopFailedError(
+                f"the command of run {self.id} ended with exit code {code}: {' '.join(command)}\n\n"
+                f"{self.logs('loop', tail=_TAIL_LINES).rstrip()}\n\nLog: {self.folder.logs / 'loop.log'}",
+                run_id=self.id,
+                exit_code=code,
+                remote_traceback=outcome.get("traceback") or "",
+                log_paths=logs,
+            )
+        if job is None and not outcome:
             raise JobFailedError(
                 f"run {self.id} has no job: the client that submitted it ended before Slurm took it. Submit it again.",
                 reason="never submitted",
                 log_paths=logs,
             )
-        raise error_for(job, JobSpec.from_json(own.spec), logs)
+        if job is None or not job.state.finished:  # the supervisor has said why before its job was over
+            job = JobStatus(str((own.submitted or {}).get("job_id")), state)
+        raise error_for(job, JobSpec.from_json(own.spec), logs, outcome=outcome)
