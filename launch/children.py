@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launch import process_tree
 from launch.job_spec import JobSpec
+from launch.log_tail import read_tail
 from tinker_hpc.run_folder import RunFolder
 
 MAX_RESTARTS = 3
@@ -28,6 +29,7 @@ class Child:
         self.log = log
         self.started_at = time.time()
         with log.open("ab") as file:
+            self._log_start = file.tell()
             self._process = subprocess.Popen(
                 list(argv),
                 stdin=subprocess.DEVNULL,
@@ -43,6 +45,10 @@ class Child:
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
+
+    def log_text(self) -> str:
+        """The end of what this process (not one before it) wrote."""
+        return read_tail(self.log, since=self._log_start)
 
     def exit_code(self) -> int | None:
         """None while it runs; 128 + n if signal n ended it, as shells and Slurm say it."""

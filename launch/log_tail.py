@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 _TAIL_BYTES = 64 * 1024
 _MAX_TRACEBACK_LINES = 200
 _RANK_PREFIX = re.compile(r"^\[?(?:rank|default)\s?\d+\]?:\s?")
+_AGENT_LINE = re.compile(r"^[IWE]\d{4} \d\d:\d\d:\d\d")
+_AGENT_VERDICT = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 _TRACEBACK = "Traceback (most recent call last):"
 # "ValueError: ...", "tinker_hpc.errors.WeightsError: ..."; not torch's own summary of another process's failure.
 _ERROR_LINE = re.compile(r"^(?!.*ChildFailedError)[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*")
 
 
-def read_tail(path: Path) -> str:
-    """The last 64 KiB of a log as text; "" if there is none."""
+def read_tail(path: Path, *, since: int = 0) -> str:
+    """The last 64 KiB of a log as text, nothing before byte `since`; "" if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(0, 2)
-            file.seek(max(0, file.tell() - _TAIL_BYTES))
+            file.seek(max(since, file.tell() - _TAIL_BYTES))
             return file.read().decode(errors="replace")
     except OSError:
         return ""
@@ -46,6 +49,23 @@ def error_line(text: str) -> str | None:
         if _ERROR_LINE.match(bare):
             return bare
     return None
+
+
+def worker_words(text: str) -> str:
+    """Why ranks ended, from the log they share with torch's elastic agent (pure).
+
+    The agent's own lines and its closing traceback say only that a rank failed; the rank's words stand before them.
+    """
+    kills = [(int(code), rank) for code, rank in _AGENT_VERDICT.findall(text) if int(code) < 0]
+    ranks_own = text[: text.rfind(_TRACEBACK)] if "ChildFailedError" in text[text.rfind(_TRACEBACK) :] else text
+    ranks_own = "\n".join(line for line in ranks_own.splitlines() if not _AGENT_LINE.match(line))
+    said = error_line(ranks_own) or last_lines(ranks_own, 3) or "no word in its log"
+    if not kills:
+        return said
+    code, rank = kills[-1]
+    name = {number.value: number.name for number in signal.Signals}.get(-code, f"signal {-code}")
+    hint = ", most likely for want of memory" if -code == signal.SIGKILL else ""
+    return f"local rank {rank} was ended by {name}{hint}; the last error in the log: {said}"
 
 
 def last_lines(text: str, count: int = 15) -> str:

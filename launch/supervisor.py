@@ -34,7 +34,7 @@ from launch.children import (
 )
 from launch.gateway_client import GatewayAddress, answers, close_worker, read_address
 from launch.job_spec import JobSpec
-from launch.log_tail import error_line, last_lines, last_traceback, read_tail
+from launch.log_tail import error_line, last_lines, last_traceback, worker_words
 from launch.run_record import RunRecord, claim, listed
 from tinker_hpc.run_folder import RunFolder, read_json, write_json
 
@@ -140,10 +140,9 @@ class _Node:
 
     def agent_failure(self, exit_code: int) -> str:
         """Why the agent gave up: the rank's own error, else the log's last lines."""
-        log = self.run_folder.logs / f"worker-{self.place.node_rank}.log"
-        text = read_tail(log)
-        said = error_line(text) or last_lines(text)
-        return f"the worker ended on {self.place.hostname} with exit code {exit_code}: {said} Log: {log}"
+        assert self.agent is not None
+        said = worker_words(self.agent.log_text()).rstrip(".")
+        return f"the worker ended on {self.place.hostname} with exit code {exit_code}: {said}. Log: {self.agent.log}"
 
     def say(self, text: str) -> None:
         """A line in this node's own log."""
@@ -279,7 +278,8 @@ class FirstNode(_Node):
         for node_rank in range(1, self.spec.nodes):
             if listed(path := self.failure_file(node_rank)):
                 self._worker_gone(str((read_json(path) or {}).get("error")))
-        if self.record.worker_phase == "starting" and listed(self.run_folder.worker(0).path / "ready.json"):
+        # The worker's first words in the result log are that it takes requests. Whether there are any is enough here.
+        if self.record.worker_phase == "starting" and os.listdir(self.run_folder.worker(0).results):
             self.record.worker_status("ready", "")
             self.record.event("worker_ready")
 
@@ -317,11 +317,13 @@ class FirstNode(_Node):
             if self.loop is None and silent_s > _GATEWAY_PATIENCE_S:
                 return f"the gateway did not answer within {_GATEWAY_PATIENCE_S:.0f} s. Log: {self.gateway.log}"
             return None
-        text = read_tail(self.gateway.log)
-        said = error_line(text) or last_lines(text, 3)
+        text = self.gateway.log_text()
+        said = (error_line(text) or last_lines(text, 3)).rstrip(".")
+        if self.loop is None:
+            return f"the gateway could not start: {said}. Log: {self.gateway.log}"
         recent = [at for at in self._gateway_starts if time.monotonic() - at < 60]
         if len(recent) > _GATEWAY_RESTARTS:
-            return f"the gateway ended {len(recent)} times within a minute: {said} Log: {self.gateway.log}"
+            return f"the gateway ended {len(recent)} times within a minute: {said}. Log: {self.gateway.log}"
         self.record.event("gateway_restarted", exit_code=code, error=said)
         self.say(f"the gateway ended with exit code {code}; starting it again")
         time.sleep(min(1.0, 0.1 * len(recent)))
@@ -346,7 +348,7 @@ class FirstNode(_Node):
         self.record.event("loop_ended", exit_code=code)
         if code == 0:
             return self._end(0, "loop", None)
-        text = read_tail(self.loop.log)
+        text = self.loop.log_text()
         error = error_line(text) or last_lines(text, 3) or f"the loop ended with exit code {code} and printed nothing"
         if self._worker_error is not None:
             error = f"{error} (before that, {self._worker_error})"
