@@ -142,8 +142,15 @@ def public_name(name: str, folder: Path) -> str:
 
 
 def same_model(asked: str, served: str, served_folder: str | Path, mapping: Mapping[str, str] | None = None) -> bool:
-    """Whether the base model name `asked` means the one `served` from `served_folder` (a name, or any path to it)."""
+    """Whether the base model name `asked` means the one `served` from `served_folder`.
+
+    True for its name, any path to its folder, and a relative path (or last part) of it: whoever asks may have been
+    started in another directory.
+    """
     if asked == served:
+        return True
+    parts = Path(asked).parts
+    if parts and Path(served_folder).parts[-len(parts) :] == parts:
         return True
     for candidate in ((mapping or {}).get(asked), asked):  # the order of resolve()
         if candidate and os.path.isdir(Path(candidate).expanduser()):

@@ -11,6 +11,7 @@
         outcome.json         supervisor on the first node, once: how the loop ended
         result.pkl           loop process, once: its return value or exception
         gateway.json         gateway: base_url, api_key (0600)
+        sessions.json        gateway: the SDK sessions it opened
         slurm/               submitit's own folder: scripts, pickles, job logs
         logs/                gateway.log, loop.log, worker-<node rank>.log
         workers/<k>/         one worker, one base model
@@ -245,6 +246,10 @@ class RunFolder:
     @property
     def gateway(self) -> Path:
         return self.path / "gateway.json"
+
+    @property
+    def sessions(self) -> Path:
+        return self.path / "sessions.json"
 
     @property
     def slurm(self) -> Path:
