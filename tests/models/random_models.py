@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 COMMON: dict[str, Any] = {
     "vocab_size": 256,
@@ -46,7 +53,9 @@ def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     fields = COMMON | overrides
     model: PreTrainedModel
     if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**({"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE} | fields)))
+        model = LlamaForCausalLM(
+            LlamaConfig(**({"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE} | fields))
+        )
     elif family == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**({"tie_word_embeddings": True} | fields)))
     elif family == "qwen3":
