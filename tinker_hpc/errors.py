@@ -113,6 +113,9 @@ class SessionError(TinkerHpcError, RuntimeError):
 class JobFailedError(TinkerHpcError, RuntimeError):
     """The job ended before its work did. `reason` is Slurm's state, `log_paths` where to look."""
 
+    reason: str = ""
+    log_paths: tuple[str, ...] = ()
+
 
 class JobCancelledError(JobFailedError):
     """Cancelled by the user or an administrator."""
@@ -135,4 +138,8 @@ class JobNeverStartedError(JobFailedError):
 
 
 class LoopFailedError(TinkerHpcError, RuntimeError):
-    """The user's own loop raised. `remote_traceback` is the traceback as text."""
+    """The user's own loop raised, or its command ended with `exit_code`. `remote_traceback` is the traceback as text."""
+
+    remote_traceback: str = ""
+    exit_code: int | None = None
+    log_paths: tuple[str, ...] = ()

@@ -45,10 +45,11 @@ class JobWatch:
                     for job, status, _ in self._known.values()
                     if status is None or not status.state.finished or job in jobs
                 ]
-                answer = self._query(live)
-                now = self._now()
-                for job in live:
-                    self._known[job.run_id] = (job, answer[job.job_id], now)
+                for executor in ("slurm", "local"):  # apart: a process id may equal a job id
+                    asked = [job for job in live if job.executor == executor]
+                    answer = self._query(asked) if asked else {}
+                    for job in asked:
+                        self._known[job.run_id] = (job, answer[job.job_id], self._now())
             found = {job.run_id: self._known[job.run_id][1] for job in jobs}
             return {run_id: status for run_id, status in found.items() if status is not None}
 

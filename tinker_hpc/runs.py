@@ -201,7 +201,7 @@ class Run:
 
     def done(self) -> bool:
         """Whether `result` would return or raise at once."""
-        return isinstance(self._waiter().step(), Ended) or self.status().finished
+        return isinstance(self.waiter().step(), Ended) or self.status().finished
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the loop and return what the function returned (None for a command or a session).
@@ -240,7 +240,7 @@ class Run:
         return self._result_async().__await__()
 
     async def _result_async(self) -> Any:
-        waiter = self._waiter()
+        waiter = self.waiter()
         while True:
             step = await asyncio.to_thread(waiter.step)
             if isinstance(step, Ended):
@@ -273,8 +273,8 @@ class Run:
     @property
     def log_paths(self) -> dict[str, Path]:
         """The logs there are, by name: loop, gateway, worker-0 ..., and job (what Slurm itself wrote)."""
-        named = {path.stem: path for path in sorted(self.folder.logs.glob("*.log"))}
-        for path in sorted(self.folder.slurm.glob("*.log")) + sorted(self.folder.slurm.glob("*_log.*")):
+        named = {path.stem: path for path in sorted(self.folder.logs.glob("*.log"), key=_most_telling_first)}
+        for path in sorted(self.folder.slurm.glob("*_log.*")) + sorted(self.folder.slurm.glob("*.log")):
             named[f"job/{path.name}"] = path
         return named
 
@@ -301,7 +301,8 @@ class Run:
         job = SubmittedJob.of(self.folder)
         return None if job is None else JOBS.status(job, max_age_s=max_age_s)
 
-    def _waiter(self) -> Waiter:
+    def waiter(self) -> Waiter:
+        """What decides when this run is over, for those who want to do something between its steps."""
         from launch.submitted import SubmittedJob
 
         job = SubmittedJob.of(self.folder)
@@ -309,7 +310,7 @@ class Run:
         return Waiter(self.folder, ask=self._ask, patience=LOCAL_PATIENCE if local else SLURM_PATIENCE)
 
     def _steps(self) -> Generator[float, None, Ended]:
-        waiter = self._waiter()
+        waiter = self.waiter()
         while True:
             step = waiter.step()
             if isinstance(step, Ended):
@@ -359,3 +360,8 @@ class Run:
         if job is None or not job.state.finished:  # the supervisor has said why before its job was over
             job = JobStatus(str((own.submitted or {}).get("job_id")), state)
         raise error_for(job, JobSpec.from_json(own.spec), logs, outcome=outcome)
+
+
+def _most_telling_first(log: Path) -> tuple[int, str]:
+    order = ("loop", "worker", "keeper", "gateway")
+    return next((i for i, start in enumerate(order) if log.stem.startswith(start)), len(order)), log.stem

@@ -82,6 +82,11 @@ class Waiter:
         self._loop_over_at: float | None = None
         self._job: JobStatus | None = None
 
+    @property
+    def job(self) -> JobStatus | None:
+        """The job's state when Slurm was last asked."""
+        return self._job
+
     def step(self) -> Ended | float:
         """Look once. Returns: the end, or how many seconds to wait before the next step."""
         own = read_own_files(self._folder)

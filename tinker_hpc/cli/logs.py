@@ -1,0 +1,51 @@
+"""`logs`: a run's output, from pending to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+
+from tinker_hpc.cli.options import json_option
+from tinker_hpc.cli.output import emit
+
+
+@click.command()
+@click.option("-f", "--follow", "following", is_flag=True, help="Go on until the run is over.")
+@click.option("--which", default="loop", show_default=True, help="loop, worker-0, gateway, keeper or job/FILE.")
+@click.option("--tail", type=int, metavar="N", help="The last N lines only.")
+@json_option
+@click.argument("run_id", metavar="ID")
+def logs(run_id: str, following: bool, which: str, tail: int | None, as_json: bool) -> int:
+    """Print a run's output; -f follows it."""
+    from tinker_hpc.cli.follow import follow, say_on_stderr, to_stdout
+    from tinker_hpc.runs import Run
+
+    run = Run(run_id)
+    if not following:
+        text = run.logs(which, tail=tail)
+        if as_json:
+            emit({"id": run.id, "which": which, "text": text, "paths": {k: str(v) for k, v in run.log_paths.items()}})
+        else:
+            click.echo(text, nl=False)
+        return 0
+    try:
+        follow(run, log=which, say=say_on_stderr(run), out=_json_lines() if as_json else to_stdout)
+    except KeyboardInterrupt:
+        return 130
+    if as_json:
+        emit(run.status().to_json())
+    return 0
+
+
+def _json_lines() -> Callable[[bytes], None]:
+    """Whole lines as {"line": ...}."""
+    rest = b""
+
+    def out(data: bytes) -> None:
+        nonlocal rest
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            emit({"line": line.decode("utf-8", "replace")})
+
+    return out

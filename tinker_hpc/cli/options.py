@@ -1,0 +1,45 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from tinker_hpc.resources import Resources
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--json`, as the keyword `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")(command)
+
+
+def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What a job needs: `base_model`, `cluster`, `name`, and its sizes as one keyword, `resources`."""
+    names = ("nodes", "gpus_per_node", "ranks_per_node", "cpus_per_node", "memory", "time", "tp_size")
+
+    @functools.wraps(command)
+    def with_resources(*args: Any, **kwargs: Any) -> Any:
+        resources = Resources(**{name: kwargs.pop(name) for name in names})
+        return command(*args, resources=resources, **kwargs)
+
+    options = (
+        click.option("--base-model", required=True, metavar="M", help="Hub name or folder of the model to serve."),
+        click.option("--cluster", metavar="C", help="Profile of the configuration; `local` is this machine."),
+        click.option("--nodes", type=int, metavar="N", help="Number of nodes (1)."),
+        click.option(
+            "--gpus-per-node", type=int, metavar="N", help="GPUs of each node; 0 is CPU only (the profile's)."
+        ),
+        click.option("--ranks-per-node", type=int, metavar="N", help="Worker processes per node (one per GPU)."),
+        click.option("--cpus-per-node", type=int, metavar="N", help="CPU cores of each node (the profile's)."),
+        click.option("--memory", metavar="SIZE", help="Memory of each node, e.g. 64G (the profile's)."),
+        click.option("--time", metavar="LIMIT", help="Time limit: minutes, or 8:00:00 (the profile's)."),
+        click.option("--tp-size", type=int, metavar="N", help="Tensor parallel size (chosen from the model's size)."),
+        click.option("--name", metavar="NAME", help="Start of the id."),
+    )
+    decorated: Callable[..., Any] = with_resources
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated

@@ -1,0 +1,108 @@
+"""`run`: any Tinker program, unmodified, beside a worker in one job."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from tinker_hpc.cli.options import job_options, json_option
+from tinker_hpc.cli.output import emit
+from tinker_hpc.errors import JobFailedError, LoopFailedError
+from tinker_hpc.resources import Resources
+
+
+@click.command(context_settings={"ignore_unknown_options": False})
+@job_options
+@click.option("--dry-run", is_flag=True, help="Print the sbatch script and submit nothing.")
+@click.option("--detach", is_flag=True, help="Return as soon as the job is submitted.")
+@json_option
+@click.argument("command", nargs=-1, required=True, metavar="-- CMD...")
+def run(
+    *,
+    base_model: str,
+    cluster: str | None,
+    name: str | None,
+    resources: Resources,
+    dry_run: bool,
+    detach: bool,
+    as_json: bool,
+    command: tuple[str, ...],
+) -> int:
+    """Run a Tinker program in a job that serves its base model.
+
+    The program sees TINKER_BASE_URL and TINKER_API_KEY and needs no change. Its output is followed here and its exit
+    code is ours; Ctrl-C leaves the run going.
+    """
+    from tinker_hpc.cli.follow import follow, say_on_stderr, to_stderr, to_stdout
+    from tinker_hpc.resources import check_run_name
+    from tinker_hpc.runs import submit_loop
+
+    program = next((word for word in command if word.endswith(".py")), command[0])
+    name = check_run_name(name, otherwise=program.removesuffix(".py"))
+    if dry_run:
+        _print_script(base_model, cluster, resources, name, command, as_json=as_json)
+        return 0
+    submitted = submit_loop(base_model=base_model, cluster=cluster, resources=resources, name=name, command=command)
+    first = {"id": submitted.id, "job_id": submitted.status().job_id, "folder": str(submitted.folder.path)}
+    if as_json:
+        emit(first)
+    elif detach:
+        click.echo(submitted.id)
+    if detach:
+        return 0
+    try:
+        follow(submitted, say=say_on_stderr(submitted), out=to_stderr if as_json else to_stdout)
+    except KeyboardInterrupt:
+        click.echo(f"\n{submitted.id} goes on. See it: tinker-hpc logs -f {submitted.id}", err=True)
+        click.echo(f"End it: tinker-hpc cancel {submitted.id}", err=True)
+        return 130
+    code = 0
+    try:
+        submitted.result()
+    except LoopFailedError as error:
+        code = error.exit_code or 1
+        click.echo(f"tinker-hpc: the program ended with exit code {code}. Log: {error.log_paths[0]}", err=True)
+    except JobFailedError as error:
+        code = 1
+        click.echo(f"tinker-hpc: {error}", err=True)
+    if as_json:
+        emit(submitted.status().to_json())
+    return code
+
+
+def _print_script(
+    base_model: str,
+    cluster: str | None,
+    resources: Resources,
+    name: str,
+    command: tuple[str, ...],
+    *,
+    as_json: bool,
+) -> None:
+    """The sbatch script of this run, with a stand-in for its id; nothing is written."""
+    from launch.render import preview
+    from tinker_hpc.base_models import resolve
+    from tinker_hpc.config import load_config
+    from tinker_hpc.resources import build_job_spec
+
+    config = load_config()
+    run_id = f"{name}-{time.strftime('%Y%m%d')}-000000"
+    profile = config.profile(cluster)
+    spec = build_job_spec(
+        resources,
+        profile=profile,
+        base_model=resolve(base_model, config.base_models, download=False),
+        asked_base_model=base_model,
+        run_id=run_id,
+        kind="run",
+        name=name,
+        command=command,
+    )
+    script = preview(spec, config.data_root / "runs" / run_id)
+    if as_json:
+        emit({"script": script, "spec": spec.to_json()})
+        return
+    click.echo(script, nl=False)
+    if profile.executor == "local":
+        click.echo(f"(cluster {profile.name} is this machine: the job runs as a process, not by this script)", err=True)

@@ -1,0 +1,56 @@
+"""`serve`: a gateway on this machine and a worker as a job, until SIGINT or SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import click
+
+from tinker_hpc.cli.options import job_options, json_option
+from tinker_hpc.cli.output import emit
+from tinker_hpc.errors import JobFailedError
+from tinker_hpc.resources import Resources
+
+_LOOK_S = 1.0
+
+
+@click.command()
+@job_options
+@json_option
+def serve(base_model: str, cluster: str | None, name: str | None, resources: Resources, as_json: bool) -> int:
+    """Serve a base model to programs on this machine, until interrupted.
+
+    Prints where as soon as the gateway answers; requests wait there while the job is in the queue. SIGINT and SIGTERM
+    end the job and the gateway.
+    """
+    from tinker_hpc.cli.follow import say_on_stderr
+    from tinker_hpc.run_folder import read_json
+    from tinker_hpc.runs import Run
+    from tinker_hpc.sessions import Session
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
+    with Session(cluster=cluster, resources=resources, name=name) as session:
+        session.serve(base_model)
+        if as_json:
+            emit({"session_id": session.id, "base_url": session.base_url, "api_key": session.api_key})
+        else:
+            click.echo(f"export TINKER_BASE_URL={session.base_url}\nexport TINKER_API_KEY={session.api_key}")
+        say = say_on_stderr(Run(session.id))
+        said, ended = "", None
+        while not stop.is_set():
+            status = read_json(session.folder.worker(0).status) or {}
+            line = " ".join(filter(None, [str(status.get("phase", "")), str(status.get("reason", ""))]))
+            if line and line != said:
+                said = line
+                say(f"worker {line} ({time.strftime('%H:%M:%S')})" if as_json else f"worker {line}")
+            if status.get("phase") == "ended":
+                ended = status.get("error") or status.get("reason") or "its job ended"
+                break
+            stop.wait(_LOOK_S)
+    if ended is not None:
+        raise JobFailedError(f"session {session.id} is over: {ended}")
+    return 0

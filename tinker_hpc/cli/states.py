@@ -1,0 +1,140 @@
+"""`ls` and `status`: own files first, then one batched squeue, then accounting."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import click
+
+from launch.failure import duration_text
+from launch.job_state import JobStatus
+from launch.submitted import SubmittedJob
+from tinker_hpc.cli.options import json_option
+from tinker_hpc.cli.output import age_text, clock_text, emit, fields, table
+from tinker_hpc.config import Config, load_config
+from tinker_hpc.job_watch import JobWatch
+from tinker_hpc.registry import Registry, RunRow
+from tinker_hpc.run_folder import RunFolder
+from tinker_hpc.run_state import RunStatus, combine, read_own_files
+from tinker_hpc.runs import Run
+
+# Accounting knows a job's memory and GPU-hours seconds to minutes after its end; then a row is not looked at again.
+_ACCOUNTING_LAG_S = 600.0
+
+
+@click.command()
+@click.option("-n", "limit", type=int, default=20, show_default=True, help="How many; 0 is all.")
+@json_option
+def ls(limit: int, as_json: bool) -> None:
+    """List runs and sessions, newest first."""
+    statuses = current_statuses(load_config(), limit=limit)
+    if as_json:
+        emit([status.to_json() for status in statuses])
+        return
+    rows = [
+        (s.id, s.state.value, s.cluster, s.job_id or "", s.base_model, age_text(s.created_at), s.reason)
+        for s in statuses
+    ]
+    table(("ID", "STATE", "CLUSTER", "JOB", "BASE MODEL", "AGE", "REASON"), rows)
+
+
+@click.command()
+@click.argument("run_id", metavar="ID")
+@json_option
+def status(run_id: str, as_json: bool) -> None:
+    """Show how one run is doing."""
+    run = Run(run_id)
+    now = run.status()
+    metrics = run.metrics()
+    last = metrics[-1] if metrics else {}
+    if as_json:
+        emit({**now.to_json(), "folder": str(run.folder.path), "last_metrics": last or None})
+        return
+    fields(
+        {
+            "id": now.id,
+            "state": now.state.value
+            + (f"  ({now.slurm_state})" if now.slurm_state not in ("", now.state.value) else ""),
+            "reason": now.reason,
+            "worker": now.phase,
+            "cluster": now.cluster,
+            "job": now.job_id,
+            "nodes": ", ".join(now.nodes),
+            "base model": now.base_model,
+            "submitted": clock_text(now.created_at),
+            "estimated start": clock_text(now.estimated_start),
+            "started": clock_text(now.start),
+            "ended": clock_text(now.end),
+            "elapsed": duration_text(now.elapsed_s) if now.elapsed_s is not None else None,
+            "exit code": now.exit_code,
+            "GPU-hours": f"{now.gpu_hours:.2f}" if now.gpu_hours is not None else None,
+            "peak memory": f"{now.peak_memory_gib:.1f} GiB" if now.peak_memory_gib is not None else None,
+            "step": last.get("step"),
+            "loss per token": last.get("loss_per_token"),
+            "folder": run.folder.path,
+        }
+    )
+
+
+def current_statuses(config: Config, *, limit: int = 0) -> list[RunStatus]:
+    """The status of the newest runs. Slurm is asked once, for those whose end is not on record yet."""
+    registry = Registry(config.state_dir, config.data_root)
+    rows = registry.refresh()
+    rows = rows[:limit] if limit else rows
+    open_jobs = {
+        row.run_id: job
+        for row in rows
+        if not row.final and (job := SubmittedJob.of(RunFolder(config.data_root / "runs" / row.run_id))) is not None
+    }
+    jobs = JobWatch().statuses(list(open_jobs.values()), max_age_s=0.0) if open_jobs else {}
+    statuses = []
+    for row in rows:
+        if row.final:
+            statuses.append(_remembered(row))
+            continue
+        job = jobs.get(row.run_id)
+        now = combine(row.run_id, read_own_files(RunFolder(config.data_root / "runs" / row.run_id)), job)
+        statuses.append(now)
+        if is_final(now, job, time.time()):
+            registry.record(_row(row, now))
+    return statuses
+
+
+def is_final(status: RunStatus, job: JobStatus | None, now: float) -> bool:
+    """Whether nothing more will become known of a run (pure)."""
+    if job is None or not (status.state.finished and job.state.finished):
+        return False
+    accounted = job.peak_memory_gib is not None
+    return accounted or now - (status.end or now) > _ACCOUNTING_LAG_S
+
+
+def _row(row: RunRow, status: RunStatus) -> RunRow:
+    return replace(
+        row,
+        state=status.state.value,
+        reason=status.reason,
+        ended_at=status.end,
+        gpu_hours=status.gpu_hours,
+        peak_memory_gib=status.peak_memory_gib,
+        final=True,
+    )
+
+
+def _remembered(row: RunRow) -> RunStatus:
+    from launch.job_state import JobState
+
+    return RunStatus(
+        id=row.run_id,
+        kind=row.kind,
+        name=row.name,
+        base_model=row.base_model,
+        cluster=row.cluster,
+        state=JobState(row.state),
+        reason=row.reason,
+        job_id=row.job_id,
+        created_at=row.created_at,
+        end=row.ended_at,
+        gpu_hours=row.gpu_hours,
+        peak_memory_gib=row.peak_memory_gib,
+    )
