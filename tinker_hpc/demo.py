@@ -116,9 +116,7 @@ def main() -> None:
     """Command line entry. Exit code 1, with the reason, if anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo-output"), help="folder; results go to a new folder in it"
-    )
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="results go to a new folder in here")
     arguments = parser.parse_args()
     console = Console()
     started = time.monotonic()

@@ -72,7 +72,8 @@ def conversation(tokenizer: Any, a: int, b: int) -> tinker.Datum:
     weights = [0.0] * len(prompt) + [1.0] * len(answer)
     return tinker.Datum(
         model_input=tinker.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights[1:]},
+        # The SDK makes arrays of these lists by their key, which its type does not say.
+        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights[1:]},  # pyright: ignore[reportArgumentType]
     )
 
 
