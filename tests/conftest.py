@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
-import warnings
 
 import pytest
 
 CI = os.environ.get("CI") == "true"
 
-# megatron-core warns at import about what it did not find (Apex, TransformerEngine); we use neither.
-warnings.filterwarnings("ignore", module="megatron.*")
+# Importing megatron-core warns about what it did not find (Apex, TransformerEngine; we use neither) and about its own
+# and torch's old names. Messages, since pytest matches modules only by their full name.
+QUIET_IMPORTS = (
+    "ignore:.*Apex (is|are) not installed:UserWarning",
+    "ignore:The following imports from `dynamic_context.py`:DeprecationWarning",
+    "ignore:The 'megatron.core.transformer.custom_layers:DeprecationWarning",
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in QUIET_IMPORTS:
+        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,0 +1,72 @@
+"""Attention through the cache equals attention over the whole sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_adapters.attention import PackedContext, packed_attention
+from megatron_adapters.cached_attention import DecodeAttention, PrefillAttention, mark_filled
+from megatron_adapters.kv_cache import KvCache, KvShape
+
+HEADS, KV_HEADS, HEAD_DIM, LAYERS = 6, 2, 8, 2
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_prefill_and_steps_equal_one_pass_over_everything(padding: int) -> None:
+    shape = KvShape(LAYERS, KV_HEADS, HEAD_DIM, torch.float32, torch.device("cpu"))
+    cache = KvCache(shape, budget_tokens=4096, max_context=512)
+    generator = torch.Generator().manual_seed(0)
+    prompts, steps = [1, 40, 7, 150], 30
+    lengths = [prompt + steps for prompt in prompts]
+
+    def random(heads: int) -> list[torch.Tensor]:
+        return [torch.randn(LAYERS, length, heads, HEAD_DIM, generator=generator) for length in lengths]
+
+    queries, keys, values = random(HEADS), random(KV_HEADS), random(KV_HEADS)
+
+    def packed(tensors: list[torch.Tensor], layer: int, places: list[slice]) -> torch.Tensor:
+        rows = torch.cat([tensor[layer, place] for tensor, place in zip(tensors, places, strict=True)])
+        return torch.cat([rows, torch.full((padding, *rows.shape[1:]), 7.0)])
+
+    # Two lanes continue prompt 1; lanes are of several lengths, and one released before the first step moves another.
+    departed = cache.reserve(lengths[0])
+    lanes = [[cache.reserve(length) for _ in range(2 if place == 1 else 1)] for place, length in enumerate(lengths)]
+    assert departed is not None
+    cache.release(departed, tainted=True)
+
+    bounds = (0, 1, 41, 48, 198) + ((198 + padding,) if padding else ())
+    context = PackedContext(bounds=bounds)
+    whole = [
+        torch.cat(
+            [
+                packed_attention(q[layer], k[layer], v[layer], PackedContext(bounds=(0, len(q[layer])))).unsqueeze(0)
+                for layer in range(LAYERS)
+            ]
+        )
+        for q, k, v in zip(queries, keys, values, strict=True)
+    ]
+    prefill = PrefillAttention(lanes)  # type: ignore[arg-type]
+    head = [slice(0, prompt) for prompt in prompts]
+    for layer in range(LAYERS):
+        out = prefill.attend(
+            layer + 1, packed(queries, layer, head), packed(keys, layer, head), packed(values, layer, head), context
+        )
+        expected = packed(whole, layer, head)
+        torch.testing.assert_close(out[:198], expected[:198], atol=1e-6, rtol=0)
+    for prompt, these in zip(prompts, lanes, strict=True):
+        mark_filled(these, prompt)  # type: ignore[arg-type]
+
+    order = [3, 1, 0, 1, 2]  # rows of a step in another order than the lanes
+    taken = {place: iter(these) for place, these in enumerate(lanes)}
+    attention = DecodeAttention([next(taken[place]) for place in order])  # type: ignore[misc]
+    for step in range(steps):
+        attention.begin([prompts[place] + step for place in order])
+        here = [slice(prompts[place] + step, prompts[place] + step + 1) for place in order]
+        for layer in range(LAYERS):
+            q, k, v, expected = (
+                packed([tensors[place] for place in order], layer, here) for tensors in (queries, keys, values, whole)
+            )
+            out = attention.attend(layer + 1, q, k, v, context)
+            torch.testing.assert_close(out[: len(order)], expected[: len(order)], atol=1e-6, rtol=0)
+            assert (out[len(order) :] == 0).all()

@@ -1,0 +1,243 @@
+"""The loop of continuous batching with a made-up model: the next token's logits are a known function of the history."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_adapters.cached_attention import DecodeAttention
+from megatron_adapters.decode import Decoder, Prefilled, PrefillRow
+from megatron_adapters.kv_cache import KvCache, KvShape
+from megatron_adapters.sample_ranks import SampleRanks
+from megatron_adapters.sample_request import SampleRequest, SampleResult
+
+VOCABULARY = 50
+SHAPE = KvShape(num_layers=1, num_kv_heads=1, head_dim=2, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def logits_after(snapshot_id: str | None, position: int, token: int) -> Tensor:
+    """Depends on the weights, the position and the last token; "diverged" gives NaN."""
+    if snapshot_id == "diverged":
+        return torch.full((VOCABULARY,), float("nan"))
+    seed = 1000 * position + token + 7_000_000 * len(snapshot_id or "")
+    return torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+class Forward:
+    """Writes down the sizes of its passes."""
+
+    def __init__(self) -> None:
+        self.prefills: list[list[int]] = []
+        self.steps: list[list[str | None]] = []
+
+    def prefill(self, rows: Sequence[PrefillRow]) -> Prefilled:
+        self.prefills.append([len(row.tokens) for row in rows])
+        logits = [logits_after(row.snapshot_id, len(row.tokens) - 1, int(row.tokens[-1])) for row in rows]
+        scores = [np.arange(len(row.tokens), dtype=np.float32) if row.prompt_logprobs else None for row in rows]
+        return Prefilled(torch.stack(logits), scores)
+
+    def decode(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        snapshot_ids: Sequence[str | None],
+        attention: DecodeAttention,
+    ) -> Tensor:
+        self.steps.append(list(snapshot_ids))
+        rows = zip(snapshot_ids, positions, tokens, strict=True)
+        return torch.stack([logits_after(snapshot, position, token) for snapshot, position, token in rows])
+
+
+def make_decoder(budget_tokens: int = 10_000, max_rows: int = 64) -> tuple[Decoder, Forward, KvCache]:
+    forward = Forward()
+    cache = KvCache(SHAPE, budget_tokens, max_context=256, max_rows=max_rows)
+    decoder = Decoder(
+        forward,
+        cache,
+        SampleRanks(),
+        vocab_size=VOCABULARY,
+        known_snapshots=lambda: ["a", "bb", "diverged"],
+        decode_text=lambda: lambda tokens: "".join(chr(97 + token % 26) for token in tokens),
+        prefill_tokens=64,
+    )
+    return decoder, forward, cache
+
+
+def request(prompt: Sequence[int] = (3, 1), **changes) -> SampleRequest:
+    fields = {"snapshot_id": None, "num_samples": 1, "max_tokens": 6, "seed": 9} | changes
+    return SampleRequest(prompt=np.array(prompt, dtype=np.int32), **fields)
+
+
+def tokens_of(result: SampleResult) -> list[list[int]]:
+    assert result.error is None, result.error
+    return [sequence.tokens.tolist() for sequence in result.sequences]
+
+
+def test_greedy_follows_the_model() -> None:
+    decoder, _, cache = make_decoder()
+    [result] = decoder.run([request([3, 1, 4], temperature=0.0, max_tokens=10)])
+    expected, last = [], 4
+    for position in range(2, 12):
+        last = int(logits_after(None, position, last).argmax())
+        expected.append(last)
+    assert tokens_of(result) == [expected]
+    sequence = result.sequences[0]
+    assert sequence.stop_reason == "length" and cache.num_live() == 0
+    logprobs = [
+        torch.log_softmax(logits_after(None, position, before), 0)[token].item()
+        for position, before, token in zip(range(2, 12), [4, *expected], expected, strict=False)
+    ]
+    np.testing.assert_allclose(sequence.logprobs, logprobs, atol=1e-6)
+    assert sequence.tokens.dtype == np.int32 and sequence.logprobs.dtype == np.float32
+
+
+def mixed_requests() -> list[SampleRequest]:
+    return [
+        request(
+            [1] * length, snapshot_id=weights, num_samples=samples, max_tokens=tokens, seed=length, temperature=heat
+        )
+        for length, weights, samples, tokens, heat in [
+            (5, "bb", 3, 9, 1.0),
+            (40, None, 1, 20, 0.7),
+            (30, "a", 2, 1, 1.0),
+            (9, "bb", 1, 0, 1.0),
+            (100, "a", 4, 30, 1.3),
+            (2, None, 5, 17, 0.0),
+        ]
+    ]
+
+
+@pytest.mark.parametrize(("budget_tokens", "max_rows"), [(10_000, 64), (256, 64), (10_000, 2)])
+def test_a_request_gets_the_same_tokens_alone_and_in_any_crowd(budget_tokens: int, max_rows: int) -> None:
+    together = make_decoder(budget_tokens, max_rows)[0].run(mixed_requests())
+    for one, crowded in zip(mixed_requests(), together, strict=True):
+        [alone] = make_decoder()[0].run([one])
+        assert tokens_of(alone) == tokens_of(crowded)
+        assert len(alone.sequences) == one.num_samples
+        for mine, other in zip(alone.sequences, crowded.sequences, strict=True):
+            assert mine.logprobs.tolist() == other.logprobs.tolist() and mine.stop_reason == other.stop_reason
+    assert len({tuple(tokens) for tokens in tokens_of(together[0])}) == 3, "samples of a request differ"
+
+
+def test_same_seed_same_tokens_another_seed_others() -> None:
+    decoder, _, _ = make_decoder()
+    first, again, other = decoder.run([request(seed=seed, max_tokens=20) for seed in (1, 1, 2)])
+    assert tokens_of(first) == tokens_of(again) != tokens_of(other)
+
+
+def test_prompt_is_computed_once_for_all_its_samples_and_weights_are_neighbours() -> None:
+    decoder, forward, _ = make_decoder()
+    decoder.run([request(snapshot_id=weights, num_samples=4) for weights in ("bb", "a", "bb", None)])
+    assert forward.prefills == [[2, 2, 2, 2]]
+    for snapshot_ids in forward.steps:
+        assert snapshot_ids == sorted(snapshot_ids, key=lambda name: (name is not None, name or ""))
+    assert len(forward.steps[0]) == 16
+
+
+def test_prompts_are_packed_up_to_the_limit_and_a_long_one_goes_alone() -> None:
+    decoder, forward, _ = make_decoder()
+    decoder.run([request([1] * length, max_tokens=2) for length in (30, 30, 30, 100, 5)])
+    assert forward.prefills == [[30, 30], [30], [100], [5]]
+
+
+def test_waiting_requests_take_the_lanes_of_finished_ones_in_order() -> None:
+    decoder, forward, _ = make_decoder(max_rows=2)
+    finished: list[int] = []
+    results = decoder.run(
+        [request(max_tokens=tokens) for tokens in (8, 3, 4, 4)], on_finished=lambda index, _: finished.append(index)
+    )
+    assert finished == [1, 2, 0, 3]
+    assert [len(result.sequences[0].tokens) for result in results] == [8, 3, 4, 4]
+    assert all(len(step) <= 2 for step in forward.steps) and len(forward.steps) <= 9
+
+
+def test_requests_admitted_between_steps_join_the_batch() -> None:
+    decoder, forward, _ = make_decoder()
+    arrivals = [[], [], [request(max_tokens=3, seed=4)], []]
+    finished: list[int] = []
+    results = decoder.run(
+        [request(max_tokens=8)],
+        on_finished=lambda index, _: finished.append(index),
+        admit=lambda: arrivals.pop(0) if arrivals else [],
+    )
+    assert finished == [1, 0] and len(results) == 2
+    assert tokens_of(results[1]) == tokens_of(make_decoder()[0].run([request(max_tokens=3, seed=4)])[0])
+    assert max(len(step) for step in forward.steps) == 2
+
+
+def test_stop_token_is_the_last_and_stop_string_is_found() -> None:
+    decoder, _, _ = make_decoder()
+    [free] = decoder.run([request(max_tokens=30)])
+    tokens = tokens_of(free)[0]
+    on_token, on_string, on_nothing = decoder.run(
+        [
+            request(max_tokens=30, stop_token_ids=frozenset({tokens[4]})),
+            request(max_tokens=30, stop_strings=("~", "".join(chr(97 + token % 26) for token in tokens[10:13]))),
+            request(max_tokens=30, stop_strings=("~",)),
+        ]
+    )
+    end = tokens.index(tokens[4]) + 1
+    assert tokens_of(on_token) == [tokens[:end]] and on_token.sequences[0].stop_reason == "stop"
+    assert tokens_of(on_string) == [tokens[:13]] and on_string.sequences[0].stop_reason == "stop"
+    assert tokens_of(on_nothing) == [tokens] and on_nothing.sequences[0].stop_reason == "length"
+
+
+def test_length_without_a_wish_is_the_context_and_a_full_prompt_still_gets_one_token() -> None:
+    decoder, _, cache = make_decoder()
+    unlimited, full = decoder.run(
+        [
+            request([1] * 250, max_tokens=None),
+            request([1] * 256, max_tokens=5, prompt_logprobs=True),
+        ]
+    )
+    assert len(unlimited.sequences[0].tokens) == 6
+    assert len(full.sequences[0].tokens) == 1 and full.prompt_logprobs is not None
+    assert cache.groups.keys() == {256}, "a single token needs no lane"
+
+
+def test_prompt_logprobs_only_where_asked_for() -> None:
+    decoder, _, _ = make_decoder(max_rows=2)
+    scored, plain = decoder.run([request(prompt_logprobs=True, num_samples=5), request()])
+    assert scored.prompt_logprobs is not None and scored.prompt_logprobs.tolist() == [0.0, 1.0]
+    assert plain.prompt_logprobs is None and len(scored.sequences) == 5
+
+
+def test_a_bad_request_fails_alone_and_says_what_to_change() -> None:
+    decoder, _, cache = make_decoder(budget_tokens=128)
+    bad = {
+        "at least one token": request([]),
+        "expected 0 to 49": request([50]),
+        "'c' are not loaded": request(snapshot_id="c"),
+        "shorten the prompt or lower max_tokens": request([1] * 100, max_tokens=100),
+        "context holds 256": request([1] * 257),
+        "not finite": request(snapshot_id="diverged", num_samples=3),
+        "num_samples is 0": request(num_samples=0),
+        "max_tokens is -1": request(max_tokens=-1),
+        "temperature is nan": request(temperature=float("nan")),
+        "top_p is 0.0": request(top_p=0.0),
+        "empty string": request(stop_strings=("",)),
+    }
+    finished: list[int] = []
+    results = decoder.run([*bad.values(), request()], on_finished=lambda index, _: finished.append(index))
+    for message, result in zip(bad, results, strict=False):
+        assert result.error is not None and message in result.error and not result.sequences
+    assert results[-1].error is None and sorted(finished) == list(range(len(bad) + 1))
+    assert cache.num_live() == 0
+
+
+def test_lanes_are_free_again_after_an_exception() -> None:
+    decoder, forward, cache = make_decoder()
+
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    whole, forward.decode = forward.decode, broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        decoder.run([request()])
+    assert cache.num_live() == 0
+    forward.decode = whole  # type: ignore[method-assign]
+    assert len(decoder.run([request()])) == 1
