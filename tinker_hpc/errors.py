@@ -138,7 +138,7 @@ class JobNeverStartedError(JobFailedError):
 
 
 class LoopFailedError(TinkerHpcError, RuntimeError):
-    """The user's own loop raised, or its command ended with `exit_code`. `remote_traceback` is the traceback as text."""
+    """The user's loop raised, or its command ended with `exit_code`. `remote_traceback` is the traceback as text."""
 
     remote_traceback: str = ""
     exit_code: int | None = None
