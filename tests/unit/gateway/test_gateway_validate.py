@@ -1,0 +1,269 @@
+"""validate.py and sampling.py: every wrong request is named with what was given, expected, and what to change."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinker_hpc.base_models import BaseModel
+from tinker_hpc.errors import RequestError
+from tinker_hpc.gateway import sampling, validate
+from tinker_hpc.gateway.wire import ForwardBackwardCall, WireDatum, WireTensor
+from tinker_hpc.loss_table import KNOWN_LOSSES, offered_losses
+
+BASE = BaseModel(
+    name="org/tiny",
+    folder=Path("/models/tiny"),
+    config={},
+    vocab_size=100,
+    max_context=16,
+    hidden_size=48,
+    model_type="qwen3",
+)
+
+
+def tensor(values, dtype: str = "float32", shape: tuple[int, ...] | None = None, *, sparse: bool = False) -> WireTensor:
+    array = np.asarray(values, dtype=dtype)
+    return WireTensor(array.reshape(-1), shape or array.shape, sparse)
+
+
+def call(*data: WireDatum, loss: str = "cross_entropy", config=None) -> ForwardBackwardCall:
+    return ForwardBackwardCall("m", 1, data, loss, config or {}, False)
+
+
+def good(n: int = 4, **changed: WireTensor) -> WireDatum:
+    inputs = {"target_tokens": tensor(range(n), "int64"), "weights": tensor([1.0] * n), **changed}
+    return WireDatum(np.arange(n, dtype=np.int32), inputs)
+
+
+@given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=16), min_size=1, max_size=6))
+def test_a_good_call_is_flattened_in_order(rows):
+    data = [
+        WireDatum(
+            np.array(row, np.int32),
+            {"weights": tensor([0.5] * len(row)), "target_tokens": tensor(row[::-1], "int64")},
+        )
+        for row in rows
+    ]
+    header, arrays = validate.forward_backward(call(*data), BASE)
+    assert header["input_keys"] == ["target_tokens", "weights"]
+    assert arrays["tokens"].dtype == np.int32
+    assert arrays["input.target_tokens"].dtype == np.int64
+    assert arrays["input.weights"].dtype == np.float32
+    for index, row in enumerate(rows):
+        start, end = arrays["offsets"][index : index + 2]
+        assert arrays["tokens"][start:end].tolist() == row
+        assert arrays["input.target_tokens"][start:end].tolist() == row[::-1]
+
+
+def test_integer_weights_are_numbers_too():
+    _, arrays = validate.forward_backward(call(good(weights=tensor([1, 0, 1, 1], "int64"))), BASE)
+    assert arrays["input.weights"].tolist() == [1.0, 0.0, 1.0, 1.0]
+
+
+WRONG_CALLS = {
+    "no data": (call(), "no data; give at least one Datum"),
+    "empty sequence": (call(good(), WireDatum(np.array([], np.int32), {})), "data[1].model_input is empty"),
+    "over the context": (call(good(17)), "17 tokens, more than the context of org/tiny, 16"),
+    "an image": (call(WireDatum(np.array([1], np.int32), {}, ("image",))), "reads text only"),
+    "missing input": (
+        call(WireDatum(np.arange(4, dtype=np.int32), {"target_tokens": tensor(range(4), "int64")})),
+        "data[0].loss_fn_inputs lacks weights: loss_fn 'cross_entropy' needs target_tokens, weights, each of shape [4]",
+    ),
+    "input of another loss": (call(good(advantages=tensor([1.0] * 4))), "has 'advantages', which loss_fn"),
+    "shape": (call(good(weights=tensor([1.0] * 3))), "has shape [3] (3 values) beside a model_input of 4 tokens"),
+    "two targets": (call(good(target_tokens=tensor(range(8), "int64", (4, 2)))), "one target per position, shape [4]"),
+    "sparse": (call(good(target_tokens=tensor([5], "int64", (4, 9), sparse=True))), "(sparse)"),
+    "shape that lies": (call(good(weights=tensor([1.0] * 3, shape=(4,)))), "has shape [4] (3 values)"),
+    "float targets": (call(good(target_tokens=tensor(range(4)))), "is float32, expected int64 token ids"),
+    "nan": (call(good(), good(weights=tensor([1, math.nan, 1, 1]))), "data[1].loss_fn_inputs['weights'][1] is nan"),
+    "infinity": (call(good(weights=tensor([1, 1, 1, -math.inf]))), "data[0].loss_fn_inputs['weights'][3] is -inf"),
+    "beyond the vocabulary": (
+        call(good(), WireDatum(np.array([1, 100], np.int32), dict(good(2).inputs))),
+        "data[1].model_input[1] is token id 100; org/tiny has ids 0 to 99",
+    ),
+    "negative target": (call(good(target_tokens=tensor([1, 2, -100, 4], "int64"))), "set its weight to 0"),
+    "int64 target": (call(good(target_tokens=tensor([1, 2, 2**40, 4], "int64"))), "is token id 1099511627776"),
+    "unknown loss": (call(good(), loss="crossentropy"), "unknown loss_fn 'crossentropy'. Tinker's losses are"),
+    "stable_reinforce": (call(good(), loss="stable_reinforce"), "loss_fn='importance_sampling'"),
+    "uploaded loss": (call(good(), loss="custom"), "forward_backward_custom(data, fn)"),
+    "config key": (call(good(), config={"beta": 1.0}), "loss_fn_config has 'beta'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_wrong_calls_are_named(name):
+    wrong, words = WRONG_CALLS[name]
+    with pytest.raises(RequestError) as caught:
+        validate.forward_backward(wrong, BASE)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(set(KNOWN_LOSSES) - set(offered_losses())))
+def test_a_published_loss_we_lack_is_not_called_unknown(name):
+    with pytest.raises(RequestError, match=f"'{name}' is not computed by this version, which has: cross_entropy"):
+        validate.loss_declaration(name)
+
+
+def test_loss_config_defaults_and_wrong_values():
+    ppo = KNOWN_LOSSES["ppo"]
+    assert validate.loss_config("ppo", ppo, {"clip_low_threshold": 0.5}) == {
+        "clip_low_threshold": 0.5,
+        "clip_high_threshold": 1.2,
+    }
+    for value in (math.nan, math.inf, "0.5"):
+        with pytest.raises(RequestError, match="expected a finite number"):
+            validate.loss_config("ppo", ppo, {"clip_low_threshold": value})
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"learning_rate": math.nan}, "AdamParams.learning_rate is nan, expected a finite number"),
+        ({"learning_rate": None}, "AdamParams.learning_rate is nan"),
+        ({"learning_rate": -1.0}, "AdamParams.learning_rate is -1.0, expected 0 or more"),
+        ({"beta1": 1.0}, "AdamParams.beta1 is 1.0, expected 0 <= beta1 < 1"),
+        ({"beta2": math.inf}, "AdamParams.beta2 is inf"),
+        ({"eps": "tiny"}, "AdamParams.eps is 'tiny', expected a number"),
+        ({"grad_clip_norm": -1}, "0 turns clipping off"),
+        ({"lr": 1.0}, "adam_params has lr; known are learning_rate"),
+    ],
+)
+def test_wrong_adam_params(params, words):
+    with pytest.raises(RequestError) as caught:
+        validate.adam({"adam_params": params})
+    assert words in str(caught.value)
+
+
+def test_adam_defaults_are_tinkers_and_dimuon_is_refused():
+    assert validate.adam({"adam_params": {}}) == dict(validate.ADAM_DEFAULTS)
+    with pytest.raises(RequestError, match="'dimuon'; this version has AdamW"):
+        validate.adam({"optimizer_params": {"type": "dimuon", "learning_rate": 1.0}})
+
+
+@pytest.mark.parametrize("rank", [0, -8, 3, 12, 33, 2.0, True, None, "8"])
+def test_wrong_ranks(rank):
+    with pytest.raises(RequestError, match="Tinker takes powers of two"):
+        validate.lora({"rank": rank}, BASE)
+
+
+def test_ranks():
+    for rank in (1, 2, 4, 8, 16, 32):
+        assert validate.lora({"rank": rank, "seed": 5, "train_mlp": False}, BASE) == {
+            "rank": rank,
+            "seed": 5,
+            "train_mlp": False,
+            "train_attn": True,
+            "train_unembed": True,
+        }
+    with pytest.raises(RequestError, match=r"more than the hidden size of org/tiny \(48\).*at most 32"):
+        validate.lora({"rank": 64}, BASE)
+    with pytest.raises(RequestError, match="nothing would be trained"):
+        validate.lora({"rank": 8, "train_mlp": False, "train_attn": False, "train_unembed": False}, BASE)
+
+
+@given(st.text(max_size=30))
+def test_a_checkpoint_name_never_leaves_its_folder(name):
+    try:
+        accepted = validate.checkpoint_name(name)
+    except RequestError:
+        return
+    assert (Path("/root/folder") / accepted).resolve().parent == Path("/root/folder")
+    assert accepted == name
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", None, "a" * 129, "a\x00b", "-rf"])
+def test_wrong_checkpoint_names(name):
+    with pytest.raises(RequestError, match="checkpoint name"):
+        validate.checkpoint_name(name)
+
+
+def test_ttl():
+    assert validate.ttl_seconds(None) is None
+    assert validate.ttl_seconds(3600) == 3600
+    for wrong in (0, 3599, 10**9, 3600.0, True):
+        with pytest.raises(RequestError, match="one hour"):
+            validate.ttl_seconds(wrong)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------
+
+
+def prompt(*tokens: int) -> dict:
+    return {"chunks": [{"type": "encoded_text", "tokens": list(tokens)}]}
+
+
+def test_a_good_sample():
+    payload = {
+        "prompt": prompt(1, 2),
+        "num_samples": 3,
+        "sampling_params": {"max_tokens": 4, "seed": 9, "temperature": 0.5, "top_k": 7, "top_p": 0.9, "stop": ["\n"]},
+        "prompt_logprobs": True,
+    }
+    header, tokens = sampling.sample(payload, BASE)
+    assert tokens.tolist() == [1, 2] and tokens.dtype == np.int32
+    assert header == {
+        "num_samples": 3,
+        "max_tokens": 4,
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.9,
+        "seed": 9,
+        "stop": {"type": "strings", "values": ["\n"]},
+        "prompt_logprobs": True,
+        "prompt_logprobs_last_n": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        (None, {"type": "eos", "values": []}),
+        ([], {"type": "none", "values": []}),
+        ("END", {"type": "strings", "values": ["END"]}),
+        ([5, 6], {"type": "tokens", "values": [5, 6]}),
+    ],
+)
+def test_stops(stop, expected):
+    header, _ = sampling.sample({"prompt": prompt(1), "sampling_params": {"stop": stop}}, BASE)
+    assert header["stop"] == expected
+    assert header["max_tokens"] == 15, "without max_tokens: up to the context"
+
+
+WRONG_SAMPLES = [
+    ({"prompt": {"chunks": "x"}}, "prompt must be a ModelInput"),
+    ({"prompt": prompt()}, "the prompt is empty"),
+    ({"prompt": prompt(1, 100)}, "prompt[1] is token id 100; org/tiny has ids 0 to 99"),
+    ({"prompt": prompt(-1)}, "prompt[0] is token id -1"),
+    ({"prompt": prompt(2**70)}, "prompt tokens must be integers"),
+    ({"prompt": {"chunks": [{"type": "image", "data": ""}]}}, "reads text only"),
+    ({"prompt": prompt(*range(16))}, "no room for a new token"),
+    ({"sampling_params": {"max_tokens": 16}}, "make 17, more than the context of org/tiny, 16. Use max_tokens=15"),
+    ({"sampling_params": {"max_tokens": 0}}, "max_tokens is 0"),
+    ({"sampling_params": {"temperature": -0.1}}, "expected 0 (greedy) or more"),
+    ({"sampling_params": {"temperature": math.nan}}, "temperature is nan"),
+    ({"sampling_params": {"top_k": 0}}, "top_k is 0, expected 1 or more, or -1"),
+    ({"sampling_params": {"top_p": 0}}, "top_p is 0.0, expected 0 < top_p <= 1"),
+    ({"sampling_params": {"top_p": 1.5}}, "top_p is 1.5"),
+    ({"sampling_params": {"seed": -1}}, "seed is -1"),
+    ({"sampling_params": {"stop": ["a", 1]}}, "texts only, or token ids only"),
+    ({"sampling_params": {"stop": [""]}}, "non-empty"),
+    ({"sampling_params": {"stop": [1000]}}, "stop has token id 1000"),
+    ({"num_samples": 0}, "num_samples is 0, expected an integer of 1 or more"),
+    ({"num_samples": 10**9}, "at most 4096 a request"),
+    ({"topk_sample_logprobs": 3}, "topk_sample_logprobs is not offered"),
+    ({"record_stability_info": True}, "loss_fn='importance_sampling'"),
+    ({"prompt_logprobs_last_n": 5}, "prompt_logprobs_last_n is 5"),
+]
+
+
+@pytest.mark.parametrize(("changed", "words"), WRONG_SAMPLES)
+def test_wrong_samples_are_named(changed, words):
+    with pytest.raises(RequestError) as caught:
+        sampling.sample({"prompt": prompt(1), "sampling_params": {}, **changed}, BASE)
+    assert words in str(caught.value)
