@@ -47,8 +47,9 @@ class Appender:
             )
         if kept:
             read_segment(folder, kept[-1])
-        for merged in sorted(set(segments) - set(kept)):  # a killed predecessor had not come to unlinking these
-            (folder / merged.name).unlink(missing_ok=True)
+        for small in sorted(set(segments) - set(kept)):  # a killed predecessor merged it and came no further
+            read_segment(folder, next(s for s in kept if s.first <= small.first and small.last <= s.last))
+            (folder / small.name).unlink(missing_ok=True)
         self._lock = threading.Lock()  # guards _sizes
         self._sizes = {s: (folder / s.name).stat().st_size for s in kept}
         self._merging: threading.Thread | None = None

@@ -1,0 +1,120 @@
+"""Step 5 of a request. Before: worker/schedule.py. After: megatron_adapters/engine.py.
+
+Records of the log <-> what the engine takes and gives. Pure. The gateway has validated requests, and the engine checks
+lengths and token ids once more; here it is whether the arrays fit together and are finite: NaN in one pass would spoil
+the gradients of every pass beside it. Every rank makes the same checks on the same bytes, so all refuse together.
+
+Legend: T tokens of all datums of a request, N tokens of one datum, P prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_adapters.interface import Datum, LoraSpec, ModelInfo, PassOutput
+from megatron_adapters.sample_request import SampleRequest, SampleResult
+from tinker_hpc.errors import RequestError
+from tinker_hpc.log import Record
+from tinker_hpc.loss_table import KNOWN_LOSSES
+
+RENAMED: Mapping[str, str] = {"logprobs": "sampling_logprobs"}
+"""Wire key -> ours: in a loss, plain `logprobs` are the trainer's."""
+
+
+def lora_spec(header: dict[str, Any]) -> LoraSpec:
+    """The adapter that a create_model header asks for."""
+    lora = header["lora"]
+    targets = {key: bool(lora[key]) for key in ("train_mlp", "train_attn", "train_unembed") if key in lora}
+    return LoraSpec(rank=int(lora["rank"]), seed=int(lora["seed"]), **targets)
+
+
+def to_data(request: Record) -> list[Datum]:
+    """The datums of a forward_backward record, inputs under our names. Arrays are views.
+
+    Raises: RequestError if the arrays do not fit together, an input is missing, or a value is NaN or infinite.
+    """
+    arrays = request.arrays
+    tokens, offsets = arrays["tokens"], arrays["offsets"]
+    if offsets.size < 2 or offsets[0] != 0 or offsets[-1] != tokens.size or (np.diff(offsets) <= 0).any():
+        raise RequestError(f"offsets {offsets[:4]}... do not cut {tokens.size} tokens into non-empty sequences")
+    keys: list[str] = request.header["input_keys"]
+    inputs = {key: _input(request, key, tokens.size) for key in keys}
+    loss = request.header["loss_fn"]
+    required = KNOWN_LOSSES[loss].required if loss in KNOWN_LOSSES else ("target_tokens",)
+    missing = [key for key in required if key not in inputs]
+    if missing:
+        raise RequestError(f"loss_fn {loss!r} needs {', '.join(required)}; {', '.join(missing)} not given")
+    return [
+        Datum(tokens[start:end], {RENAMED.get(key, key): values[start:end] for key, values in inputs.items()})
+        for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    ]
+
+
+def num_loss_tokens(request: Record) -> int:
+    """How many tokens count in the loss: those with a weight or an advantage that is not 0."""
+    for key in ("input.weights", "input.advantages"):
+        if key in request.arrays:
+            values = request.arrays[key].reshape(request.arrays["tokens"].size, -1)
+            return int((values != 0).any(axis=1).sum())
+    return int(request.arrays["tokens"].size)
+
+
+def pass_result(output: PassOutput) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(header fields, arrays) of a forward_backward result: `logprobs` float32 flat, `offsets` int64 [n + 1]."""
+    logprobs, offsets = _flat(output.logprobs, np.float32)
+    metrics = {"loss:sum": output.loss_sum, **output.metrics}
+    return {"metrics": metrics, "loss_fn_output_type": "ArrayRecord"}, {"logprobs": logprobs, "offsets": offsets}
+
+
+def to_sample(request: Record, info: ModelInfo, *, snapshot_id: str | None) -> SampleRequest:
+    """What the sampler takes; end-of-sequence ids put in where `stop` is left to the model."""
+    header = request.header
+    kind, values = header["stop"]["type"], header["stop"].get("values") or []
+    token_ids = {"eos": info.eos_token_ids, "tokens": values}.get(kind, ())
+    return SampleRequest(
+        snapshot_id=snapshot_id,
+        prompt=request.arrays["prompt"],
+        num_samples=header["num_samples"],
+        max_tokens=header["max_tokens"],
+        temperature=header["temperature"],
+        top_k=header["top_k"],
+        top_p=header["top_p"],
+        seed=header["seed"],
+        stop_token_ids=frozenset(int(i) for i in token_ids),
+        stop_strings=tuple(values) if kind == "strings" else (),
+        prompt_logprobs=bool(header.get("prompt_logprobs")),
+    )
+
+
+def sample_result(result: SampleResult) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(header fields, arrays) of a sample result; sequences one after the other with `offsets` int64 [n + 1]."""
+    tokens, offsets = _flat([s.tokens for s in result.sequences], np.int32)
+    logprobs, _ = _flat([s.logprobs for s in result.sequences], np.float32)
+    arrays = {"tokens": tokens, "logprobs": logprobs, "offsets": offsets}
+    if result.prompt_logprobs is not None:
+        arrays["prompt_logprobs"] = np.asarray(result.prompt_logprobs, dtype=np.float32)
+    return {"stop_reasons": [s.stop_reason for s in result.sequences]}, arrays
+
+
+def _input(request: Record, key: str, num_tokens: int) -> np.ndarray:
+    """One loss input as [T, ...]."""
+    flat = request.arrays[f"input.{key}"]
+    trailing = [int(n) for n in request.header.get("trailing_shapes", {}).get(key, [])]
+    expected = num_tokens * int(np.prod(trailing, dtype=np.int64))
+    if flat.size != expected:
+        raise RequestError(
+            f"loss_fn_inputs[{key!r}] has {flat.size} values beside {num_tokens} tokens: give {expected}"
+        )
+    if flat.dtype.kind == "f" and not np.isfinite(flat).all():
+        raise RequestError(f"loss_fn_inputs[{key!r}] holds NaN or infinity; give finite numbers")
+    return flat.reshape(num_tokens, *trailing)
+
+
+def _flat(pieces: Sequence[np.ndarray], dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([p.shape[0] for p in pieces], dtype=np.int64)
+    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+    flat = np.concatenate([np.asarray(p, dtype=dtype) for p in pieces]) if len(pieces) else np.empty(0, dtype)
+    return flat, offsets

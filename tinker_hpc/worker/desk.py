@@ -1,0 +1,257 @@
+"""Step 5 of a request. Before: log/request_log.py. After: worker/loop.py on all ranks.
+
+Rank 0's desk: reads requests, decides what runs next, and hands results to the publisher. The other ranks have none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tinker_hpc.log import Bell, Lease, LogReader, Record
+from tinker_hpc.worker.metrics import MetricsFile
+from tinker_hpc.worker.publisher import Publisher
+from tinker_hpc.worker.ranks import EndWorker, Failure
+from tinker_hpc.worker.redo import Redo
+from tinker_hpc.worker.schedule import Batch, Refusal, Schedule
+from tinker_hpc.worker.train_step import Answer
+
+SIGN_OF_LIFE_S = 5.0
+"""An idle rank 0 tells the others so this often, and looks whether the lease is still its own."""
+READ_BYTES = 64 << 20
+BACKLOG_BYTES = 256 << 20
+"""Read no further while this much waits to run: a long log is redone in pieces."""
+POLL_WHILE_SAMPLING_S = 0.02
+"""Look for new requests this often between decode steps."""
+MIN_SLICE_S = 0.05
+MAX_SLICE_S = 5.0
+"""Sampling goes on for as long as the last training batch took, within these bounds, before the next one cuts in."""
+LAG_S = 60.0
+"""A record that a result speaks of must be there; a shared filesystem may take this long to show it."""
+
+T = TypeVar("T")
+Orders = list[Record]
+"""A command record and the requests it is about; empty: nothing to do, a sign of life."""
+
+
+class Desk:
+    """Everything rank 0 does beside computing. Errors that end the worker are raised as EndWorker."""
+
+    def __init__(
+        self,
+        requests: LogReader,
+        publisher: Publisher,
+        bell: Bell,
+        *,
+        lease: Lease,
+        redo: Redo,
+        metrics: MetricsFile,
+    ) -> None:
+        self._requests = requests
+        self._publisher = publisher
+        self._bell = bell
+        self._lease = lease
+        self._redo = redo
+        self._metrics = metrics
+        self._schedule = Schedule()
+        self._backlog = 0
+        self._slice_started = self._last_poll = time.monotonic()
+        self._slice_s = MIN_SLICE_S
+        metrics.redoing = bool(redo.batches)
+
+    # ---- what to do next
+
+    def next_orders(self) -> Orders:
+        """Wait for work: a batch, `close` at the end of the log, or nothing after SIGN_OF_LIFE_S."""
+        deadline = time.monotonic() + SIGN_OF_LIFE_S
+        while True:
+            self._check()
+            if self._backlog < BACKLOG_BYTES:
+                self._read()
+            batch = self._next_redo() if self._redo.batches else self._next_new()
+            if batch is not None:
+                return self._orders(batch)
+            if self._read():  # over the backlog's limit, and yet nothing can run: a gap is to be closed
+                continue
+            if self._schedule.closing and not self._redo.batches:
+                for refusal in self._schedule.abandon():
+                    self._refuse(refusal)
+                self.flush()
+                return [Record({"command": "close"})]
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                self._guard(self._lease.check)
+                return []
+            self._bell.wait(left_s)
+
+    def orders_while_sampling(self) -> Orders:
+        """Between two decode steps: samples that join, and a training batch when it is its turn. Never waits."""
+        now = time.monotonic()
+        if now - self._last_poll < POLL_WHILE_SAMPLING_S and not self._schedule.training_waits():
+            return []
+        if now - self._last_poll >= POLL_WHILE_SAMPLING_S:
+            self._last_poll = now
+            self._check()
+            self._read()
+        if self._redo.batches:
+            return []  # the next recorded batch comes when this one is done, as it did then
+        training = None
+        if now - self._slice_started >= self._slice_s:
+            training = self._next_new(sampling=False)
+        samples = self._runnable(self._schedule.take_samples())
+        if not samples and training is None:
+            return []
+        joined = [*samples, *(training.requests if training else ())]
+        for requests in (samples, training.requests if training else ()):
+            if requests:
+                self._record_batch(requests)
+        return [Record({"command": "join", "num_samples": len(samples)}), *joined]
+
+    def sampling_starts(self) -> None:
+        """The slice after which training may cut in begins now."""
+        self._slice_started = time.monotonic()
+
+    def training_done(self, seconds: float) -> None:
+        """A training batch took this long: sampling may take as long before the next."""
+        self._slice_s = min(MAX_SLICE_S, max(MIN_SLICE_S, seconds))
+        self._slice_started = time.monotonic()
+
+    # ---- results
+
+    def finish(self, request: Record, outcome: Answer | Failure, *, seconds: float | None = None) -> None:
+        """Answer a request, unless it was answered before (redo), and release what waited for it."""
+        answered = self._redo.is_answered(request)
+        if answered:
+            lost = self._difference(request, outcome)
+            if lost is not None:
+                self._lose(request, lost)
+                return
+        failure = outcome if isinstance(outcome, Failure) else None
+        if not answered:
+            fields, arrays = ({}, {}) if isinstance(outcome, Failure) else outcome
+            if seconds is not None:
+                fields = {**fields, "compute_s": seconds}
+            self._answer(request, failure, fields, dict(arrays))
+        for refusal in self._schedule.finish(request, error=failure.message if failure else None):
+            self._refuse(refusal)
+
+    def flush(self) -> None:
+        """Wait until every result is durable."""
+        self._guard(self._publisher.flush)
+
+    # ---- inside
+
+    def _read(self) -> bool:
+        """Take in what is new in the log; whether there was anything."""
+        new = self._guard(lambda: self._requests.poll(READ_BYTES))
+        for request in new:
+            self._backlog += _size(request)
+            for refusal in self._schedule.add(request):
+                self._backlog -= _size(request)
+                self._refuse(refusal)
+        return bool(new)
+
+    def _next_new(self, *, sampling: bool = True) -> Batch | None:
+        """The schedule's next batch, without what was answered before and has no effect."""
+        while (batch := self._schedule.next_batch(sampling=sampling)) is not None:
+            requests = self._runnable(batch.requests)
+            if requests:
+                return Batch(batch.kind, tuple(requests))
+        return None
+
+    def _next_redo(self) -> Batch | None:
+        """The next recorded batch, without what was answered before and has no effect; None when all are done."""
+        deadline = time.monotonic() + LAG_S
+        while self._redo.batches:
+            requests = self._schedule.take(self._redo.batches[0])
+            if requests is None:
+                if not self._read():
+                    if time.monotonic() > deadline:
+                        seqs = self._redo.batches[0]
+                        raise EndWorker(f"the result log speaks of requests {seqs}, the request log does not have them")
+                    time.sleep(0.1)
+                continue
+            self._redo.batches.popleft()
+            self._metrics.redoing = bool(self._redo.batches)
+            runnable = self._runnable(requests)
+            if runnable:
+                return Batch("sample" if runnable[0].header["op"] == "sample" else "train", tuple(runnable))
+        return self._next_new()
+
+    def _runnable(self, requests: Iterable[Record]) -> list[Record]:
+        """Those to compute; for the others (answered before, without effect) say to the schedule how they ended."""
+        run = []
+        for request in requests:
+            self._backlog -= _size(request)
+            if self._redo.must_run(request):
+                run.append(request)
+                continue
+            for refusal in self._schedule.finish(request, error=self._redo.error_of(request)):
+                self._refuse(refusal)
+        return run
+
+    def _orders(self, batch: Batch) -> Orders:
+        self._record_batch(batch.requests)
+        return [Record({"command": batch.kind}), *batch.requests]
+
+    def _record_batch(self, requests: Sequence[Record]) -> None:
+        """Say which requests run together, before their results (nothing if it is recorded already)."""
+        if any(not self._redo.is_answered(request) for request in requests):
+            self._publish(Record({"op": "batch", "seqs": [request.header["seq"] for request in requests]}))
+
+    def _difference(self, request: Record, outcome: Answer | Failure) -> str | None:
+        """Why a request that succeeded before did not come out the same on redo; None if it did."""
+        if isinstance(outcome, Failure):
+            return outcome.message
+        return self._redo.difference(request, outcome[0])
+
+    def _lose(self, request: Record, reason: str) -> None:
+        """A model or sampler cannot be brought back: everything that asks for it from now on fails, and says why."""
+        header = request.header
+        if header["op"] == "open_sampler":
+            error = f"this sampler was lost when its worker was restarted, and could not be opened again: {reason}"
+            refusals = self._schedule.fail_sampler(header["sampling_session_id"], error, "server")
+        else:
+            error = (
+                f"model {header['model_id']} was lost when its worker was restarted: request {header['seq']} "
+                f"({header['op']}) cannot be repeated: {reason}. Create the model again from its last checkpoint."
+            )
+            refusals = self._schedule.fail_model(header["model_id"], error, "server")
+        for refusal in refusals:
+            self._refuse(refusal)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        if not self._redo.is_answered(refusal.request):
+            self._answer(refusal.request, Failure(refusal.category, refusal.error), {}, {})
+
+    def _answer(
+        self, request: Record, failure: Failure | None, fields: dict[str, Any], arrays: dict[str, np.ndarray]
+    ) -> None:
+        asked = request.header
+        header = {key: asked.get(key) for key in ("request_id", "seq", "op", "model_id")}
+        header |= {"ok": failure is None, **fields}
+        if failure is not None:
+            header |= {"error": failure.message, "category": failure.category}
+        self._publish(Record(header, arrays))
+
+    def _publish(self, record: Record) -> None:
+        self._guard(lambda: self._publisher.publish(record))
+
+    def _check(self) -> None:
+        """Whether results can still be written; the lease itself is looked at when idle and at every publication."""
+        self._guard(self._publisher.check)
+
+    @staticmethod
+    def _guard(action: Callable[[], T]) -> T:
+        """What goes wrong here is not the failure of the request that runs now."""
+        try:
+            return action()
+        except Exception as error:
+            raise EndWorker(f"{type(error).__name__}: {error}") from error
+
+
+def _size(request: Record) -> int:
+    return 1024 + sum(array.nbytes for array in request.arrays.values())

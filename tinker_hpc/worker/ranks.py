@@ -1,0 +1,134 @@
+"""How rank 0 tells the other ranks what to do, and how all agree whether it worked. Encoded records, no pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tinker_hpc.errors import ConfigError, DataRootError, RequestError, ShapeError, WeightsError
+from tinker_hpc.log import Record, encode
+from tinker_hpc.log.record import decode_all
+
+AGREE_TIMEOUT = timedelta(seconds=60)
+"""A rank that failed waits this long for the others; if they hang in the collective that it left, it ends itself, and
+torch's elastic agent starts all ranks again."""
+
+_USER_ERRORS = (RequestError, ShapeError, WeightsError, ConfigError)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a request failed, as its result says it."""
+
+    category: Literal["user", "server"]
+    message: str
+
+
+class EndWorker(BaseException):
+    """Ends this rank, as KeyboardInterrupt would: not the failure of a request, so `except Exception` lets it pass."""
+
+    def __init__(self, message: str, failure: Failure | None = None) -> None:
+        super().__init__(message)
+        self.failure = failure
+        """Where ranks parted over a request: what to answer before ending."""
+
+
+def describe(error: Exception) -> Failure:
+    """What the user hears of an exception: their own mistakes plainly, ours with the type."""
+    if isinstance(error, _USER_ERRORS):
+        return Failure("user", str(error))
+    if isinstance(error, DataRootError):
+        return Failure("server", str(error))
+    return Failure("server", f"{type(error).__name__}: {error}")
+
+
+class Ranks:
+    """The ranks of this worker, over a gloo group of them all."""
+
+    def __init__(self, control_group: dist.ProcessGroup | None, global_rank: int, world_size: int) -> None:
+        self._group = control_group
+        self.rank = global_rank
+        self.world_size = world_size
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, records: Sequence[Record] | None, *, source: int = 0) -> list[Record]:
+        """The records that rank `source` gives, on every rank. The others pass None.
+
+        Collectives: over the control group a broadcast of the length and, unless that is 0, one of the bytes.
+        """
+        if self.world_size == 1:
+            return list(records or ())
+        if self.rank == source:
+            data = bytearray().join(encode(record) for record in records or ())
+            dist.broadcast(torch.tensor([len(data)]), src=source, group=self._group)
+            if data:
+                dist.broadcast(torch.from_numpy(np.frombuffer(data, np.uint8)), src=source, group=self._group)
+            return list(records or ())
+        length = torch.zeros(1, dtype=torch.int64)
+        dist.broadcast(length, src=source, group=self._group)
+        received = np.empty(int(length.item()), np.uint8)
+        if received.size:
+            dist.broadcast(torch.from_numpy(received), src=source, group=self._group)
+        return list(decode_all(received.data, where=f"rank {source}'s broadcast"))
+
+    def agree(self, failure: Failure | None) -> Failure | None:
+        """The failure of the first rank that has one, on every rank; None if all succeeded.
+
+        Raises: EndWorker, on every rank, if some failed and some did not: their states differ now, all start again.
+        Collectives: over the control group one all-gather of a flag and, after a failure, one broadcast.
+        """
+        if self.world_size == 1:
+            return failure
+        flags = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        work = dist.all_gather(flags, torch.tensor([int(failure is not None)]), group=self._group, async_op=True)
+        assert work is not None
+        if failure is None:
+            work.wait()
+        else:
+            work.wait(AGREE_TIMEOUT)
+        failed = [rank for rank, flag in enumerate(flags) if flag.item()]
+        if not failed:
+            return None
+        mine = None if failure is None else [Record({"category": failure.category, "message": failure.message})]
+        header = self.broadcast(mine if self.rank == failed[0] else None, source=failed[0])[0].header
+        agreed = Failure(header["category"], header["message"])
+        if len(failed) < self.world_size:
+            where = ", ".join(map(str, failed))
+            raise EndWorker(f"rank {where} of {self.world_size} failed alone: {agreed.message}", agreed)
+        return agreed
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 alone; every rank returns its result (JSON values) or raises its error.
+
+        Raises: RequestError for a user's mistake; DataRootError for a failing disk; otherwise RuntimeError, with the
+            same message on every rank.
+        Collectives: one broadcast over the control group.
+        """
+        if self.world_size == 1:
+            return action()
+        outcome = None
+        if self.is_first:
+            try:
+                outcome = [Record({"result": json.dumps(action())})]
+            except Exception as error:
+                failure = describe(error)
+                disk = isinstance(error, OSError)
+                outcome = [Record({"category": failure.category, "message": failure.message, "disk": disk})]
+        header = self.broadcast(outcome)[0].header
+        if "result" in header:
+            return json.loads(header["result"])
+        if header["category"] == "user":
+            raise RequestError(header["message"])
+        if header["disk"]:
+            raise DataRootError(header["message"])
+        raise RuntimeError(header["message"])

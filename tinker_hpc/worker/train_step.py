@@ -1,0 +1,235 @@
+"""Step 5 of a request. Before: worker/loop.py. After: megatron_adapters/engine.py, then worker/publisher.py.
+
+Runs one request other than a sample, on all ranks. Every method here is a collective: every rank calls it with the same
+request. A request that fails leaves its model as it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_adapters.engine import Engine
+from megatron_adapters.interface import AdamParams, LoraSpec
+from tinker_hpc.errors import RequestError
+from tinker_hpc.log import Record
+from tinker_hpc.worker import checkpoint
+from tinker_hpc.worker.batch import lora_spec, num_loss_tokens, pass_result, to_data
+from tinker_hpc.worker.checkpoint import Checkpoint
+from tinker_hpc.worker.losses import bind
+from tinker_hpc.worker.metrics import MetricsFile, StepMetrics
+from tinker_hpc.worker.ranks import Ranks
+
+Answer = tuple[dict[str, Any], Mapping[str, np.ndarray]]
+"""Fields and arrays of a result."""
+MAX_SNAPSHOTS = 16
+"""Per model, in memory: each costs a copy of the adapter. The one sampled from longest ago goes first."""
+
+
+@dataclass
+class ModelState:
+    """What the worker knows of a model beside its weights, which the engine has. Equal on all ranks."""
+
+    lora: LoraSpec
+    step: int = 0
+    since_step: StepMetrics = field(default_factory=StepMetrics)
+
+
+class TrainStep:
+    """The models of this worker."""
+
+    def __init__(self, engine: Engine, ranks: Ranks, base_model: str, metrics: MetricsFile | None) -> None:
+        self._engine = engine
+        self._ranks = ranks
+        self._base_model = base_model
+        self._metrics = metrics
+        self._models: dict[str, ModelState] = {}
+        self.samplers: OrderedDict[str, str | None] = OrderedDict()
+        """sampling_session_id -> snapshot_id in the engine, None for the base model; most recently used last."""
+        self.in_use: set[str] = set()
+        """Samplers of the samples under way: not to be dropped."""
+        self._snapshot_of: dict[str, str] = {}
+        self._evicted: dict[str, str] = {}
+        self._operations: dict[str, Callable[[Record], Answer]] = {
+            "create_model": self._create_model,
+            "forward_backward": self._forward_backward,
+            "optim_step": self._optim_step,
+            "save_state": self._save_state,
+            "load_state": self._load_state,
+            "save_sampler_weights": self._save_sampler_weights,
+            "open_sampler": self._open_sampler,
+        }
+
+    def run(self, request: Record) -> Answer:
+        """Compute one request.
+
+        Raises: RequestError and its like for a user's mistake, anything else for ours; the same on every rank unless
+            a rank fails by itself, which `Ranks.agree` finds out.
+        Collectives: those of the engine's method, and of Ranks.on_first for files.
+        """
+        return self._operations[request.header["op"]](request)
+
+    def snapshot_for(self, sampling_session_id: str) -> str | None:
+        """The snapshot a sampler reads. Raises: RequestError if it made room for newer ones."""
+        if sampling_session_id in self._evicted:
+            raise RequestError(
+                f"sampler {sampling_session_id} was dropped: {self._evicted[sampling_session_id]} has saved "
+                f"{MAX_SNAPSHOTS} newer snapshots since it was last used. Keep weights with "
+                "save_weights_for_sampler(name) and open them by path."
+            )
+        self.samplers.move_to_end(sampling_session_id)
+        return self.samplers[sampling_session_id]
+
+    def _create_model(self, request: Record) -> Answer:
+        model_id, source = request.header["model_id"], request.header.get("from_state")
+        if source is None:
+            lora = lora_spec(request.header)
+            num_parameters = self._engine.create_adapter(model_id, lora)
+            self._models[model_id] = ModelState(lora)
+            return {"num_parameters": num_parameters}, {}
+        saved = self._verified(source["folder"], source["path"])
+        optimizer = self._with_optimizer(saved, source["optimizer"])
+        self._engine.load_adapter(model_id, Path(source["folder"]), optimizer=optimizer)
+        self._models[model_id] = ModelState(LoraSpec(**saved.lora), saved.step if optimizer else 0)
+        return {"checkpoint": _identity(saved)}, {}
+
+    def _forward_backward(self, request: Record) -> Answer:
+        header = request.header
+        started = time.monotonic()
+        data = to_data(request)
+        loss_fn = bind(header["loss_fn"], header.get("loss_fn_config") or {})
+        backward = not header["forward_only"]
+        output = self._engine.run_pass(header["model_id"], data, loss_fn, backward=backward)
+        if backward:
+            self._models[header["model_id"]].since_step.add(
+                loss_sum=output.loss_sum,
+                num_loss_tokens=num_loss_tokens(request),
+                num_tokens=int(request.arrays["tokens"].size),
+                seconds=time.monotonic() - started,
+            )
+        return pass_result(output)
+
+    def _optim_step(self, request: Record) -> Answer:
+        model_id = request.header["model_id"]
+        model = self._models[model_id]
+        adam = AdamParams(**request.header["adam"])
+        started = time.monotonic()
+        metrics = self._engine.optim_step(model_id, adam)
+        model.step += 1
+        if self._metrics is not None:
+            seconds = time.monotonic() - started
+            line = model.since_step.line(model_id, model.step, metrics, adam.learning_rate, seconds)
+            self._metrics.append(line)
+        model.since_step = StepMetrics()
+        return {"metrics": metrics}, {}
+
+    def _save_state(self, request: Record) -> Answer:
+        self._save(request, kind="state", optimizer=True)
+        return {"path": request.header["path"]}, {}
+
+    def _save_sampler_weights(self, request: Record) -> Answer:
+        header = request.header
+        if header.get("sampling_session_id") is None:
+            self._save(request, kind="sampler", optimizer=False)
+            return {"path": header["path"]}, {}
+        sampler, model_id = header["sampling_session_id"], header["model_id"]
+        self._engine.snapshot(model_id, sampler)
+        self.samplers[sampler] = sampler
+        self._snapshot_of[sampler] = model_id
+        self._make_room(model_id)
+        return {"sampling_session_id": sampler}, {}
+
+    def _load_state(self, request: Record) -> Answer:
+        header = request.header
+        model = self._models[header["model_id"]]
+        saved = self._verified(header["folder"], header["path"])
+        differing = [k for k, v in asdict(model.lora).items() if k != "seed" and saved.lora[k] != v]
+        if differing:
+            has = ", ".join(f"{k} {saved.lora[k]}" for k in differing)
+            wants = ", ".join(f"{k} {getattr(model.lora, k)}" for k in differing)
+            raise RequestError(
+                f"{header['path']} has {has}; the model was created with {wants}. "
+                "Use create_training_client_from_state(path), which takes the checkpoint's own settings."
+            )
+        optimizer = self._with_optimizer(saved, header["optimizer"])
+        self._engine.load_adapter(header["model_id"], Path(header["folder"]), optimizer=optimizer)
+        model.step = saved.step if optimizer else 0
+        model.since_step = StepMetrics()
+        return {"checkpoint": _identity(saved)}, {}
+
+    def _open_sampler(self, request: Record) -> Answer:
+        sampler, source = request.header["sampling_session_id"], request.header["source"]
+        if source["type"] == "base":
+            self.samplers[sampler] = None
+            return {}, {}
+        saved = self._verified(source["folder"], source["path"])
+        self._engine.load_snapshot(sampler, Path(source["folder"]))
+        self.samplers[sampler] = sampler
+        self._snapshot_of[sampler] = source["path"]
+        self._make_room(source["path"])
+        return {"checkpoint": _identity(saved)}, {}
+
+    def _save(self, request: Record, *, kind: str, optimizer: bool) -> None:
+        header = request.header
+        model = self._models[header["model_id"]]
+        folder = Path(header["folder"])
+        temporary = checkpoint.temporary_folder(folder, header["seq"])
+        content = Checkpoint(
+            kind=kind,
+            path=header["path"],
+            model_id=header["model_id"],
+            base_model=self._base_model,
+            lora=asdict(model.lora),
+            step=model.step,
+            optimizer=optimizer,
+            request_id=header["request_id"],
+            ttl_seconds=header.get("ttl_seconds"),
+            user_metadata=header.get("user_metadata"),
+        )
+        overwrite = bool(header.get("overwrite"))
+        request_id = header["request_id"]
+        if not self._ranks.on_first(
+            lambda: checkpoint.prepare(folder, temporary, request_id=request_id, overwrite=overwrite)
+        ):
+            return
+        try:
+            self._engine.save_adapter(header["model_id"], temporary, optimizer=optimizer)
+            self._ranks.on_first(lambda: checkpoint.publish(folder, temporary, content))
+        except Exception:
+            if self._ranks.is_first:
+                checkpoint.discard(temporary)
+            raise
+
+    def _verified(self, folder: str, path: str) -> Checkpoint:
+        content = self._ranks.on_first(
+            lambda: asdict(checkpoint.verify(Path(folder), path=path, base_model=self._base_model))
+        )
+        return Checkpoint(**content)
+
+    @staticmethod
+    def _with_optimizer(saved: Checkpoint, wanted: bool) -> bool:
+        if wanted and not saved.optimizer:
+            raise RequestError(
+                f"{saved.path} holds sampler weights without optimizer state. Load it without the optimizer "
+                "(create_training_client_from_state), or load a checkpoint made by save_state."
+            )
+        return wanted
+
+    def _make_room(self, owner: str) -> None:
+        """Drop the snapshot of this owner that was used longest ago, beyond MAX_SNAPSHOTS."""
+        own = [sampler for sampler in self.samplers if self._snapshot_of.get(sampler) == owner]
+        for sampler in [sampler for sampler in own[:-MAX_SNAPSHOTS] if sampler not in self.in_use]:
+            self._engine.drop_snapshot(sampler)
+            del self.samplers[sampler]
+            self._evicted[sampler] = owner
+
+
+def _identity(saved: Checkpoint) -> list[Any]:
+    """Tells a checkpoint from one that was saved over it; recorded with every load, and compared on redo."""
+    return [saved.request_id, saved.created_at]
