@@ -106,9 +106,9 @@ def combine(run_id: str, own: OwnFiles, job: JobStatus | None) -> RunStatus:
     elif outcome.get("state") == "failed" and not (job and job.state.finished and job.state not in _LOOP_ENDS):
         state = _OUTCOME_REASONS.get(str(outcome.get("reason")), JobState.FAILED)
         reason = str(outcome.get("error") or reason)
-    elif job is None and own.worker_status:
-        phase_state = {"starting": JobState.RUNNING, "ready": JobState.RUNNING}
-        state = phase_state.get(str(own.worker_status.get("phase")), state)
+    elif own.worker_status and not reason and not state.finished:
+        started = own.worker_status.get("phase") in ("starting", "ready")
+        state = JobState.RUNNING if job is None and started else state
         reason = str(own.worker_status.get("reason") or "")
     cluster = own.spec.get("cluster")
     exit_code = outcome.get("exit_code")

@@ -72,14 +72,13 @@ def _slices(seconds: float) -> Iterator[float]:
 def _state_line(run: Run, job: object) -> str:
     own = read_own_files(run.folder)
     status = combine(run.id, own, job)  # type: ignore[arg-type]
-    phase = (own.worker_status or {}).get("phase")
-    text = f"{status.state.value}"
+    text = status.state.value
     if status.reason:
-        text += f" ({status.reason})"
+        text += f" ({' '.join(status.reason.split())})"
     if status.estimated_start and not status.finished:
         text += f", estimated start {time.strftime('%a %H:%M', time.localtime(status.estimated_start))}"
-    if phase in ("starting", "ready") and not status.finished:
-        text += f", worker {phase}"
+    if status.phase in ("starting", "ready") and not status.finished:
+        text += f", worker {status.phase}"
     return text
 
 

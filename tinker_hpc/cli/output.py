@@ -20,6 +20,7 @@ def emit(value: Any) -> None:
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their content; the last one is cut at the terminal's edge."""
+    rows = [[" ".join(text.split()) for text in row] for row in rows]  # a reason may be a traceback's last lines
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
     room = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 10_000
     for row in [headers, *rows]:

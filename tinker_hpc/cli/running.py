@@ -103,6 +103,6 @@ def _print_script(
     if as_json:
         emit({"script": script, "spec": spec.to_json()})
         return
-    click.echo(script, nl=False)
+    click.echo(script, nl=not script.endswith("\n"))
     if profile.executor == "local":
         click.echo(f"(cluster {profile.name} is this machine: the job runs as a process, not by this script)", err=True)
