@@ -69,5 +69,6 @@ def worker_words(text: str) -> str:
 
 
 def last_lines(text: str, count: int = 15) -> str:
-    """The last lines that are not empty (pure)."""
-    return "\n".join([line for line in text.splitlines() if line.strip()][-count:])
+    """The last lines that are not empty, each once (pure)."""
+    lines = [line for line in text.splitlines() if line.strip()][-count:]
+    return "\n".join(dict.fromkeys(lines))  # ranks and restarts say the same words again

@@ -393,7 +393,8 @@ class FirstNode(_Node):
         """Write the outcome, then take everything down: ask, TERM, KILL."""
         self.record.outcome(exit_code=exit_code, reason=reason, error=error, traceback=traceback)
         ending = "the run is over" if error is None else error
-        if orderly and self.has_loop and self._worker_error is None:
+        # Ranks still loading have nothing to put away and would hear the request only when they are done.
+        if orderly and self.has_loop and self.record.worker_phase == "ready":
             self._close_worker()
         self.record.worker_status("ended", ending, error=None if exit_code == 0 else error)
         process_tree.end_below(os.getpid(), grace_s=_TERM_GRACE_S)

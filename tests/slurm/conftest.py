@@ -1,0 +1,63 @@
+"""One real Slurm cluster per session; clean between tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_machine import INSTALL, REPOSITORY, SlurmCluster
+
+_COMMANDS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "sshd", "unshare", "nsenter")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here is of the Slurm tier."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+
+
+def why_not() -> str | None:
+    """Why the cluster cannot be brought up here, with the one command that would change it; None if it can."""
+    path = f"/usr/sbin:/usr/bin:/sbin:/bin:{os.environ.get('PATH', '')}"
+    missing = [command for command in _COMMANDS if shutil.which(command, path=path) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed; on Debian or Ubuntu: {INSTALL}"
+    if os.geteuid() != 0:
+        return "the Slurm test cluster needs root for its namespaces: sudo make slurm"
+    probe = subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "true"], capture_output=True, check=False)
+    if probe.returncode:
+        return "this container may not make namespaces; give it CAP_SYS_ADMIN (docker run --privileged)"
+    return None
+
+
+def make_cluster(name: str) -> SlurmCluster:
+    """A cluster of this checkout's own: two checkouts may test at the same time."""
+    number = zlib.crc32(f"{REPOSITORY}/{name}".encode())
+    base = Path("/tmp") / f"tinker-hpc-slurm-{number:08x}" / "cluster"
+    return SlurmCluster(base, port_base=16_000 + 300 * (number % 12))
+
+
+@pytest.fixture(scope="session")
+def cluster_session() -> Iterator[SlurmCluster]:
+    """Three nodes with accounting, up for the whole session."""
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    cluster = make_cluster("accounting")
+    cluster.script("down", "--purge")
+    cluster.script("up", "--nodes", "3", "--cpus", "8", "--mem", "8000")
+    yield cluster
+    cluster.script("down", "--purge")
+    cluster.base.parent.rmdir()
+
+
+@pytest.fixture
+def cluster(cluster_session: SlurmCluster) -> SlurmCluster:
+    """The cluster with no job in it and every node idle."""
+    cluster_session.script("reset")
+    return cluster_session
