@@ -1,0 +1,66 @@
+"""What the contract tests run against.
+
+By default a gateway and a one-rank worker on this machine, started once. The same tests run against any other server:
+
+    TINKER_HPC_CONTRACT_BASE_URL=http://127.0.0.1:8765 TINKER_HPC_CONTRACT_API_KEY=tml-... \
+    TINKER_HPC_CONTRACT_BASE_MODEL=Qwen/Qwen3-8B pytest tests/contract -m slow
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import serving
+import tinker
+
+os.environ["TINKER_TELEMETRY"] = "0"
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
+# The SDK logs each retry; pytest shows it where a test fails.
+logging.getLogger("tinker").setLevel(logging.INFO)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Service]:
+    """A gateway with a real worker behind it."""
+    base_url = os.environ.get("TINKER_HPC_CONTRACT_BASE_URL")
+    if base_url:
+        key = os.environ["TINKER_HPC_CONTRACT_API_KEY"]
+        yield serving.Service(base_url, key, os.environ["TINKER_HPC_CONTRACT_BASE_MODEL"])
+        return
+    folder = tmp_path_factory.mktemp("contract")
+    run, worker = serving.new_run(folder / "root")
+    with serving.processes_in(folder) as processes:
+        started = serving.start_gateway(processes, run)
+        serving.start_worker(processes, worker)
+        yield started
+
+
+@pytest.fixture(scope="session")
+def service_client(service: serving.Service) -> Iterator[tinker.ServiceClient]:
+    client = tinker.ServiceClient(base_url=service.base_url, api_key=service.api_key)
+    yield client
+    client.close("success").result(timeout=30)
+
+
+@pytest.fixture
+def training_client(service: serving.Service, service_client: tinker.ServiceClient) -> tinker.TrainingClient:
+    """A fresh adapter of rank 4, always of the same seed."""
+    future = service_client.create_lora_training_client(base_model=service.base_model, rank=4, seed=1)
+    return future.result(timeout=60)
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[serving.Processes]:
+    with serving.processes_in(tmp_path) as started:
+        yield started
+
+
+@pytest.fixture
+def alone(tmp_path: Path, processes: serving.Processes) -> serving.Service:
+    """A gateway without a worker."""
+    run, _ = serving.new_run(tmp_path / "root")
+    return serving.start_gateway(processes, run)

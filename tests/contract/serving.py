@@ -1,0 +1,170 @@
+"""Real processes for the contract tests: a gateway, and a worker or something that stands in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tinker_hpc.run_folder import RunFolder, WorkerFolder, read_json, write_json
+
+HERE = Path(__file__).resolve().parent
+TINY = HERE.parent / "models" / "tiny-qwen3"
+START_S = 60.0
+WORKER_START_S = 180.0
+
+
+@dataclass
+class Reply:
+    """What a raw HTTP request got."""
+
+    status: int
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Service:
+    """A gateway somewhere: all a test of the protocol needs to know."""
+
+    base_url: str
+    api_key: str
+    base_model: str
+    run: RunFolder | None = None
+
+    def http(
+        self,
+        method: str,
+        path: str,
+        payload: Any = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 60.0,
+    ) -> Reply:
+        """One request without the SDK and its retries. `payload`: bytes as they are, anything else as JSON."""
+        where = urlsplit(self.base_url)
+        connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=timeout_s)
+        body = payload if isinstance(payload, bytes) else json.dumps({} if payload is None else payload).encode()
+        try:
+            connection.request(method, path, body=body, headers={"X-API-Key": self.api_key, **(headers or {})})
+            response = connection.getresponse()
+            return Reply(response.status, response.read())
+        finally:
+            connection.close()
+
+    def post(self, path: str, payload: Any = None, **more: Any) -> Reply:
+        return self.http("POST", f"/api/v1/{path}", payload, **more)
+
+    def get(self, path: str, **more: Any) -> Reply:
+        return self.http("GET", f"/api/v1/{path}", **more)
+
+
+@dataclass
+class Processes:
+    """Started processes, ended by their own pids."""
+
+    log_folder: Path
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str, *argv: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        with (self.log_folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+                start_new_session=True,
+            )
+        self.running[name] = process
+        return process
+
+    def log(self, name: str) -> str:
+        return (self.log_folder / f"{name}.log").read_text(errors="replace")
+
+    def stop(self, name: str, *, kill: bool = False) -> None:
+        process = self.running.pop(name)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL if kill else signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+
+    def stop_all(self) -> None:
+        for name in reversed(list(self.running)):
+            self.stop(name)
+
+
+def new_run(root: Path, base_model: str | Path = TINY) -> tuple[RunFolder, WorkerFolder]:
+    """A run folder with one declared worker."""
+    root.mkdir(mode=0o700, exist_ok=True)
+    run = RunFolder.new(root, "contract")
+    return run, run.worker(0).create(base_model=str(base_model), base_model_folder=str(base_model))
+
+
+def start_gateway(processes: Processes, run: RunFolder, env: Mapping[str, str] | None = None) -> Service:
+    """Start (or start again) the gateway and wait until it answers."""
+    process = processes.start("gateway", "-m", "tinker_hpc.gateway", "--run-dir", str(run.path), env=env)
+    worker = read_json(run.worker(0).declaration) or {}
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the gateway ended: {processes.log('gateway')}"
+        about = read_json(run.gateway)
+        if about is not None and about["pid"] == process.pid:
+            service = Service(about["base_url"], about["api_key"], worker.get("base_model", ""), run)
+            with contextlib.suppress(OSError):
+                if service.get("healthz").status == 200:
+                    return service
+        time.sleep(0.02)
+    raise AssertionError(f"no gateway after {START_S} s: {processes.log('gateway')}")
+
+
+def start_responder(processes: Processes, worker: WorkerFolder) -> None:
+    """Something that answers every request at once, without a model."""
+    processes.start("responder", str(HERE / "log_responder.py"), str(worker.path))
+    wait_for(lambda: (read_json(worker.status) or {}).get("phase") == "ready", START_S, "the responder")
+
+
+def start_worker(processes: Processes, worker: WorkerFolder) -> None:
+    """A real worker: one rank of torch's elastic agent."""
+    argv = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--max-restarts=0")
+    processes.start("worker", *argv, "--module", "tinker_hpc.worker", "--worker-dir", str(worker.path))
+
+    def ready() -> bool:
+        assert processes.running["worker"].poll() is None, f"the worker ended: {processes.log('worker')[-4000:]}"
+        return any(worker.results.iterdir())  # its first words
+
+    wait_for(ready, WORKER_START_S, "the worker")
+    write_json(worker.status, {"phase": "ready", "reason": "", "error": None, "since": time.time()})
+
+
+def wait_for(condition: Any, timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not come within {timeout_s} s")
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def processes_in(folder: Path) -> Iterator[Processes]:
+    started = Processes(folder)
+    try:
+        yield started
+    finally:
+        started.stop_all()
