@@ -1,0 +1,124 @@
+"""What the ranks sample, all of it in one process start per layout; the assertions are in test_sampling.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from parity_reference import RANK, VOCAB, Reference
+from parity_scenarios import batch, cross_entropy
+
+from megatron_adapters.engine import AdamParams, Datum, Engine, Layout, LoraSpec, SampleRequest, SampleResult
+
+Outcome = dict[str, Any]
+
+PROMPT_LENGTHS = (1, 5, 40, 17, 64)
+NEW_TOKENS = 24
+
+
+def prompts() -> list[np.ndarray]:
+    random = np.random.default_rng(3)
+    return [random.integers(0, VOCAB, length, dtype=np.int32) for length in PROMPT_LENGTHS]
+
+
+def ask(prompt: np.ndarray, snapshot_id: str | None, **changes: Any) -> SampleRequest:
+    return SampleRequest(snapshot_id, prompt, **{"max_tokens": NEW_TOKENS, "temperature": 1.0, "seed": 1, **changes})
+
+
+def run_all(references: dict[str, Reference], layout: Layout) -> Outcome:
+    outcome: Outcome = {"greedy": {}, "logprobs": {}}
+    for family, reference in references.items():
+        engine = Engine.start(reference.model_folder, layout)
+        engine.load_adapter("peft", reference.adapter_folder, optimizer=False)
+        engine.load_snapshot("peft", reference.adapter_folder)
+        outcome["greedy"][family] = greedy(engine)
+        outcome["logprobs"][family] = logprobs(engine)
+        if family == "qwen3":
+            outcome |= {scenario.__name__: scenario(engine) for scenario in SCENARIOS}
+    engine.stop()
+    return outcome
+
+
+def greedy(engine: Engine) -> dict[str | None, list[SampleResult]]:
+    """Base and adapter in one batch."""
+    requests = [ask(prompt, weights, temperature=0.0) for prompt in prompts() for weights in (None, "peft")]
+    results = engine.sample(requests)
+    return {None: results[0::2], "peft": results[1::2]}
+
+
+def logprobs(engine: Engine) -> Outcome:
+    """Sampled tokens and prompts, scored by the sampler and by the trainer."""
+    results = engine.sample([ask(prompt, "peft", num_samples=3, prompt_logprobs=True) for prompt in prompts()])
+    whole = [
+        np.concatenate([prompt, sequence.tokens])
+        for prompt, result in zip(prompts(), results, strict=True)
+        for sequence in result.sequences
+    ]
+    data = [
+        Datum(tokens[:-1], {"target_tokens": tokens[1:].astype(np.int64), "weights": np.ones(len(tokens) - 1, "f4")})
+        for tokens in whole
+    ]
+    trained = engine.run_pass("peft", data, cross_entropy, backward=False).logprobs
+    return {"results": results, "training_logprobs": trained}
+
+
+def seeds(engine: Engine) -> Outcome:
+    """The same request alone, among others, and with another seed."""
+    one = ask(prompts()[2], "peft", num_samples=4, seed=77)
+    others = [ask(prompt, None, num_samples=3, max_tokens=9, seed=5) for prompt in prompts()]
+    crowd = engine.sample([*others[:2], one, *others[2:]])
+    return {
+        "alone": engine.sample([one])[0],
+        "crowd": crowd[2],
+        "other_seed": engine.sample([ask(prompts()[2], "peft", num_samples=4, seed=78)])[0],
+    }
+
+
+def mixed_weights(engine: Engine) -> Outcome:
+    """Three adapters of different rank and targets and the bare base, in one batch and one at a time."""
+    specs = {
+        "mix1": LoraSpec(RANK, seed=21),
+        "mix2": LoraSpec(3, seed=22, train_attn=False),
+        "mix3": LoraSpec(16, seed=23, train_unembed=False, train_mlp=False),
+    }
+    for name, spec in specs.items():
+        engine.create_adapter(name, spec)
+        engine.run_pass(name, batch(), cross_entropy, backward=True)
+        engine.optim_step(name, AdamParams(learning_rate=0.05))
+        engine.snapshot(name, name)
+    weights = ["mix3", None, "mix1", "mix2", None, "mix1"]
+    requests = [ask(prompts()[1], name, seed=seed) for seed, name in enumerate(weights)]
+    return {"together": engine.sample(requests), "alone": [engine.sample([request])[0] for request in requests]}
+
+
+def snapshots_are_immutable(engine: Engine) -> Outcome:
+    engine.create_adapter("moving", LoraSpec(RANK, seed=9))
+    results = []
+    for name in ("early", "late"):
+        engine.run_pass("moving", batch(), cross_entropy, backward=True)
+        engine.optim_step("moving", AdamParams(learning_rate=0.05))
+        engine.snapshot("moving", name)
+        results.append(engine.sample([ask(prompts()[1], "early")])[0])
+    [late] = engine.sample([ask(prompts()[1], "late")])
+    engine.drop_adapter("moving")
+    [kept] = engine.sample([ask(prompts()[1], "early")])
+    engine.drop_snapshot("early")
+    [dropped] = engine.sample([ask(prompts()[1], "early")])
+    return {"before": results[0], "after": results[1], "late": late, "kept": kept, "dropped": dropped}
+
+
+def arrivals(engine: Engine) -> Outcome:
+    """Requests that come while others run, more than fit into one prefill; every rank sees the same answers."""
+    waiting: list[Sequence[SampleRequest]] = [[], [ask(prompts()[3], "peft", seed=4)], [], [ask(prompts()[0], None)]]
+    finished: list[int] = []
+    results = engine.sample(
+        [ask(prompts()[2], "peft", num_samples=5, max_tokens=12), ask(np.array([VOCAB], dtype=np.int32), None)],
+        on_finished=lambda index, _: finished.append(index),
+        admit=lambda: waiting.pop(0) if waiting else [],
+    )
+    alone = engine.sample([ask(prompts()[3], "peft", seed=4)])
+    return {"results": results, "finished": finished, "alone": alone[0]}
+
+
+SCENARIOS = (seeds, mixed_weights, snapshots_are_immutable, arrivals)

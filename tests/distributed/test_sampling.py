@@ -1,0 +1,157 @@
+"""Sampling under every layout: transformers' tokens, the trainer's logprobs, and independence from the crowd."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAYOUTS
+from gloo_launcher import run_ranks
+from parity_reference import Reference, load_transformers
+from sampling_scenarios import NEW_TOKENS, prompts
+
+from megatron_adapters.engine import SampleResult
+
+pytestmark = pytest.mark.distributed
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+LOGPROB_TOLERANCE = 1e-4  # float32, natural log
+
+
+@pytest.fixture(scope="session")
+def sampled_under(
+    references: dict[str, Reference], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
+    """sampled_under("tp2") runs all scenarios under that layout, once per session."""
+    done: dict[str, dict[str, Any]] = {}
+
+    def outcome(name: str) -> dict[str, Any]:
+        if name not in done:
+            mine = {family: references[family] for family in FAMILIES}
+            folder = tmp_path_factory.mktemp(f"sampling-{name}")
+            layout = LAYOUTS[name]
+            done[name] = run_ranks("sampling_scenarios:run_all", layout.world_size, folder, mine, layout)
+        return done[name]
+
+    return outcome
+
+
+@pytest.fixture
+def sampled(sampled_under: Callable[[str], dict[str, Any]], layout_name: str) -> dict[str, Any]:
+    return sampled_under(layout_name)
+
+
+@pytest.fixture(scope="session")
+def generated(references: dict[str, Reference]) -> dict[tuple[str, str | None], list[np.ndarray]]:
+    """Greedy tokens of transformers' generate, with and without peft's adapter."""
+    from peft import PeftModel
+
+    tokens: dict[tuple[str, str | None], list[np.ndarray]] = {}
+    for family in FAMILIES:
+        base = load_transformers(references[family].model_folder)
+        tokens[family, None] = [generate(base, prompt) for prompt in prompts()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft on tied embeddings
+            adapted = PeftModel.from_pretrained(base, str(references[family].adapter_folder)).eval()
+        tokens[family, "peft"] = [generate(adapted, prompt) for prompt in prompts()]
+    return tokens
+
+
+def generate(model: Any, prompt: np.ndarray) -> np.ndarray:
+    ids = torch.from_numpy(prompt.astype(np.int64))[None]
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    return out[0, len(prompt) :].numpy()
+
+
+def tokens_of(result: SampleResult) -> list[list[int]]:
+    assert result.error is None, result.error
+    return [sequence.tokens.tolist() for sequence in result.sequences]
+
+
+@pytest.mark.parametrize("weights", [None, "peft"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_generate(family: str, weights: str | None, sampled, generated) -> None:
+    ours = [tokens_of(result)[0] for result in sampled["greedy"][family][weights]]
+    theirs = [tokens.tolist() for tokens in generated[family, weights]]
+    assert ours == theirs
+    assert len({tuple(tokens) for tokens in theirs}) == len(theirs)  # not all the same
+
+
+def test_the_adapter_matters(generated) -> None:
+    for family in FAMILIES:
+        assert any((a != b).any() for a, b in zip(generated[family, None], generated[family, "peft"], strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_and_prompt_logprobs_are_the_trainers(family: str, sampled, layout_name: str) -> None:
+    results, training_logprobs = (
+        sampled["logprobs"][family]["results"],
+        sampled["logprobs"][family]["training_logprobs"],
+    )
+    sampler_gap = prompt_gap = 0.0
+    trained = iter(training_logprobs)
+    for prompt, result in zip(prompts(), results, strict=True):
+        scores = result.prompt_logprobs
+        assert scores.dtype == np.float32 and scores.shape == prompt.shape and np.isnan(scores[0])
+        for sequence in result.sequences:
+            expected = next(trained)
+            assert sequence.logprobs.dtype == np.float32 and (sequence.logprobs < 0).all()
+            sampler_gap = max(sampler_gap, np.abs(sequence.logprobs - expected[len(prompt) - 1 :]).max())
+            if len(prompt) > 1:
+                prompt_gap = max(prompt_gap, np.abs(scores[1:] - expected[: len(prompt) - 1]).max())
+    print(
+        f"\nSAMPLING {family} {layout_name} largest logprob gap to the trainer: "
+        f"sampled {sampler_gap:.1e}, prompt {prompt_gap:.1e}"
+    )
+    assert sampler_gap <= LOGPROB_TOLERANCE and prompt_gap <= LOGPROB_TOLERANCE
+
+
+def test_tokens_depend_on_the_seed_and_not_on_the_crowd(sampled) -> None:
+    seeds = sampled["seeds"]
+    assert tokens_of(seeds["alone"]) == tokens_of(seeds["crowd"])
+    assert len({tuple(tokens) for tokens in tokens_of(seeds["alone"]) + tokens_of(seeds["other_seed"])}) == 8
+    for mine, other in zip(seeds["alone"].sequences, seeds["crowd"].sequences, strict=True):
+        np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=LOGPROB_TOLERANCE)
+
+
+def test_layouts_draw_the_same_tokens(sampled, sampled_under: Callable[[str], dict[str, Any]]) -> None:
+    assert tokens_of(sampled["seeds"]["crowd"]) == tokens_of(sampled_under("tp1")["seeds"]["crowd"])
+
+
+def test_mixed_weights_in_one_batch_equal_each_alone(sampled) -> None:
+    together, alone = sampled["mixed_weights"]["together"], sampled["mixed_weights"]["alone"]
+    assert [tokens_of(result) for result in together] == [tokens_of(result) for result in alone]
+    for mixed, single in zip(together, alone, strict=True):
+        np.testing.assert_allclose(
+            mixed.sequences[0].logprobs, single.sequences[0].logprobs, atol=LOGPROB_TOLERANCE, rtol=0
+        )
+    assert len({tuple(tokens_of(result)[0]) for result in together}) == len(together)
+
+
+def test_snapshots_do_not_move_with_their_adapter(sampled) -> None:
+    outcome = sampled["snapshots_are_immutable"]
+    first = outcome["before"].sequences[0]
+    for name in ("after", "kept"):
+        again = outcome[name].sequences[0]
+        assert again.tokens.tolist() == first.tokens.tolist() and again.logprobs.tolist() == first.logprobs.tolist()
+    assert outcome["late"].sequences[0].logprobs.tolist() != first.logprobs.tolist()
+    assert "'early' are not loaded" in outcome["dropped"].error
+
+
+def test_requests_join_while_others_run(sampled) -> None:
+    outcome = sampled["arrivals"]
+    whole, refused, joined, last = outcome["results"]
+    assert len(tokens_of(whole)) == 5 and "expected 0 to 127" in refused.error
+    assert tokens_of(joined) == tokens_of(outcome["alone"])
+    assert len(tokens_of(last)[0]) == NEW_TOKENS
+    assert outcome["finished"] == [1, 0, 2, 3]
