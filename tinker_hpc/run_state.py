@@ -110,6 +110,8 @@ def combine(run_id: str, own: OwnFiles, job: JobStatus | None) -> RunStatus:
         started = own.worker_status.get("phase") in ("starting", "ready")
         state = JobState.RUNNING if job is None and started else state
         reason = str(own.worker_status.get("reason") or "")
+    if own.has_result and not state.finished:
+        reason = "the loop is over, its job is ending"
     cluster = own.spec.get("cluster")
     exit_code = outcome.get("exit_code")
     return RunStatus(

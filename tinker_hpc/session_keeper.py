@@ -134,7 +134,8 @@ class Keeper:
 
     def _write_status(self) -> None:
         for worker in self._workers.values():
-            ready = listed(worker.folder.path / "ready.json")
+            # The worker's first words in its result log are that it takes requests.
+            ready = any(os.listdir(worker.folder.results))
             try:
                 status = self._jobs.status(worker.job, max_age_s=self._max_age_s(worker))
             except TinkerHpcError as error:  # Slurm does not answer now; the last word stands
@@ -187,6 +188,8 @@ class Keeper:
         for attempt in range(3):
             try:
                 if not listed(own.outcome):
+                    if not own.cancel.exists():
+                        write_json(own.cancel, {"requested_at": time.time(), "host": process_tree.this_host()})
                     cancel(worker.job)
                 return
             except TinkerHpcError as error:
