@@ -52,7 +52,8 @@ def build(desk: Desk, lookup: Lookup, retrieval: Retrieval, api_key: str) -> Sta
     """The ASGI application. Its lifespan starts and stops the threads that read results."""
 
     async def config(request: Request) -> Any:
-        return CLIENT_CONFIG
+        # The SDK asks this one over a connection of its own that it never closes (tinker 0.38): so we do.
+        return _json_response(CLIENT_CONFIG, headers={"Connection": "close"})
 
     async def dynamic_config(request: Request) -> Any:
         return DYNAMIC_CONFIG
@@ -223,8 +224,8 @@ async def _json(request: Request) -> dict[str, Any]:
         raise bad_request(str(error)) from error
 
 
-def _json_response(value: Any, status: int = 200) -> Response:
-    return Response(json_bytes(value), status_code=status, media_type=JSON)
+def _json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(json_bytes(value), status_code=status, media_type=JSON, headers=headers)
 
 
 def _page(request: Request) -> tuple[int, int]:

@@ -1,0 +1,136 @@
+"""The stock SDK samples through a real gateway and a real worker."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import tinker
+
+pytestmark = pytest.mark.slow
+
+WAIT_S = 60
+PROMPT = tinker.ModelInput.from_ints([5, 17, 300, 42])
+
+
+@pytest.fixture(scope="module")
+def trained(service, service_client) -> tinker.TrainingClient:
+    """A model that a few large steps have moved away from its base."""
+    client = service_client.create_lora_training_client(base_model=service.base_model, rank=4, seed=3).result(WAIT_S)
+    tokens = np.random.default_rng(0).integers(3, 1000, 33).tolist()
+    inputs = {"target_tokens": tokens[1:], "weights": [1.0] * 32}
+    data = [tinker.Datum(model_input=tinker.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)]
+    for _ in range(3):
+        client.forward_backward(data, "cross_entropy")
+        client.optim_step(tinker.AdamParams(learning_rate=5e-3)).result(WAIT_S)
+    return client
+
+
+@pytest.fixture(scope="module")
+def sampler(trained) -> tinker.SamplingClient:
+    return trained.save_weights_and_get_sampling_client().result(WAIT_S)
+
+
+@pytest.fixture(scope="module")
+def base_sampler(service, service_client) -> tinker.SamplingClient:
+    return service_client.create_sampling_client(base_model=service.base_model).result(WAIT_S)
+
+
+def sample(client: tinker.SamplingClient, *, num_samples: int = 1, prompt=PROMPT, **params):
+    parameters = tinker.SamplingParams(**{"max_tokens": 8, **params})
+    return client.sample(prompt, num_samples, parameters).result(WAIT_S)
+
+
+def tokens_of(response) -> list[list[int]]:
+    return [sequence.tokens for sequence in response.sequences]
+
+
+def test_shapes_and_identities(sampler):
+    response = sample(sampler, num_samples=3, stop=[])
+    assert [len(sequence.tokens) for sequence in response.sequences] == [8, 8, 8]
+    assert [len(sequence.logprobs) for sequence in response.sequences] == [8, 8, 8]
+    assert {sequence.stop_reason for sequence in response.sequences} == {"length"}
+    assert len({sequence.sequence_id for sequence in response.sequences}) == 3
+
+
+def test_seeds(sampler):
+    one = tokens_of(sample(sampler, seed=1, stop=[], max_tokens=16))
+    assert one == tokens_of(sample(sampler, seed=1, stop=[], max_tokens=16))
+    assert one != tokens_of(sample(sampler, seed=2, stop=[], max_tokens=16))
+    drawn = [tokens_of(sample(sampler, stop=[], max_tokens=16)) for _ in range(2)]
+    assert drawn[0] != drawn[1], "without a seed each request draws its own"
+
+
+def test_greedy_tokens_and_logprobs_are_the_trainers(sampler, trained):
+    response = sample(sampler, temperature=0, stop=[], max_tokens=6)
+    (sequence,) = response.sequences
+    whole = [*PROMPT.to_ints(), *sequence.tokens]
+    inputs = {"target_tokens": whole[1:], "weights": [0.0] * (len(whole) - 1)}
+    datum = tinker.Datum(model_input=tinker.ModelInput.from_ints(whole[:-1]), loss_fn_inputs=inputs)
+    output = trained.forward([datum], "cross_entropy").result(WAIT_S).loss_fn_outputs[0]
+    trainers = output["logprobs"].to_numpy()
+    np.testing.assert_allclose(sequence.logprobs, trainers[len(PROMPT.to_ints()) - 1 :], atol=1e-4)
+    scored = sampler.compute_logprobs(tinker.ModelInput.from_ints(whole)).result(WAIT_S)
+    assert scored[0] is None
+    np.testing.assert_allclose(scored[1:], trainers, atol=1e-4)
+
+
+def test_prompt_logprobs_of_the_last_tokens_only(sampler):
+    every = sampler.compute_logprobs(PROMPT).result(WAIT_S)
+    last = sampler.compute_logprobs(PROMPT, prompt_logprobs_last_n=2).result(WAIT_S)
+    assert last == [None, None, *every[2:]]
+
+
+def test_stop_tokens_are_part_of_the_answer(sampler):
+    unstopped = tokens_of(sample(sampler, temperature=0, stop=[]))[0]
+    stop = unstopped[2]
+    (sequence,) = sample(sampler, temperature=0, stop=[stop]).sequences
+    assert sequence.stop_reason == "stop"
+    assert sequence.tokens == unstopped[: unstopped.index(stop) + 1]
+
+
+def test_a_snapshot_does_not_follow_the_training(service, trained, sampler):
+    before = sampler.compute_logprobs(PROMPT).result(WAIT_S)
+    inputs = {"target_tokens": [7, 8, 9], "weights": [1.0] * 3}
+    data = [tinker.Datum(model_input=tinker.ModelInput.from_ints([6, 7, 8]), loss_fn_inputs=inputs)]
+    trained.forward_backward(data, "cross_entropy")
+    trained.optim_step(tinker.AdamParams(learning_rate=5e-3)).result(WAIT_S)
+    assert sampler.compute_logprobs(PROMPT).result(WAIT_S) == before
+    newer = trained.save_weights_and_get_sampling_client(kind="inflight").result(WAIT_S)
+    assert newer.compute_logprobs(PROMPT).result(WAIT_S) != before
+
+
+def test_saved_sampler_weights_and_states_open_as_samplers(service_client, trained):
+    live = trained.save_weights_and_get_sampling_client().result(WAIT_S).compute_logprobs(PROMPT).result(WAIT_S)
+    saved = trained.save_weights_for_sampler("opened").result(WAIT_S).path
+    state = trained.save_state("opened").result(WAIT_S).path
+    for path in (saved, state):
+        client = service_client.create_sampling_client(model_path=path).result(WAIT_S)
+        np.testing.assert_allclose(client.compute_logprobs(PROMPT).result(WAIT_S)[1:], live[1:], atol=1e-5)
+        assert client.get_base_model() == trained.get_info().model_name
+
+
+def test_the_base_model_and_its_tokenizer(base_sampler, sampler):
+    base = base_sampler.compute_logprobs(PROMPT).result(WAIT_S)
+    assert base != sampler.compute_logprobs(PROMPT).result(WAIT_S)
+    tokenizer = base_sampler.get_tokenizer()
+    assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
+
+
+def test_samplers_travel_to_other_processes(service, base_sampler):
+    expected = tokens_of(sample(base_sampler, seed=4, stop=[]))
+    assert tokens_of(sample(pickle.loads(pickle.dumps(base_sampler)), seed=4, stop=[])) == expected
+    handle = base_sampler.get_sampler_handle()
+    assert service.api_key not in handle
+    again = tinker.SamplingClient.from_sampler_handle(handle, api_key=service.api_key)
+    assert tokens_of(sample(again, seed=4, stop=[])) == expected
+
+
+def test_many_at_once(base_sampler):
+    prompts = [tinker.ModelInput.from_ints([3 + i, 100 + i]) for i in range(64)]
+    params = tinker.SamplingParams(max_tokens=4, temperature=0, stop=[])
+    together = [base_sampler.sample(prompt, 1, params) for prompt in prompts]
+    answers = [tokens_of(future.result(WAIT_S)) for future in together]
+    alone = tokens_of(sample(base_sampler, prompt=prompts[5], max_tokens=4, temperature=0, stop=[]))
+    assert answers[5] == alone
