@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.job_spec import JobSpec
-from launch.job_state import JobState, JobStatus
+from launch.job_state import OUTCOME_STATES, JobState, JobStatus
 from tinker_hpc.errors import (
     JobCancelledError,
     JobFailedError,
@@ -25,8 +25,6 @@ _CLASSES: dict[JobState, type[JobFailedError]] = {
     JobState.OUT_OF_MEMORY: JobOutOfMemoryError,
     JobState.NODE_FAIL: JobNodeFailError,
 }
-# Our own supervisor's word for the end, where Slurm has none yet or only "FAILED".
-_OUTCOME_STATES = {"cancelled": JobState.CANCELLED, "time_limit": JobState.TIMEOUT}
 
 
 def error_for(
@@ -48,7 +46,8 @@ def error_for(
     outcome = outcome or {}
     state = status.state
     if state in (JobState.FAILED, JobState.RUNNING, JobState.UNKNOWN, JobState.COMPLETED):
-        state = _OUTCOME_STATES.get(str(outcome.get("reason")), state)
+        # Slurm has no word yet, or none that says more than our supervisor's.
+        state = OUTCOME_STATES.get(str(outcome.get("reason")), state)
     never_started = state.finished and status.start is None and not outcome and state is not JobState.LOST
     if spec.cluster.executor == "local":
         never_started = False  # it has no queue; without a start it fell over at once

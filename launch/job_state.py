@@ -74,6 +74,14 @@ _STATES: dict[str, JobState] = {
 }
 
 
+# Why our supervisor says a run ended (`reason` in outcome.json) -> the state Slurm has, or should have, for it.
+OUTCOME_STATES: dict[str, JobState] = {
+    "cancelled": JobState.CANCELLED,
+    "time_limit": JobState.TIMEOUT,
+    "out_of_memory": JobState.OUT_OF_MEMORY,
+}
+
+
 def job_state(slurm_state: str) -> JobState:
     """Our state for Slurm's word; UNKNOWN for one we do not know ("" included)."""
     first = slurm_state.strip().rstrip("+").split(maxsplit=1)  # narrow sacct columns end in "+"

@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from launch import process_tree
-from launch.job_state import JobState, JobStatus
+from launch.job_state import OUTCOME_STATES, JobState, JobStatus
 from launch.run_record import read_claim
 from launch.submitted import SubmittedJob
 from tinker_hpc.run_folder import RunFolder, read_json
-
-# Why the supervisor says it ended -> the word Slurm would use.
-_REASONS = {"cancelled": JobState.CANCELLED, "time_limit": JobState.TIMEOUT}
 
 
 def status(job: SubmittedJob) -> JobStatus:
@@ -65,7 +62,7 @@ def combine(
         return JobStatus(job.job_id, state, state.value, reason=reason, nodes=nodes, start=start)
     ended_at = outcome.get("ended_at")
     state = JobState.COMPLETED if outcome.get("state") == "succeeded" else JobState.FAILED
-    state = _REASONS.get(str(outcome.get("reason")), state)
+    state = OUTCOME_STATES.get(str(outcome.get("reason")), state)
     return JobStatus(
         job.job_id,
         state,

@@ -12,8 +12,11 @@ _RANK_PREFIX = re.compile(r"^\[?(?:rank|default)\s?\d+\]?:\s?")
 _AGENT_LINE = re.compile(r"^[IWE]\d{4} \d\d:\d\d:\d\d")
 _AGENT_VERDICT = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 _TRACEBACK = "Traceback (most recent call last):"
-# "ValueError: ...", "tinker_hpc.errors.WeightsError: ..."; not torch's own summary of another process's failure.
-_ERROR_LINE = re.compile(r"^(?!.*ChildFailedError)[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*")
+# "ValueError: ...", "tinker_hpc.errors.WeightsError: ...", the last words of a worker's rank; not torch's own summary
+# of another process's failure.
+_ERROR_LINE = re.compile(
+    r"^worker rank \d+ ends: .*|^(?!.*ChildFailedError)[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*"
+)
 
 
 def read_tail(path: Path, *, since: int = 0) -> str:

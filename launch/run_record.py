@@ -7,7 +7,8 @@
     outcome.json           {"state": succeeded | failed, "reason", "exit_code", "error", "traceback", "ended_at"}
 
 `reason` of an outcome says who ended it: `loop` (by itself, well or not), `cancelled`, `time_limit`, `signal`
-(preemption, an administrator), `worker`, `gateway`, `setup` (the loop could not be started), `closed` (a session).
+(preemption, an administrator), `out_of_memory` (it failed, and the kernel had killed processes of the job), `worker`,
+`gateway`, `setup` (the loop could not be started), `closed` (a session).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch import process_tree
+from launch import memory_kills, process_tree
 from launch.children import (
     Child,
     agent_argv,
@@ -212,6 +212,7 @@ class FirstNode(_Node):
         self._gateway_starts: list[float] = []
         self._next_listing = 0.0
         self._worker_error: str | None = None
+        self._kills_before = memory_kills.count()  # a local job shares its cgroup with others
 
     def run(self) -> int:
         job = {"job_id": self.place.job_id, "host": self.place.hostname, "pid": os.getpid()}
@@ -391,6 +392,13 @@ class FirstNode(_Node):
         self, exit_code: int, reason: str, error: str | None, *, traceback: str | None = None, orderly: bool = True
     ) -> int:
         """Write the outcome, then take everything down: ask, TERM, KILL."""
+        if exit_code and (kills := memory_kills.count() - self._kills_before):
+            asked = self.spec.memory_per_node or "the cluster's default"
+            reason = "out_of_memory"
+            error = (
+                f"{kills} of its processes on {self.place.hostname} were killed for want of memory (asked for: {asked} "
+                f"per node); {error}"
+            )
         self.record.outcome(exit_code=exit_code, reason=reason, error=error, traceback=traceback)
         ending = "the run is over" if error is None else error
         # Ranks still loading have nothing to put away and would hear the request only when they are done.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launch.job_state import JobState, JobStatus
+from launch.job_state import OUTCOME_STATES, JobState, JobStatus
 from tinker_hpc.run_folder import RunFolder, read_json
 
 
@@ -104,7 +104,7 @@ def combine(run_id: str, own: OwnFiles, job: JobStatus | None) -> RunStatus:
     if outcome.get("state") == "succeeded":
         state, reason = JobState.COMPLETED, ""
     elif outcome.get("state") == "failed" and not (job and job.state.finished and job.state not in _LOOP_ENDS):
-        state = _OUTCOME_REASONS.get(str(outcome.get("reason")), JobState.FAILED)
+        state = OUTCOME_STATES.get(str(outcome.get("reason")), JobState.FAILED)
         reason = str(outcome.get("error") or reason)
     elif own.worker_status and not reason and not state.finished:
         started = own.worker_status.get("phase") in ("starting", "ready")
@@ -137,8 +137,6 @@ def combine(run_id: str, own: OwnFiles, job: JobStatus | None) -> RunStatus:
     )
 
 
-# What the supervisor knew of the end when it wrote the outcome (launch/run_record.py lists the words).
-_OUTCOME_REASONS = {"cancelled": JobState.CANCELLED, "time_limit": JobState.TIMEOUT}
 # Ends of a job that say no more than the loop's own outcome does.
 _LOOP_ENDS = (JobState.COMPLETED, JobState.FAILED, JobState.LOST)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+
 from launch import squeue
 from launch.host import CommandResult
 from launch.job_state import JobState, JobStatus

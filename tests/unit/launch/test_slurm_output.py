@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from launch import sacct, scontrol, squeue
 from launch.host import CommandResult
 from launch.job_state import JobState, job_state
