@@ -1,0 +1,157 @@
+"""Only the worker with the highest fencing number writes results that count."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from tinker_hpc.errors import LeaseLostError
+from tinker_hpc.log import Lease, Record, ResultLog, ResultReader
+from tinker_hpc.log.appender import Appender
+from tinker_hpc.log.record import encode_parts
+from tinker_hpc.log.result_log import _fence_folder
+
+
+def take_over(folder: Path) -> ResultLog:
+    return ResultLog(folder, Lease.acquire(folder / "lease", {"host": "node", "pid": 7}))
+
+
+def names(records: list[Record]) -> list[str]:
+    return [record.header["name"] for record in records if "name" in record.header]
+
+
+def zombie_write(folder: Path, fence: int, name: str) -> None:
+    """What a worker writes that has checked its lease just before it lost it."""
+    Appender(_fence_folder(folder / "results", fence)).append(
+        [encode_parts(Record({"name": name, "fence": fence}))]  # type: ignore[list-item]
+    )
+
+
+def test_results_come_in_order_with_their_fence(tmp_path: Path) -> None:
+    log, reader = take_over(tmp_path), ResultReader(tmp_path)
+    assert [r.header["op"] for r in reader.poll()] == ["sealed"]
+    log.publish([Record({"name": "a"}), Record({"name": "b"})])
+    log.publish([])
+    log.publish([Record({"name": "c"})])
+    records = reader.poll()
+    assert names(records) == ["a", "b", "c"] and {r.header["fence"] for r in records} == {1}
+    assert reader.poll() == []
+
+
+def test_a_reader_may_start_before_the_worker(tmp_path: Path) -> None:
+    reader = ResultReader(tmp_path)
+    assert reader.poll() == []
+    take_over(tmp_path).publish([Record({"name": "a"})])
+    assert names(reader.poll()) == ["a"]
+
+
+def test_the_old_worker_stops(tmp_path: Path) -> None:
+    old = take_over(tmp_path)
+    take_over(tmp_path)
+    with pytest.raises(LeaseLostError, match="lease 2 belongs to pid 7 on node"):
+        old.publish([Record({"name": "late"})])
+    assert names(ResultReader(tmp_path).poll()) == []
+
+
+def test_what_a_zombie_writes_after_the_seal_does_not_count(tmp_path: Path) -> None:
+    take_over(tmp_path).publish([Record({"name": "a"})])
+    early_reader = ResultReader(tmp_path)
+    new = take_over(tmp_path)
+    zombie_write(tmp_path, 1, "zombie")
+    new.publish([Record({"name": "b"})])
+    assert names(early_reader.poll()) == ["a", "b"]
+    assert names(ResultReader(tmp_path).poll()) == ["a", "b"]
+
+
+def test_results_are_held_back_while_a_takeover_is_under_way(tmp_path: Path) -> None:
+    old = take_over(tmp_path)
+    old.publish([Record({"name": "a"})])
+    reader = ResultReader(tmp_path)
+    assert names(reader.poll()) == ["a"]
+    old.publish([Record({"name": "b"})])
+    _fence_folder(tmp_path / "results", 2).mkdir()  # the new worker got this far
+    assert reader.poll() == []
+    Lease.acquire(tmp_path / "lease", {})
+    ResultLog(tmp_path, Lease(tmp_path / "lease", 2))
+    assert names(reader.poll()) == ["b"]
+
+
+def test_a_takeover_between_the_readers_two_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new worker counts the old one's records after the reader has read one that came too late to be counted."""
+    take_over(tmp_path).publish([Record({"name": "a"})])
+    reader = ResultReader(tmp_path)
+    reader.poll()
+    module = "tinker_hpc.log.result_log._list_fences"
+    from tinker_hpc.log.result_log import _list_fences as real
+
+    new: list[ResultLog] = []
+
+    def listing(results: Path) -> list[int]:
+        found = real(results)
+        if not new:  # between the first listing and the read
+            monkeypatch.undo()
+            new.append(take_over(tmp_path))
+            zombie_write(tmp_path, 1, "zombie")
+        return found
+
+    monkeypatch.setattr(module, listing)
+    assert names(reader.poll()) == []
+    new[0].publish([Record({"name": "b"})])
+    assert names(reader.poll()) == ["b"]
+
+
+def test_a_worker_that_died_before_sealing_changes_nothing(tmp_path: Path) -> None:
+    take_over(tmp_path).publish([Record({"name": "a"})])
+    Lease.acquire(tmp_path / "lease", {})
+    _fence_folder(tmp_path / "results", 2).mkdir()
+    third = take_over(tmp_path)
+    assert third.lease.fence == 3
+    zombie_write(tmp_path, 2, "late seal")
+    third.publish([Record({"name": "c"})])
+    assert names(ResultReader(tmp_path).poll()) == ["a", "c"]
+
+
+def test_a_seal_is_kept_by_the_workers_after_it(tmp_path: Path) -> None:
+    take_over(tmp_path).publish([Record({"name": "a"})])
+    take_over(tmp_path).publish([Record({"name": "b"})])
+    zombie_write(tmp_path, 1, "zombie")
+    take_over(tmp_path).publish([Record({"name": "c"})])
+    assert names(ResultReader(tmp_path).poll()) == ["a", "b", "c"]
+
+
+def test_two_workers_racing_get_different_fences(tmp_path: Path) -> None:
+    fences: list[int] = []
+
+    def acquire() -> None:
+        fences.append(Lease.acquire(tmp_path / "lease", {}).fence)
+
+    threads = [threading.Thread(target=acquire) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(fences) == list(range(1, 13))
+
+
+def test_a_held_lease_is_quiet_and_a_used_one_is_refused(tmp_path: Path) -> None:
+    lease = Lease.acquire(tmp_path / "lease", {"pid": 1})
+    lease.check()
+    ResultLog(tmp_path, lease)
+    with pytest.raises(LeaseLostError, match="was used before"):
+        ResultLog(tmp_path, lease)
+
+
+def test_a_long_log_is_read_in_pieces(tmp_path: Path) -> None:
+    import numpy as np
+
+    for fence in range(2):
+        log = take_over(tmp_path)
+        for n in range(3):
+            log.publish([Record({"name": f"{fence}{n}"}, {"x": np.zeros(1000, np.uint8)})])
+    reader, found = ResultReader(tmp_path), []
+    while new := reader.poll(max_bytes=900):
+        assert len(names(new)) <= 1
+        found += names(new)
+    assert found == ["00", "01", "02", "10", "11", "12"]
