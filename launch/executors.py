@@ -20,7 +20,7 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 from launch import process_tree
 from launch.host import CommandResult, Host
 from launch.job_spec import JobSpec
-from launch.refusals import explain_refusal, is_refusal
+from launch.refusals import Verdict, explain_refusal, verdict
 from launch.render import python_of, sbatch_text
 from tinker_hpc.errors import SlurmUnavailableError
 
@@ -67,8 +67,15 @@ def sbatch(spec: JobSpec, script: Path, host: Host) -> str:
         result = CommandResult(tuple(argv), 1, "", str(error))
     if result.ok and (match := re.search(r"^(\d+)(;.*)?$", result.stdout, re.MULTILINE)):
         return match.group(1)
-    if is_refusal(result):
+    meaning = verdict(result)
+    if meaning is Verdict.REFUSED:
         raise explain_refusal(result, spec)
+    if meaning is Verdict.UNREACHED:
+        raise SlurmUnavailableError(
+            f"run {spec.run_id} was not submitted, Slurm cannot be reached: {result.words} Nothing is in the queue; "
+            "submit again when `scontrol ping` says UP.",
+            command="sbatch",
+        )
     found = find_by_name(spec.run_id, host)
     if found is not None:
         return found

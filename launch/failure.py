@@ -51,7 +51,12 @@ def error_for(
     never_started = state.finished and status.start is None and not outcome and state is not JobState.LOST
     if spec.cluster.executor == "local":
         never_started = False  # it has no queue; without a start it fell over at once
-    kind = JobNeverStartedError if never_started else _CLASSES.get(state, JobFailedError)
+    # Somebody's wish is the better reason: a job cancelled while it waited was cancelled.
+    kind = (
+        JobNeverStartedError
+        if never_started and state is not JobState.CANCELLED
+        else _CLASSES.get(state, JobFailedError)
+    )
     sentences = [_what_ended(status, state, spec, doing, never_started=never_started)]
     why = str(outcome.get("error") or "") or status.reason
     if why and why not in sentences[0]:

@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+import enum
+
 from launch.host import CommandResult
 from launch.job_spec import JobSpec
 from tinker_hpc.errors import SubmissionError
 
-# No answer from the controller: the job may or may not exist. Everything else sbatch says is a refusal.
-_NO_ANSWER = (
-    "unable to contact slurm controller",
-    "socket timed out",
-    "zero bytes were transmitted or received",
+# The request never got to the controller (22.05 says these after 2 to 9 s): surely no job.
+_NEVER_ARRIVED = (
+    "unable to contact slurm controller (connect failure)",
     "connection refused",
-    "connection reset",
-    "connection timed out",
-    "communication connection failure",
-    "gave no answer within",
-    "slurm temporarily unable to accept job",
-    "munge",  # a credential that could not be made, or checked in time
+    "munge",  # no credential could be made
     "protocol authentication error",
     "could not establish a configuration source",
-    "backup controller",
+    "temporarily unable to accept job",
+)
+# The request went out and no answer came back: there may be a job. A hung controller creates it when it wakes.
+_NO_ANSWER = (
+    "socket timed out",
+    "zero bytes were transmitted or received",
+    "unable to contact slurm controller",
+    "connection reset",
+    "connection timed out",
+    "gave no answer within",
 )
 
 
-def is_refusal(result: CommandResult) -> bool:
-    """Whether Slurm answered and said no, so that surely no job was made."""
+class Verdict(enum.Enum):
+    """What a failed sbatch leaves us with."""
+
+    REFUSED = "refused"
+    """Slurm answered and said no: no job, and something to change."""
+    UNREACHED = "unreached"
+    """Slurm was not reached: no job, try again later."""
+    UNANSWERED = "unanswered"
+    """Nobody knows: look for the job before doing anything else."""
+
+
+def verdict(result: CommandResult) -> Verdict:
+    """Read a failed sbatch."""
     if result.ok:
-        return False  # exit code 0 without a job id: nobody knows
+        return Verdict.UNANSWERED  # exit code 0 without a job id
     words = (result.stderr + result.stdout).lower()
-    return not any(phrase in words for phrase in _NO_ANSWER)
+    if any(phrase in words for phrase in _NEVER_ARRIVED):
+        return Verdict.UNREACHED
+    return Verdict.UNANSWERED if any(phrase in words for phrase in _NO_ANSWER) else Verdict.REFUSED
 
 
 def explain_refusal(result: CommandResult, spec: JobSpec) -> SubmissionError:

@@ -108,6 +108,8 @@ class _Node:
         self.place = place
         self.started_at = time.time()
         self.agent: Child | None = None
+        self._kills_before = memory_kills.count()  # a local job shares its cgroup with others
+        self._kills_elsewhere = 0
         self._signals: list[int] = []
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT):
             signal.signal(number, self._on_signal)
@@ -172,8 +174,10 @@ class OtherNode(_Node):
                 return 0
             if code is not None and not reported:
                 # Not an exit of ours: srun would kill the first node before the loop heard why.
-                write_json(self.failure_file(self.place.node_rank), {"error": self.agent_failure(code)})
-                self.say(self.agent_failure(code))
+                why = self.agent_failure(code)
+                kills = memory_kills.count() - self._kills_before
+                write_json(self.failure_file(self.place.node_rank), {"error": why, "memory_kills": kills})
+                self.say(why)
                 reported = True
             if time.monotonic() >= next_listing:
                 next_listing = time.monotonic() + _LISTING_POLL_S
@@ -212,7 +216,6 @@ class FirstNode(_Node):
         self._gateway_starts: list[float] = []
         self._next_listing = 0.0
         self._worker_error: str | None = None
-        self._kills_before = memory_kills.count()  # a local job shares its cgroup with others
 
     def run(self) -> int:
         job = {"job_id": self.place.job_id, "host": self.place.hostname, "pid": os.getpid()}
@@ -278,7 +281,9 @@ class FirstNode(_Node):
         self._next_listing = time.monotonic() + (_LISTING_POLL_S if self.record.worker_phase == "ready" else _POLL_S)
         for node_rank in range(1, self.spec.nodes):
             if listed(path := self.failure_file(node_rank)):
-                self._worker_gone(str((read_json(path) or {}).get("error")))
+                failure = read_json(path) or {}
+                self._kills_elsewhere += int(failure.get("memory_kills", 0))
+                self._worker_gone(str(failure.get("error")))
         # The worker's first words in the result log are that it takes requests. Whether there are any is enough here.
         if self.record.worker_phase == "starting" and os.listdir(self.run_folder.worker(0).results):
             self.record.worker_status("ready", "")
@@ -392,13 +397,11 @@ class FirstNode(_Node):
         self, exit_code: int, reason: str, error: str | None, *, traceback: str | None = None, orderly: bool = True
     ) -> int:
         """Write the outcome, then take everything down: ask, TERM, KILL."""
-        if exit_code and (kills := memory_kills.count() - self._kills_before):
+        kills = memory_kills.count() - self._kills_before + self._kills_elsewhere
+        if exit_code and kills and reason not in ("cancelled", "time_limit"):
             asked = self.spec.memory_per_node or "the cluster's default"
             reason = "out_of_memory"
-            error = (
-                f"{kills} of its processes on {self.place.hostname} were killed for want of memory (asked for: {asked} "
-                f"per node); {error}"
-            )
+            error = f"{kills} of its processes were killed for want of memory (asked for: {asked} per node); {error}"
         self.record.outcome(exit_code=exit_code, reason=reason, error=error, traceback=traceback)
         ending = "the run is over" if error is None else error
         # Ranks still loading have nothing to put away and would hear the request only when they are done.

@@ -51,9 +51,42 @@ def cluster_session() -> Iterator[SlurmCluster]:
     cluster = make_cluster("accounting")
     cluster.script("down", "--purge")
     cluster.script("up", "--nodes", "3", "--cpus", "8", "--mem", "8000")
+    for user in ("alice", "bob"):
+        give_configuration(cluster, user)
     yield cluster
     cluster.script("down", "--purge")
     cluster.base.parent.rmdir()
+
+
+CONFIG = """
+[clusters.test]
+executor = "slurm"
+cpus_per_node = 2
+memory = "2G"
+
+[clusters.later]                # a job that waits
+executor = "slurm"
+extra = ["--begin=now+1hour"]
+
+[clusters.no_such_partition]
+executor = "slurm"
+partition = "gpu_huge"
+
+[clusters.no_such_account]
+executor = "slurm"
+account = "physics"
+"""
+
+
+def give_configuration(cluster: SlurmCluster, user: str) -> None:
+    """The user's ~/.config/tinker_hpc/config.toml."""
+    home = cluster.home(user)
+    owner = home.stat()
+    folder = home / ".config" / "tinker_hpc"
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(CONFIG)
+    for path in (home / ".config", folder, folder / "config.toml"):
+        os.chown(path, owner.st_uid, owner.st_gid)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
 PROGRAMS = HERE / "programs"
+TINY_MODEL = REPOSITORY / "tests" / "models" / "tiny-qwen3"
 INSTALL = "sudo tests/slurm/install.sh"
 
 
@@ -53,6 +54,23 @@ class SlurmCluster:
         if done.returncode:
             raise AssertionError(f"{name} {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
         return json.loads(done.stdout.strip().splitlines()[-1])
+
+    def act(self, user: str, what: str, *arguments: str, timeout_s: float = 200.0) -> dict[str, Any]:
+        """One of programs/act.py's actions, in a process of its own."""
+        return self.program(user, "act.py", what, *arguments, timeout_s=timeout_s)
+
+    def submit(self, *command: str, user: str = "alice", **options: Any) -> dict[str, Any]:
+        """Submit a command as the loop of a run beside the tiny model; the answer has run_id and job_id."""
+        return self.act(user, "submit", json.dumps({"base_model": str(TINY_MODEL), **options}), *command)
+
+    def run_folder(self, run_id: str, user: str = "alice") -> Path:
+        """A run's folder, seen from the host."""
+        return self.home(user) / "tinker_hpc" / "runs" / run_id
+
+    def events(self, run_id: str) -> list[str]:
+        """Names of the events of a run so far."""
+        path = self.run_folder(run_id) / "events.jsonl"
+        return [json.loads(line)["event"] for line in path.read_text().splitlines()] if path.exists() else []
 
     def slurm(self, *argv: str) -> str:
         """Run a Slurm command as root on the login node and return what it printed."""

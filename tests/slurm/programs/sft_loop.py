@@ -1,6 +1,6 @@
 """A plain Tinker program: supervised fine-tuning on a few sentences. Prints one JSON object.
 
-    sft_loop.py BASE_MODEL STEPS
+sft_loop.py BASE_MODEL STEPS
 """
 
 from __future__ import annotations

@@ -1,0 +1,205 @@
+"""Every way a run can end, on a real Slurm: the future ends too, with the right reason, as sacct has it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import pytest
+from slurm_machine import TINY_MODEL, SlurmCluster, until
+
+
+def end_of(cluster: SlurmCluster, job_id: str) -> list[str]:
+    """State and exit code of a job in accounting, once it has ended (accounting follows after seconds)."""
+
+    def ended() -> list[str]:
+        row = cluster.sacct(job_id, "State", "ExitCode")
+        return row if row and row[0] not in ("PENDING", "RUNNING", "COMPLETING") else []
+
+    return until(ended, timeout_s=60, what=f"the end of job {job_id} in accounting")
+
+
+def settled(cluster: SlurmCluster, run_id: str) -> dict[str, Any]:
+    """The run's status once its job's processes have ended too."""
+    ending = ("RUNNING", "COMPLETING")
+    return until(
+        lambda: (s := cluster.act("alice", "status", run_id))["slurm_state"] not in ending and s,
+        timeout_s=60,
+        what=f"the end of run {run_id} in `status`",
+    )
+
+
+def wait_running(cluster: SlurmCluster, run: dict[str, str]) -> None:
+    until(lambda: "loop_started" in cluster.events(run["run_id"]), timeout_s=60, what="the loop's start")
+
+
+def test_a_loop_that_raises(cluster: SlurmCluster) -> None:
+    run = cluster.submit("python", "-c", "def f(x):\n    raise ValueError('no ' + x)\nf('luck')")
+    result = cluster.act("alice", "result", run["run_id"])
+    assert result["error"] == "LoopFailedError"
+    assert result["exit_code"] == 1 and "ValueError: no luck" in result["message"]
+    outcome = json.loads((cluster.run_folder(run["run_id"]) / "outcome.json").read_text())
+    assert (outcome["state"], outcome["reason"], outcome["error"]) == ("failed", "loop", "ValueError: no luck")
+    assert outcome["traceback"].startswith("Traceback") and "in f" in outcome["traceback"]
+    assert end_of(cluster, run["job_id"]) == ["FAILED", "1:0"]
+    status = settled(cluster, run["run_id"])
+    assert (status["state"], status["slurm_state"], status["exit_code"]) == ("FAILED", "FAILED", 1)
+
+
+def test_cancel_while_it_waits(cluster: SlurmCluster) -> None:
+    run = cluster.submit("true", cluster="later")
+    waiting = until(
+        lambda: (s := cluster.act("alice", "status", run["run_id"]))["reason"] == "BeginTime" and s,
+        timeout_s=10,
+        what="the reason it waits",
+    )
+    assert waiting["state"] == "PENDING" and waiting["estimated_start"] is not None
+    assert cluster.sacct(run["job_id"], "State") in ([], ["PENDING"])
+    assert "error" not in cluster.act("alice", "cancel", run["run_id"])
+    result = cluster.act("alice", "result", run["run_id"])
+    assert result["error"] == "JobCancelledError" and "without ever starting" in result["message"]
+    assert end_of(cluster, run["job_id"])[0] == "CANCELLED by 2001"
+
+
+def test_cancel_while_it_runs(cluster: SlurmCluster) -> None:
+    run = cluster.submit("sleep", "600", resources={"nodes": 2})
+    wait_running(cluster, run)
+    running = cluster.act("alice", "status", run["run_id"])
+    assert (running["state"], running["slurm_state"], running["nodes"]) == ("RUNNING", "RUNNING", ["node1", "node2"])
+    cluster.act("alice", "cancel", run["run_id"])
+    result = cluster.act("alice", "result", run["run_id"])
+    assert result["error"] == "JobCancelledError" and run["run_id"] in result["message"]
+    assert end_of(cluster, run["job_id"])[0] == "CANCELLED by 2001"
+    assert settled(cluster, run["run_id"])["slurm_state"] == "CANCELLED by 2001"
+    for node in ("node1", "node2"):
+        until(
+            lambda node=node: run["run_id"] not in cluster.script("sh", node, "ps", "-eo", "args").stdout,
+            timeout_s=20,
+            what=f"no process of the run on {node}",
+        )
+    # A second time is no error.
+    assert "error" not in cluster.act("alice", "cancel", run["run_id"])
+
+
+def test_time_limit_and_a_job_that_never_starts(cluster: SlurmCluster) -> None:
+    """Slurm's finest time limit is a minute, looked at every half minute: about 80 s, used for the second job too."""
+    run = cluster.submit("sleep", "600", resources={"time": 1})
+    too_big = cluster.submit("true", resources={"nodes": 9})
+    status = until(
+        lambda: (s := cluster.act("alice", "status", too_big["run_id"]))["reason"] == "PartitionConfig" and s,
+        timeout_s=20,
+        what="the reason the other job does not start",
+    )
+    assert (status["state"], status["start"]) == ("PENDING", None)
+    result = cluster.act("alice", "result", run["run_id"])
+    assert result["error"] == "JobTimeLimitError"
+    assert "1 min" in result["message"] and "`time`" in result["message"]
+    assert end_of(cluster, run["job_id"])[0] == "TIMEOUT"
+    assert settled(cluster, run["run_id"])["slurm_state"] == "TIMEOUT"
+    assert cluster.act("alice", "status", too_big["run_id"])["state"] == "PENDING"
+
+
+@pytest.mark.parametrize(
+    ("options", "slurm_says", "advice"),
+    [
+        ({"cluster": "no_such_partition"}, "invalid partition specified: gpu_huge", "`sinfo -s` lists the partitions"),
+        ({"cluster": "no_such_account"}, "Invalid account", "sacctmgr show assoc"),
+        ({"resources": {"cpus_per_node": 500}}, "node configuration is not available", "can ever offer"),
+        ({"resources": {"gpus_per_node": 64, "ranks_per_node": 1}}, "node configuration", "64 GPUs"),
+    ],
+)
+def test_refused_at_once(cluster: SlurmCluster, options: dict[str, object], slurm_says: str, advice: str) -> None:
+    before = set((cluster.home("alice") / "tinker_hpc" / "runs").glob("*"))
+    answer = cluster.submit("true", **options)
+    assert answer["error"] == "SubmissionError"
+    assert slurm_says.lower() in answer["message"].lower() and advice in answer["message"]
+    assert answer["took_s"] < 10
+    assert set((cluster.home("alice") / "tinker_hpc" / "runs").glob("*")) == before, "no job, so no run"
+
+
+def test_out_of_memory(cluster: SlurmCluster) -> None:
+    # Each step is kept: cgroups kill at the limit, without them Slurm polls and kills what grew too big.
+    eat = "import time\nkept = []\nwhile True:\n    kept.append(b'x' * (50 << 20))\n    time.sleep(0.1)"
+    run = cluster.submit("python", "-c", eat, resources={"memory": "900M"})
+    result = cluster.act("alice", "result", run["run_id"])
+    if cluster.has_cgroups():
+        assert result["error"] == "JobOutOfMemoryError"
+        assert "900M" in result["message"] and "`memory`" in result["message"]
+    else:
+        assert result["error"] in ("JobOutOfMemoryError", "JobFailedError", "LoopFailedError")
+    assert end_of(cluster, run["job_id"])[0] in ("OUT_OF_MEMORY", "FAILED")
+
+
+def test_node_death(cluster: SlurmCluster) -> None:
+    run = cluster.submit("sleep", "600", resources={"nodes": 2})
+    wait_running(cluster, run)
+    cluster.script("poweroff", "node2")
+    result = cluster.act("alice", "result", run["run_id"])
+    assert result["error"] == "JobNodeFailError" and "exclude" in result["message"]
+    assert end_of(cluster, run["job_id"])[0] == "NODE_FAIL"
+
+
+def test_a_gateway_that_dies_comes_back(cluster: SlurmCluster) -> None:
+    """Same port, same key: the loop sees a pause and nothing else."""
+    loop = """
+import glob, json, os, signal, time, urllib.request
+folder = glob.glob(os.path.expanduser("~/tinker_hpc/runs/phoenix*"))[-1]
+def ask():
+    request = urllib.request.Request(os.environ["TINKER_BASE_URL"] + "/api/v1/get_server_capabilities",
+                                     headers={"X-API-Key": os.environ["TINKER_API_KEY"]})
+    return urllib.request.urlopen(request, timeout=5).status
+assert ask() == 200
+first = json.load(open(folder + "/gateway.json"))
+os.kill(first["pid"], signal.SIGKILL)
+for _ in range(200):
+    time.sleep(0.1)
+    try:
+        assert ask() == 200
+        break
+    except OSError:
+        pass
+second = json.load(open(folder + "/gateway.json"))
+assert second["pid"] != first["pid"] and second["api_key"] == first["api_key"]
+print("it came back")
+"""
+    run = cluster.submit("python", "-c", loop, name="phoenix")
+    assert cluster.act("alice", "result", run["run_id"]).get("error") is None
+    assert "gateway_restarted" in cluster.events(run["run_id"])
+
+
+def test_a_worker_that_cannot_start_fails_the_loops_futures(cluster: SlurmCluster) -> None:
+    home = cluster.home("alice")
+    cluster.as_user("alice", "cp", "-r", str(TINY_MODEL), "broken")
+    (home / "broken" / "model.safetensors").write_bytes(b"\0" * 100)
+    program = (
+        "import tinker\n"
+        f"model = {str(home / 'broken')!r}\n"
+        "tinker.ServiceClient().create_lora_training_client(base_model=model, rank=4).result()\n"
+    )
+    run = cluster.submit("python", "-c", program, base_model=str(home / "broken"))
+    result = cluster.act("alice", "result", run["run_id"])
+    assert result["error"] == "LoopFailedError"
+    assert "model.safetensors" in result["message"], result["message"]
+    assert "worker_ended" in cluster.events(run["run_id"])
+    status = json.loads((cluster.run_folder(run["run_id"]) / "workers" / "0" / "status.json").read_text())
+    assert status["phase"] == "ended" and "safetensors" in status["error"]
+
+
+def test_slurm_down(cluster: SlurmCluster) -> None:
+    cluster.script("daemon", "stop", "slurmctld")
+    answer = cluster.submit("true")
+    cluster.script("daemon", "start", "slurmctld")
+    assert answer["error"] == "SlurmUnavailableError"
+    assert "Unable to contact slurm controller" in answer["message"] and "scontrol ping" in answer["message"]
+
+
+def test_a_lost_answer_makes_one_job(cluster: SlurmCluster) -> None:
+    """A hung controller takes the job and answers too late: sbatch gives up, the job exists."""
+    cluster.script("daemon", "pause", "slurmctld")
+    threading.Timer(13.0, lambda: cluster.script("daemon", "cont", "slurmctld")).start()
+    answer = cluster.submit("true", cluster="later", name="hung")
+    assert "error" not in answer, answer
+    assert answer["took_s"] > 10, "the controller was not hung after all"
+    queue = cluster.slurm("squeue", "-h", "-o", "%A %j").split("\n")
+    assert [row for row in queue if "hung" in row] == [f"{answer['job_id']} {answer['run_id']}"]
