@@ -263,7 +263,7 @@ class Engine:
             loss = loss_fn(logprobs_T, inputs, segment_ids_T)
             if backward and loss.requires_grad:
                 loss.backward()
-        return loss.item(), logprobs_T.detach().cpu()
+        return loss.detach().item(), logprobs_T.detach().cpu()
 
     # ---- checks
 

@@ -113,7 +113,7 @@ def _join(world_size: int, cuda: bool) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     elif world_size == 1:
-        dist.init_process_group(backend, store=torch.distributed.distributed_c10d.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _dtype(name: str | None, cuda: bool) -> torch.dtype:

@@ -1,0 +1,161 @@
+"""The independent side of the parity tests: tiny random models in transformers + peft, one process, float32, eager.
+
+Everything here is made from seeds and written into a folder, so that ranks of any layout compare with the same bits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+LENGTHS = (17, 9, 31, 6)  # 63 tokens: odd, so tensor parallelism has to pad
+VOCAB = 128
+RANK = 8
+ADAM = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12, "weight_decay": 0.1, "grad_clip_norm": 1.0}
+STEPS = 5
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "eos_token_id": 2,
+}
+# Scaling that bites within 31 tokens: the original context is 16.
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**_SIZES, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False),
+    "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=False),
+    "qwen3_bf16": lambda: Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=True),
+}
+
+
+@dataclass(frozen=True)
+class Sequence:
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers + peft compute. Gradients and logits by PEFT key and by sequence."""
+
+    family: str
+    model_folder: Path
+    adapter_folder: Path
+    logits: list[torch.Tensor]
+    grads: dict[str, torch.Tensor]
+    losses: list[float]
+    norms: list[float]
+
+
+def sequences(seed: int = 7) -> list[Sequence]:
+    """The common batch. The first tokens of each sequence have weight 0, as a prompt's have."""
+    random = np.random.default_rng(seed)
+    batch = []
+    for n in LENGTHS:
+        weights = random.uniform(0.5, 1.5, n).astype(np.float32)
+        weights[:2] = 0.0
+        batch.append(Sequence(random.integers(0, VOCAB, n, dtype=np.int32), random.integers(0, VOCAB, n), weights))
+    return batch
+
+
+def build(family: str, folder: Path) -> Reference:
+    """Make the model and an adapter with non-zero B in `folder`, and compute the reference numbers."""
+    from peft import LoraConfig, get_peft_model
+
+    model_folder, adapter_folder = folder / "model", folder / "adapter"
+    _save_random_model(family, model_folder)
+    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns about tied embeddings; the numbers are what we want
+        model = get_peft_model(load_transformers(model_folder), config)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    model.save_pretrained(str(adapter_folder), save_embedding_layers=False)
+    logits = [logits_of(model, sequence.tokens) for sequence in sequences()]
+    trained = {peft_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    _loss(model).backward()
+    grads = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+    assert grads.keys() == trained.keys()
+    losses, norms = _train(model, list(trained.values()))
+    return Reference(family, model_folder, adapter_folder, logits, grads, losses, norms)
+
+
+def load_transformers(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def peft_name(name: str) -> str:
+    """The parameter's name in a saved adapter."""
+    return name.replace(".default", "")
+
+
+def logits_of(model: Any, tokens: np.ndarray) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0]
+
+
+def _loss(model: Any) -> torch.Tensor:
+    total = torch.zeros(())
+    for sequence in sequences():
+        logits = model(torch.from_numpy(sequence.tokens.astype(np.int64))[None]).logits[0]
+        logprobs = logits.log_softmax(-1).gather(1, torch.from_numpy(sequence.targets)[:, None])[:, 0]
+        total = total - (logprobs * torch.from_numpy(sequence.weights)).sum()
+    return total
+
+
+def _train(model: Any, parameters: list[torch.nn.Parameter]) -> tuple[list[float], list[float]]:
+    """STEPS steps of torch's AdamW with its global-norm clipping, from zero gradients."""
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=ADAM["learning_rate"],
+        betas=(ADAM["beta1"], ADAM["beta2"]),
+        eps=ADAM["eps"],
+        weight_decay=ADAM["weight_decay"],
+    )
+    losses, norms = [], []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = _loss(model)
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, ADAM["grad_clip_norm"])))
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, norms
+
+
+def _save_random_model(family: str, folder: Path) -> None:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms are initialised to one and biases to zero, which would hide mistakes
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    if family.endswith("_bf16"):
+        model = model.to(torch.bfloat16)
+    # Several files and an index, as large models have them.
+    model.save_pretrained(folder, max_shard_size="100KB" if family == "llama" else "50MB")

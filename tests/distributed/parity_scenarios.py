@@ -1,0 +1,334 @@
+"""What the ranks run. One process start serves many checks, because starting costs far more than the tiny models.
+
+Every scenario returns plain numbers and tensors (on rank 0); the assertions are in test_parity.py and
+test_properties.py, one test a promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from parity_reference import ADAM, RANK, STEPS, Reference, sequences
+from torch import Tensor
+
+from megatron_adapters import adapter_files
+from megatron_adapters.engine import AdamParams, Datum, Engine, Layout, LoraSpec
+from megatron_adapters.grad_sync import sum_gradients
+from megatron_adapters.lora_linear import Segment
+from tinker_hpc.errors import TinkerHpcError
+
+Outcome = dict[str, Any]
+
+
+def cross_entropy(logprobs_T: Tensor, inputs_T: Any, segment_ids_T: Tensor) -> Tensor:
+    return -(logprobs_T * inputs_T["weights"]).sum()
+
+
+def batch(seed: int = 7) -> list[Datum]:
+    return [Datum(s.tokens, {"target_tokens": s.targets, "weights": s.weights}) for s in sequences(seed)]
+
+
+def without_weight(data: list[Datum]) -> list[Datum]:
+    return [replace(d, inputs={**d.inputs, "weights": np.zeros_like(d.inputs["weights"])}) for d in data]
+
+
+@dataclass
+class Bench:
+    """An engine, and a folder per layout for what the scenarios write."""
+
+    engine: Engine
+    folder: Path
+    references: dict[str, Reference] = field(default_factory=dict)
+
+    def grads(self, adapter_id: str) -> dict[str, Tensor]:
+        """Canonical gradients, complete over TP and DP, without disturbing the accumulated ones."""
+        adapter = self.engine.adapters[adapter_id]
+        kept = adapter.grads.clone()
+        sum_gradients(adapter, self.engine.runtime)
+        full = adapter_files._gather(adapter, adapter.grads, self.engine.runtime)
+        adapter.grads.copy_(kept)
+        return full
+
+    def weights(self, adapter_id: str) -> dict[str, Tensor]:
+        adapter = self.engine.adapters[adapter_id]
+        return adapter_files._gather(adapter, adapter.weights, self.engine.runtime)
+
+    def logits(self, segments: list[tuple[Any, int]], data: list[Datum] | None = None) -> list[Tensor]:
+        """Logits of every sequence; segments gives the adapter weights of each of them."""
+        data = data or batch()
+        model = self.engine.model
+        lengths = [len(d.tokens) for d in data]
+        padding = model.padded_length(sum(lengths)) - sum(lengths)
+        bounds = np.concatenate(([0], np.cumsum([*lengths, padding] if padding else lengths))).tolist()
+        spans = list(pairwise(bounds))
+        positions = torch.cat([torch.arange(end - start) for start, end in spans])
+        tokens = torch.from_numpy(np.concatenate([*(d.tokens for d in data), np.zeros(padding)])).long()
+        loras = [lora for lora, _ in segments] + [None] * (len(spans) - len(segments))
+        routed = [Segment(lora, start, end) for lora, (start, end) in zip(loras, spans, strict=True)]
+        with torch.no_grad():
+            hidden = model.hidden_states(tokens, model.context(bounds, positions), routed)
+            logits = model.head.logits(hidden, routed)
+        return [logits[start:end] for start, end in spans[: len(data)]]
+
+    def logits_with(self, lora: Any) -> list[Tensor]:
+        return self.logits([(lora, 0)] * len(batch()))
+
+
+def run_all(references: dict[str, Reference], layout: Layout, folder: Path, saved_elsewhere: Path | None) -> Outcome:
+    """Everything for one layout: parity per family, then the properties on one of them."""
+    outcome: Outcome = {"parity": {}, "properties": {}}
+    for family, reference in references.items():
+        engine = Engine.start(reference.model_folder, layout)
+        outcome["parity"][family] = parity(Bench(engine, folder), reference)
+    family = "qwen3"
+    engine = Engine.start(references[family].model_folder, layout, token_budget=40)  # several micro-batches
+    bench = Bench(engine, folder, references)
+    for scenario in SCENARIOS:
+        outcome["properties"][scenario.__name__] = scenario(bench)
+    if saved_elsewhere is not None:
+        outcome["resumed_elsewhere"] = resume(bench, saved_elsewhere)
+    engine.stop()
+    return outcome
+
+
+def parity(bench: Bench, reference: Reference) -> Outcome:
+    """Import PEFT's adapter; logits, gradients, five steps; export the result."""
+    engine = bench.engine
+    engine.load_adapter("a", reference.adapter_folder, optimizer=False)
+    logits = bench.logits_with(engine.adapters["a"].lora)
+    base_logits = bench.logits_with(None)
+    first = engine.run_pass("a", batch(), cross_entropy, backward=True)
+    grads = bench.grads("a")
+    losses, norms = [first.loss_sum], [engine.optim_step("a", AdamParams(**ADAM))["grad_norm:mean"]]
+    for _ in range(STEPS - 1):
+        losses.append(engine.run_pass("a", batch(), cross_entropy, backward=True).loss_sum)
+        norms.append(engine.optim_step("a", AdamParams(**ADAM))["grad_norm:mean"])
+    export = bench.folder / f"export-{reference.family}"
+    engine.save_adapter("a", export, optimizer=False)
+    return {
+        "logits": logits,
+        "base_logits": base_logits,
+        "logprobs": first.logprobs,
+        "grads": grads,
+        "losses": losses,
+        "norms": norms,
+        "export": export,
+        "exported_logits": bench.logits_with(engine.adapters["a"].lora),
+    }
+
+
+# ---- properties; each gets a bench whose engine runs qwen3
+
+
+def fresh_adapter_is_the_base(bench: Bench) -> Outcome:
+    bench.engine.create_adapter("fresh", LoraSpec(RANK, seed=1))
+    bench.engine.save_adapter("fresh", bench.folder / "fresh", optimizer=False)
+    base, with_adapter = bench.logits_with(None), bench.logits_with(bench.engine.adapters["fresh"].lora)
+    return {"base": base, "with_adapter": with_adapter, "weights": bench.weights("fresh")}
+
+
+def two_passes_equal_one(bench: Bench) -> Outcome:
+    engine, data = bench.engine, batch()
+    for name in ("joined", "split"):
+        engine.load_adapter(name, bench.references["qwen3"].adapter_folder, optimizer=False)
+    engine.run_pass("joined", data, cross_entropy, backward=True)
+    engine.run_pass("split", data[:1], cross_entropy, backward=True)  # fewer data than data-parallel ranks
+    engine.run_pass("split", data[1:], cross_entropy, backward=True)
+    return {"joined": bench.grads("joined"), "split": bench.grads("split")}
+
+
+def zero_weight_is_no_op(bench: Bench) -> Outcome:
+    engine = bench.engine
+    results = {}
+    for name in ("plain", "with_zeros"):
+        engine.load_adapter(name, bench.references["qwen3"].adapter_folder, optimizer=False)
+        for _ in range(2):
+            engine.run_pass(name, batch(), cross_entropy, backward=True)
+            if name == "with_zeros":
+                engine.run_pass(name, without_weight(batch(8)), cross_entropy, backward=True)
+            engine.optim_step(name, AdamParams(**ADAM))
+        results[name] = bench.weights(name)
+    return results
+
+
+def order_is_kept(bench: Bench) -> Outcome:
+    """Logprobs come back in the order given, however the data are split and packed."""
+    engine, data = bench.engine, batch() + batch(9)
+    engine.load_adapter("order", bench.references["qwen3"].adapter_folder, optimizer=False)
+    together = engine.run_pass("order", data, cross_entropy, backward=False)
+    alone = [engine.run_pass("order", [datum], cross_entropy, backward=False) for datum in data]
+    return {
+        "together": together.logprobs,
+        "alone": [out.logprobs[0] for out in alone],
+        "loss": together.loss_sum,
+        "loss_alone": sum(out.loss_sum for out in alone),
+        "grad": float(engine.adapters["order"].grads.abs().max()),
+    }
+
+
+def save_load_step(bench: Bench) -> Outcome:
+    engine, folder = bench.engine, bench.folder / "state"
+    engine.create_adapter("kept", LoraSpec(RANK, seed=5))
+    for _ in range(3):
+        engine.run_pass("kept", batch(), cross_entropy, backward=True)
+        engine.optim_step("kept", AdamParams(**ADAM))
+    engine.save_adapter("kept", folder, optimizer=True)
+    engine.load_adapter("loaded", folder, optimizer=True)
+    steps = engine.adapters["loaded"].step
+    for name in ("kept", "loaded"):
+        engine.run_pass(name, batch(), cross_entropy, backward=True)
+        engine.optim_step(name, AdamParams(**ADAM))
+    return {"kept": bench.weights("kept"), "loaded": bench.weights("loaded"), "steps": steps, "folder": folder}
+
+
+def resume(bench: Bench, folder: Path) -> dict[str, Tensor]:
+    """One more step on a state that another layout saved (the step save_load_step takes there)."""
+    bench.engine.load_adapter("foreign", folder, optimizer=True)
+    bench.engine.run_pass("foreign", batch(), cross_entropy, backward=True)
+    bench.engine.optim_step("foreign", AdamParams(**ADAM))
+    return bench.weights("foreign")
+
+
+def adapters_are_separate(bench: Bench) -> Outcome:
+    """Training one adapter never moves another, and both give the same numbers alone and beside each other."""
+    engine = bench.engine
+    engine.create_adapter("bystander", LoraSpec(4, seed=2, train_mlp=False))
+    before = bench.weights("bystander")
+    engine.run_pass("bystander", batch(), cross_entropy, backward=True)
+    grads_before = bench.grads("bystander")
+    alone = _trained(bench, "alone")
+    engine.create_adapter("beside", LoraSpec(RANK, seed=3))
+    for _ in range(2):
+        engine.run_pass("beside", batch(), cross_entropy, backward=True)
+        engine.run_pass("bystander", without_weight(batch()), cross_entropy, backward=True)
+        engine.optim_step("beside", AdamParams(**ADAM))
+    return {
+        "before": before,
+        "after": bench.weights("bystander"),
+        "grads_before": grads_before,
+        "grads_after": bench.grads("bystander"),
+        "alone": alone,
+        "beside": bench.weights("beside"),
+    }
+
+
+def mixed_batch(bench: Bench) -> Outcome:
+    """Adapters of different rank and target set, and the bare base, in one forward."""
+    engine = bench.engine
+    specs = {
+        "mix1": LoraSpec(RANK, seed=21),
+        "mix2": LoraSpec(3, seed=22, train_attn=False),
+        "mix3": LoraSpec(16, seed=23, train_unembed=False, train_mlp=False),
+    }
+    for name, spec in specs.items():
+        engine.create_adapter(name, spec)
+        engine.run_pass(name, batch(), cross_entropy, backward=True)
+        engine.optim_step(name, AdamParams(learning_rate=0.05))
+    loras = [engine.adapters["mix1"].lora, None, engine.adapters["mix2"].lora, engine.adapters["mix3"].lora]
+    mixed = bench.logits([(lora, 0) for lora in loras])
+    separate = [bench.logits_with(lora)[index] for index, lora in enumerate(loras)]
+    snapshot = engine.adapters["mix1"].lora.snapshot(engine.runtime.dtype)
+    mixed_snapshot = bench.logits([(snapshot, 0), *((lora, 0) for lora in loras[1:])])
+    return {"mixed": mixed, "separate": separate, "with_snapshot": mixed_snapshot}
+
+
+def bad_requests(bench: Bench) -> dict[str, str]:
+    """Every bad request raises on every rank, says what to change, and leaves the engine usable."""
+    engine = bench.engine
+    engine.create_adapter("ok", LoraSpec(RANK, seed=1))
+    before = engine.adapters["ok"].weights.clone()
+    datum = batch()[0]
+    blocker = bench.folder / "a_file"
+    if engine.global_rank == 0:
+        blocker.write_text("")
+
+    def with_inputs(**changes: Any) -> list[Datum]:
+        return [replace(datum, inputs={**datum.inputs, **changes})]
+
+    def nan_step() -> None:
+        engine.run_pass("ok", with_inputs(weights=np.full(17, np.nan, np.float32)), cross_entropy, backward=True)
+        engine.optim_step("ok", AdamParams())
+
+    attempts: dict[str, Callable[[], Any]] = {
+        "rank 0": lambda: engine.create_adapter("x", LoraSpec(0, seed=1)),
+        "nothing trained": lambda: engine.create_adapter(
+            "x", LoraSpec(4, seed=1, train_mlp=False, train_attn=False, train_unembed=False)
+        ),
+        "taken id": lambda: engine.create_adapter("ok", LoraSpec(4, seed=1)),
+        "unknown adapter": lambda: engine.optim_step("nobody", AdamParams()),
+        "unknown snapshot": lambda: engine.drop_snapshot("nobody"),
+        "no data": lambda: engine.run_pass("ok", [], cross_entropy, backward=True),
+        "no tokens": lambda: engine.run_pass("ok", [Datum(np.zeros(0, np.int32), {})], cross_entropy, backward=True),
+        "no targets": lambda: engine.run_pass(
+            "ok", [replace(datum, inputs={"weights": datum.inputs["weights"]})], cross_entropy, backward=True
+        ),
+        "keys differ": lambda: engine.run_pass(
+            "ok",
+            [datum, replace(datum, inputs={"target_tokens": datum.inputs["target_tokens"]})],
+            cross_entropy,
+            backward=True,
+        ),
+        "short weights": lambda: engine.run_pass(
+            "ok", with_inputs(weights=np.ones(3, np.float32)), cross_entropy, backward=True
+        ),
+        "token beyond vocabulary": lambda: engine.run_pass(
+            "ok", [replace(datum, tokens=datum.tokens + 128)], cross_entropy, backward=True
+        ),
+        "negative target": lambda: engine.run_pass(
+            "ok", with_inputs(target_tokens=datum.inputs["target_tokens"] - 200), cross_entropy, backward=True
+        ),
+        "over the context": lambda: engine.run_pass(
+            "ok",
+            [Datum(np.zeros(513, np.int32), {"target_tokens": np.zeros(513, np.int64)})],
+            cross_entropy,
+            backward=True,
+        ),
+        "nan weights": nan_step,
+        "missing folder": lambda: engine.load_adapter("ok", bench.folder / "nowhere", optimizer=True),
+        "no optimizer state": lambda: engine.load_adapter(
+            "ok", bench.references["qwen3"].adapter_folder, optimizer=True
+        ),
+        "another model's adapter": lambda: engine.load_adapter(
+            "ok", bench.references["qwen2"].adapter_folder, optimizer=False
+        ),
+        "folder is a file": lambda: engine.save_adapter("ok", blocker / "sub", optimizer=True),
+        "layout does not fit": lambda: Engine.start(bench.references["qwen3"].model_folder, Layout(tp_size=3)),
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except (TinkerHpcError, OSError) as error:
+            messages[name] = f"{type(error).__name__}: {error}"
+        else:
+            messages[name] = "accepted"
+    assert torch.equal(before, engine.adapters["ok"].weights)
+    messages["afterwards"] = str(engine.run_pass("ok", [datum], cross_entropy, backward=True).loss_sum)
+    return messages
+
+
+def _trained(bench: Bench, name: str) -> dict[str, Tensor]:
+    engine = bench.engine
+    engine.create_adapter(name, LoraSpec(RANK, seed=3))
+    for _ in range(2):
+        engine.run_pass(name, batch(), cross_entropy, backward=True)
+        engine.optim_step(name, AdamParams(**ADAM))
+    return bench.weights(name)
+
+
+SCENARIOS = (
+    fresh_adapter_is_the_base,
+    two_passes_equal_one,
+    zero_weight_is_no_op,
+    order_is_kept,
+    save_load_step,
+    adapters_are_separate,
+    mixed_batch,
+    bad_requests,
+)
