@@ -44,12 +44,15 @@ class RunRow:
 
 
 def row_from_folder(folder: RunFolder) -> RunRow | None:
-    """What a run's own files say, or None for a folder that is not a run (yet)."""
-    spec = read_json(folder.spec)
+    """What a run's own files say, or None for a folder that is not a run (yet), or whose files cannot be read."""
+    try:
+        spec = read_json(folder.spec)
+        submitted = read_json(folder.submitted) or {}
+        outcome = read_json(folder.outcome) or {}
+    except (OSError, ValueError):  # one bad folder must not hide the others; `status ID` says what is wrong with it
+        return None
     if not isinstance(spec, dict):
         return None
-    submitted = read_json(folder.submitted) or {}
-    outcome = read_json(folder.outcome) or {}
     cluster = spec.get("cluster")
     return RunRow(
         run_id=folder.run_id,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 
 import click
 
@@ -46,7 +45,7 @@ def serve(base_model: str, cluster: str | None, name: str | None, resources: Res
             line = " ".join(filter(None, [str(status.get("phase", "")), str(status.get("reason", ""))]))
             if line and line != said:
                 said = line
-                say(f"worker {line} ({time.strftime('%H:%M:%S')})" if as_json else f"worker {line}")
+                say(f"worker {line}")
             if status.get("phase") == "ended":
                 ended = status.get("error") or status.get("reason") or "its job ended"
                 break

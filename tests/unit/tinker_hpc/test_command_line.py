@@ -1,0 +1,220 @@
+"""The command line over real run folders: what people and programs read, and the exit codes."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+
+from launch.job_spec import JobSpec
+from tinker_hpc.cli.follow import Tail
+from tinker_hpc.cli.main import COMMANDS, main
+from tinker_hpc.cli.output import age_text, size_text
+from tinker_hpc.config import ClusterProfile
+from tinker_hpc.run_folder import RunFolder, checkpoint_folder, write_json
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TINKER_HPC_DATA_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("TINKER_HPC_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("TINKER_HPC_CONFIG", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]):
+    def run(*argv: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(list(argv))
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def make_run(root: Path, name: str, outcome: dict | None) -> RunFolder:
+    folder = RunFolder.new(root, name)
+    spec = JobSpec(folder.run_id, "run", name, "org/m", "/m", ClusterProfile("local", executor="local"), command=("x",))
+    write_json(folder.spec, {**spec.to_json(), "created_at": time.time()})
+    job = {"job_id": "1", "cluster": "local", "submitted_at": 1.0, "run_id": folder.run_id, "executor": "local"}
+    where = {"run_folder": str(folder.path), "host": socket.gethostname(), "process_start": -1}
+    write_json(folder.submitted, {**job, **where})
+    if outcome:
+        write_json(folder.outcome, {"ended_at": 3.0, "error": None, **outcome})
+    return folder
+
+
+GOOD = {"state": "succeeded", "reason": "loop", "exit_code": 0}
+BAD = {"state": "failed", "reason": "loop", "exit_code": 3, "error": "Traceback:\nKeyError: 'x'"}
+
+
+def test_ls(root: Path, call) -> None:
+    assert call("ls", "--json") == (0, "[]\n", "")
+    make_run(root, "good", GOOD)
+    make_run(root, "bad", BAD)
+    code, out, _ = call("ls", "--json")
+    states = {run["name"]: (run["state"], run["exit_code"], run["reason"]) for run in json.loads(out)}
+    assert code == 0
+    assert states == {"good": ("COMPLETED", 0, ""), "bad": ("FAILED", 3, "Traceback:\nKeyError: 'x'")}
+    _, out, _ = call("ls")
+    assert len(out.splitlines()) == 3 and "Traceback: KeyError: 'x'" in out
+    assert len(call("ls", "-n", "1")[1].splitlines()) == 2
+
+
+def test_ls_says_the_same_from_its_memory(root: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(root, "bad", BAD)
+    monkeypatch.setattr("tinker_hpc.cli.states._ACCOUNTING_LAG_S", -1.0)
+    first = json.loads(call("ls", "--json")[1])[0]
+    again = json.loads(call("ls", "--json")[1])[0]
+    assert [first[k] for k in ("id", "state", "reason", "job_id")] == [
+        again[k] for k in ("id", "state", "reason", "job_id")
+    ]
+
+
+def test_status_and_logs(root: Path, call) -> None:
+    folder = make_run(root, "good", GOOD)
+    (folder.logs / "loop.log").write_text("one\ntwo\n")
+    (folder.worker(0).path).mkdir(parents=True)
+    write_json(folder.worker(0).declaration, {})
+    folder.worker(0).metrics.write_text(json.dumps({"step": 1, "loss_per_token": 0.5, "model_id": "s:train:0"}) + "\n")
+    code, out, _ = call("status", folder.run_id, "--json")
+    status = json.loads(out)
+    assert (code, status["state"], status["last_metrics"]["step"]) == (0, "COMPLETED", 1)
+    assert "COMPLETED" in call("status", folder.run_id)[1]
+    assert call("logs", folder.run_id) == (0, "one\ntwo\n", "")
+    assert call("logs", "--tail", "1", folder.run_id)[1] == "two\n"
+    assert json.loads(call("logs", "--json", folder.run_id)[1])["text"] == "one\ntwo\n"
+    code, out, err = call("logs", "-f", folder.run_id)
+    assert (code, out) == (0, "one\ntwo\n") and "COMPLETED" in err
+    assert json.loads(call("metrics", folder.run_id, "--json")[1])[0]["loss_per_token"] == 0.5
+    assert "LOSS_PER_TOKEN" in call("metrics", folder.run_id)[1]
+
+
+def test_plot(root: Path, call, tmp_path: Path) -> None:
+    folder = make_run(root, "good", GOOD)
+    code, _, err = call("plot", folder.run_id)
+    assert code == 2 and "no metrics yet" in err
+    folder.worker(0).path.mkdir(parents=True)
+    write_json(folder.worker(0).declaration, {})
+    rows = [{"step": i, "loss_per_token": 1.0 / i, "grad_norm": None, "model_id": "s:train:0"} for i in range(1, 9)]
+    folder.worker(0).metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = call("plot", folder.run_id, "--json")
+    path = Path(json.loads(out)["path"])
+    assert code == 0 and path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    code, _, err = call("plot", folder.run_id, "--key", "los")
+    assert code == 2 and "no metric 'los'; there are loss_per_token" in err
+
+
+def test_cancel_of_what_is_over(root: Path, call) -> None:
+    folder = make_run(root, "good", GOOD)
+    code, out, _ = call("cancel", folder.run_id, "--json")
+    assert (code, json.loads(out)) == (0, {"id": folder.run_id, "cancelled": False, "state": "COMPLETED"})
+    assert call("cancel", folder.run_id, "nope")[0] == 2
+
+
+def test_checkpoints_and_export(root: Path, call, tmp_path: Path) -> None:
+    folder = make_run(root, "good", GOOD)
+    assert json.loads(call("checkpoints", folder.run_id, "--json")[1]) == []
+    code, _, err = call("export", folder.run_id)
+    assert code == 2 and "has saved no checkpoint" in err
+    write_json(folder.path / "sessions.json", {"s-1": {}})
+    saved = checkpoint_folder(root, "s-1:train:0", "sampler_weights", "final")
+    saved.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (saved / name).write_text("{}")
+    write_json(saved / "checkpoint.json", {"base_model": "org/m", "created_at": 5.0, "model_id": "s-1:train:0"})
+    path = "tinker://s-1:train:0/sampler_weights/final"
+    assert [c["path"] for c in json.loads(call("checkpoints", "--json")[1])] == [path]
+    assert path in call("checkpoints", folder.run_id)[1]
+    code, out, _ = call("export", path, "--to", str(tmp_path / "adapter"), "--json")
+    assert code == 0 and (Path(json.loads(out)["folder"]) / "adapter_config.json").exists()
+    assert call("export", folder.run_id)[1].strip() == str(tmp_path / "final")
+
+
+def test_usage(root: Path, call) -> None:
+    make_run(root, "good", GOOD)
+    assert json.loads(call("usage", "--json")[1]) == {"local": {"num_runs": 1, "gpu_hours": 0.0, "num_unknown": 1}}
+
+
+def test_dry_run_writes_nothing(root: Path, call, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    facts = {"vocab_size": 8, "max_position_embeddings": 8, "hidden_size": 8, "num_key_value_heads": 2}
+    (model / "config.json").write_text(json.dumps(facts))
+    argv = ("run", "--base-model", str(model), "--cluster", "slurm", "--gpus-per-node", "4", "--time", "8:00:00")
+    code, out, err = call(*argv, "--dry-run", "--", "python", "x.py", "--json")
+    assert code == 0 and out.startswith("#!/bin/bash") and "#SBATCH --time=08:00:00" in out and err == ""
+    code, out, _ = call(*argv, "--dry-run", "--json", "--", "python", "x.py")
+    assert json.loads(out)["spec"]["command"] == ["python", "x.py"]
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("status", "nope"), "no run 'nope' under"),
+        (("run", "--base-model", "org/none", "--", "true"), "unknown base model 'org/none'"),
+        (("run", "--cluster", "local", "--", "true"), "Missing option '--base-model'"),
+        (("run", "--base-model", "m"), "Missing argument"),
+        (("run", "--base-model", "m", "--nodes", "x", "--", "true"), "'x' is not a valid integer"),
+        (("run", "--base-model", "m", "--nodes", "0", "--", "true"), "nodes is 0"),
+        (("frobnicate",), "No such command 'frobnicate'"),
+        (("export", "tinker://x/y"), "is not a checkpoint path"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(root: Path, call, argv, words) -> None:
+    code, out, err = call(*argv)
+    assert (code, out) == (2, "")
+    assert words in err and "Traceback" not in err
+    code, out, _ = call(argv[0], "--json", *argv[1:])
+    if argv[0] != "frobnicate":
+        assert code == 2 and words in json.loads(out)["error"]
+
+
+def test_debug_shows_the_traceback(root: Path) -> None:
+    from tinker_hpc.errors import UnknownRunError
+
+    with pytest.raises(UnknownRunError):
+        main(["--debug", "status", "nope"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_documented_and_takes_json(name: str) -> None:
+    module, line = COMMANDS[name]
+    command: click.Command = getattr(import_module(f"tinker_hpc.cli.{module}"), name)
+    assert command.name == name
+    assert (command.help or "").splitlines()[0] == line
+    assert any("--json" in option.opts for option in command.params)
+    for option in command.params:
+        assert isinstance(option, click.Argument) or option.help, f"{name} {option.name} has no help"
+
+
+def test_tail_reads_what_was_added(tmp_path: Path) -> None:
+    file = tmp_path / "loop.log"
+    tail = Tail(file)
+    assert tail.read() == b""
+    file.write_bytes(b"one\n")
+    assert tail.read() == b"one\n"
+    assert tail.read() == b""
+    with file.open("ab") as stream:
+        stream.write(b"tw")
+    assert tail.read() == b"tw"
+    assert Tail(file, from_end=True).read() == b""
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (65, "1m"), (7200, "2h"), (200_000, "2d")])
+def test_ages(seconds, text) -> None:
+    assert age_text(1000.0, now=1000.0 + seconds) == text
+
+
+def test_sizes() -> None:
+    assert [size_text(n) for n in (812, 3_565_158, 5 * 2**40)] == ["812 B", "3.4 MiB", "5120.0 GiB"]

@@ -1,0 +1,96 @@
+"""Own files and Slurm's word, put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.job_state import JobState, JobStatus
+from tinker_hpc.run_folder import RunFolder, write_bytes, write_json
+from tinker_hpc.run_state import OwnFiles, combine, read_json_lines, read_own_files
+
+
+def own(outcome=None, worker=None, submitted=True, has_result=False) -> OwnFiles:
+    return OwnFiles(
+        spec={"kind": "run", "name": "sft", "base_model": "m", "cluster": {"name": "della"}, "created_at": 5.0},
+        submitted={"job_id": "8", "submitted_at": 6.0} if submitted else None,
+        outcome=outcome,
+        worker_status=worker,
+        cancel_requested=False,
+        has_result=has_result,
+    )
+
+
+def job(state: JobState, reason: str = "", **more) -> JobStatus:
+    return JobStatus("8", state, state.value, reason, **more)
+
+
+SUCCEEDED = {"state": "succeeded", "reason": "loop", "exit_code": 0, "ended_at": 9.0}
+
+
+@pytest.mark.parametrize("after", [None, JobState.RUNNING, JobState.COMPLETED, JobState.TIMEOUT, JobState.CANCELLED])
+def test_a_loop_that_succeeded_has_succeeded(after) -> None:
+    status = combine("r", own(SUCCEEDED), job(after) if after else None)
+    assert (status.state, status.exit_code, status.end) == (JobState.COMPLETED, 0, 9.0)
+
+
+@pytest.mark.parametrize(
+    ("reason", "after", "expected"),
+    [
+        ("loop", None, JobState.FAILED),
+        ("loop", JobState.FAILED, JobState.FAILED),
+        ("loop", JobState.OUT_OF_MEMORY, JobState.OUT_OF_MEMORY),
+        ("signal", JobState.TIMEOUT, JobState.TIMEOUT),
+        ("signal", JobState.PREEMPTED, JobState.PREEMPTED),
+        ("signal", JobState.RUNNING, JobState.FAILED),
+        ("cancelled", None, JobState.CANCELLED),
+        ("cancelled", JobState.FAILED, JobState.CANCELLED),
+        ("time_limit", JobState.FAILED, JobState.TIMEOUT),
+    ],
+)
+def test_a_loop_that_was_killed_shows_what_killed_it(reason, after, expected) -> None:
+    outcome = {"state": "failed", "reason": reason, "exit_code": 1, "error": "why"}
+    assert combine("r", own(outcome), job(after) if after else None).state is expected
+
+
+def test_a_waiting_job_shows_slurms_reason() -> None:
+    status = combine("r", own(), job(JobState.PENDING, "Priority", estimated_start=99.0))
+    assert (status.state, status.reason, status.estimated_start) == (JobState.PENDING, "Priority", 99.0)
+
+
+def test_a_running_job_shows_what_its_worker_does() -> None:
+    worker = {"phase": "starting", "reason": "loading m on 2 ranks"}
+    assert combine("r", own(worker=worker), job(JobState.RUNNING)).reason == "loading m on 2 ranks"
+    assert combine("r", own(worker=worker), None).state is JobState.RUNNING
+
+
+def test_submitted_and_not_yet_asked_about() -> None:
+    assert combine("r", own(), None).state is JobState.PENDING
+    assert combine("r", own(submitted=False), None).state is JobState.UNKNOWN
+
+
+def test_every_field_is_plain_json() -> None:
+    import json
+
+    text = json.dumps(combine("r", own(SUCCEEDED), job(JobState.COMPLETED, nodes=("n1", "n2"))).to_json())
+    assert json.loads(text)["nodes"] == ["n1", "n2"]
+    assert json.loads(text)["state"] == "COMPLETED"
+
+
+def test_own_files_of_a_real_folder(tmp_path: Path) -> None:
+    folder = RunFolder.new(tmp_path / "root", "r")
+    assert read_own_files(folder) == OwnFiles({}, None, None, None, False, False)
+    write_json(folder.spec, {"name": "x"})
+    write_json(folder.cancel, {})
+    write_bytes(folder.result, b"")
+    folder.worker(0).create(base_model="m", base_model_folder="/m")
+    write_json(folder.worker(0).status, {"phase": "ready"})
+    assert read_own_files(folder) == OwnFiles({"name": "x"}, None, None, {"phase": "ready"}, True, True)
+
+
+def test_a_line_being_written_is_left_for_later(tmp_path: Path) -> None:
+    file = tmp_path / "m.jsonl"
+    assert read_json_lines(tmp_path, "m.jsonl") == []
+    file.write_text('{"step": 1}\nnot json\n{"step": 2}\n{"ste')
+    assert read_json_lines(tmp_path, "m.jsonl") == [{"step": 1}, {"step": 2}]
