@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import pytest
 
 from tinker_hpc.run_folder import RunFolder, WorkerFolder, read_json, write_json
 
@@ -168,3 +170,29 @@ def processes_in(folder: Path) -> Iterator[Processes]:
         yield started
     finally:
         started.stop_all()
+
+
+@contextlib.contextmanager
+def small_disk(at: Path, size: str) -> Iterator[Callable[[str], None]]:
+    """A filesystem of its own at `at`, remountable; needs root (CI is)."""
+    at.mkdir(mode=0o700)
+    options = f"size={size},mode=700"
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", at], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip(f"cannot mount a small disk ({made.stderr.decode().strip()}); run as root: pytest tests/contract")
+    try:
+        yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", at], check=True) and None
+    finally:
+        subprocess.run(["umount", "-l", at], check=True)
+
+
+def damage(folder: Path, how: str) -> Path:
+    """Cut or change the newest segment below `folder`."""
+    newest = max(folder.rglob("seg-*"), key=lambda path: path.name)
+    data = bytearray(newest.read_bytes())
+    if how == "cut":
+        newest.write_bytes(data[: len(data) // 2])
+    else:
+        data[100] ^= 0xFF
+        newest.write_bytes(data)
+    return newest

@@ -22,7 +22,7 @@ from typing import Any
 import uvicorn
 
 from tinker_hpc.config import load_config
-from tinker_hpc.errors import DataRootError, TinkerHpcError
+from tinker_hpc.errors import CorruptLogError, DataRootError, TinkerHpcError
 from tinker_hpc.gateway import app
 from tinker_hpc.gateway.desk import Desk
 from tinker_hpc.gateway.ledger import Ledger
@@ -47,6 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
         serve(run)
+    except CorruptLogError as error:
+        print(
+            f"gateway: {str(error).rstrip('.')}. Nothing was changed. Bring that file back from a snapshot of the "
+            "filesystem and start the run again; checkpoints are not affected.",
+            file=sys.stderr,
+        )
+        return 1
     except TinkerHpcError as error:
         print(f"gateway: {error}", file=sys.stderr)
         return 1

@@ -82,6 +82,10 @@ def _without_port(host: str) -> str:
 
 async def _answer(send: Send, status: int, message: str) -> None:
     body = json_bytes({"error": message, "category": "user"})
-    headers = [(b"content-type", JSON.encode()), (b"content-length", str(len(body)).encode())]
+    headers = [
+        (b"content-type", JSON.encode()),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),  # nobody we want to keep waiting for
+    ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -149,8 +149,8 @@ class WorkerLink:
                 trouble = None
             except TinkerHpcError as error:
                 trouble = (
-                    f"the results of this run cannot be read: {error} Every accepted request is still in the "
-                    "request log; results before that place were delivered."
+                    f"the results of this run cannot be read: {str(error).rstrip('.')}. Bring that file back from a "
+                    "snapshot of the filesystem: reading then goes on, every accepted request is still in the log."
                 )
             if answers or (status, trouble) != (self.status, self.trouble):
                 deliver(answers, status, trouble)
