@@ -111,7 +111,8 @@ class Keeper:
 
     def _start_gateway(self) -> Child:
         self._gateway_starts += 1
-        env = {**os.environ, process_tree.RUN_ID_VARIABLE: self._folder.run_id, "CUDA_VISIBLE_DEVICES": ""}
+        # Not marked with the run's id: cancelling the first worker's job would take the gateway with it.
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         return Child("gateway", gateway_argv(self._folder), env, self._folder.logs / "gateway.log")
 
     def _watch_gateway(self) -> None:
