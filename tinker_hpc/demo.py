@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -77,11 +78,14 @@ def draw_losses(losses: list[float], loss_before: float, loss_after: float, path
 def peft_logprobs(base_model: Path, adapter: Path, tokens: list[int]) -> list[float]:
     """Natural logprobs of tokens 1.. given those before, by transformers and peft alone, in float32."""
     import torch
+    import transformers
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5 for an attribute that it has renamed
+        warnings.simplefilter("ignore", FutureWarning)
+        base = transformers.AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, str(adapter)).eval()
     tokens_T = torch.tensor(tokens)
     with torch.no_grad():
         logprobs_TV = model(tokens_T[None]).logits[0].log_softmax(-1)
@@ -105,10 +109,10 @@ def check_adapter(base_model: Path, adapter: Path, result: DemoResult) -> float:
 
 def summary(result: DemoResult) -> Table:
     """Before and after, side by side."""
-    table = Table("", "before", "after", title=f'asked: "{result.prompt}"')
-    table.add_row("held-out loss, nats per answer token", f"{result.loss_before:.3f}", f"{result.loss_after:.3f}")
-    table.add_row("held-out sums right, in the new form", f"{result.right_before:.0%}", f"{result.right_after:.0%}")
-    table.add_row("a sample", result.sample_before, result.sample_after)
+    table = Table("", "before", "after", title="sums it never trained on")
+    table.add_row("loss, nats per answer token", f"{result.loss_before:.3f}", f"{result.loss_after:.3f}")
+    table.add_row("right, and in the new form", f"{result.right_before:.0%}", f"{result.right_after:.0%}")
+    table.add_row(f"one answer to\n{result.prompt}", result.sample_before, result.sample_after)
     return table
 
 
@@ -129,7 +133,9 @@ def main() -> None:
             cluster="local",
             name="demo",
         )
-        console.print(f"submitted run [bold]{run.id}[/bold]; from another terminal: tinker-hpc status {run.id}")
+        console.print(
+            f"submitted run [bold]{run.id}[/bold]; from another terminal: tinker-hpc status {run.id}", soft_wrap=True
+        )
         try:
             watch(run, arguments.steps, console)
             result = run.result()
@@ -147,7 +153,9 @@ def main() -> None:
     console.print(summary(result))
     console.print(f"loss curve    {curve}", soft_wrap=True)
     console.print(f"PEFT adapter  {adapter}", soft_wrap=True)
-    console.print(f"              transformers + peft load it and agree: largest logprob difference {gap:.1e}")
+    console.print(
+        f"              transformers + peft load it and agree: largest logprob difference {gap:.1e}", soft_wrap=True
+    )
     console.print(f"resume from   {result.state_path}", soft_wrap=True)
     console.print(f"took {time.monotonic() - started:.0f} s")
 

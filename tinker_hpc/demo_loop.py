@@ -88,7 +88,7 @@ def evaluate(training: tinker.TrainingClient, tokenizer: Any, num_sums: int) -> 
     held_out = pairs(num_sums, held_out=True, seed=1)
     batch = [conversation(tokenizer, a, b) for a, b in held_out]
     forward = training.forward(batch, "cross_entropy")
-    sampling = training.save_weights_and_get_sampling_client()
+    sampling = training.save_weights_and_get_sampling_client().result()
     asked = [SHOWN, *held_out]
     answers = [
         sampling.sample(

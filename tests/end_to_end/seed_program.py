@@ -1,12 +1,12 @@
 """Tinker's own first program (the primitives of its cookbook's README, in that order), knowing nothing of tinker_hpc.
 
-The model's name is a hub name; where its weights lie is the business of the configuration, not of the program.
+As there, the clients are used without awaiting the futures they come in. The model's name is a hub name; where its weights lie is the business of the configuration, not of the program.
 """
 
 import tinker
 
 service_client = tinker.ServiceClient()
-training_client = service_client.create_lora_training_client(base_model="Qwen/Qwen3-8B", rank=32).result()
+training_client = service_client.create_lora_training_client(base_model="Qwen/Qwen3-8B", rank=32)
 
 tokenizer = training_client.get_tokenizer()
 tokens = tokenizer.encode("The owl says hoot. The duck says quack.")

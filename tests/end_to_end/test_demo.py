@@ -27,9 +27,9 @@ def test_demo_learns_and_exports(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
 
-    before, after = re.search(r"held-out loss.*?(\d+\.\d+)\D+?(\d+\.\d+)", done.stdout).groups()
+    before, after = re.search(r"nats per answer token.*?(\d+\.\d+)\D+?(\d+\.\d+)", done.stdout).groups()
     assert float(after) < 0.5 * float(before)
-    assert re.search(r"a sample.*Aye, captain", done.stdout), "the sample after does not speak in the new form"
+    assert re.search(r"one answer to.*Aye, captain", done.stdout), "the answer after does not speak in the new form"
     (results,) = (tmp_path / "out").iterdir()
     assert (results / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (results / "adapter").iterdir()} == {

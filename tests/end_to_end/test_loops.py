@@ -91,7 +91,7 @@ def test_sampler_and_trainer_agree(service: tinker.ServiceClient, tokenizer: Any
     training = new_model(service)
     for batch in batches(tokenizer, 4):
         step(training, batch)
-    sampling = training.save_weights_and_get_sampling_client()
+    sampling = training.save_weights_and_get_sampling_client().result()
     prompts = [demo_loop.prompt_tokens(tokenizer, a, b) for a, b in demo_loop.pairs(6, held_out=True, seed=2)]
     parameters = tinker.SamplingParams(max_tokens=20, temperature=1.0, seed=11)
     asked = [sampling.sample(tinker.ModelInput.from_ints(prompt), 4, parameters) for prompt in prompts]
