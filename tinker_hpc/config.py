@@ -2,7 +2,7 @@
 
     ~/.config/tinker_hpc/config.toml           (or $XDG_CONFIG_HOME/tinker_hpc/config.toml, or TINKER_HPC_CONFIG)
 
-    data_root = "/scratch/alice/tinker_hpc"    # or TINKER_HPC_DATA_ROOT
+    data_root = "/scratch/alice/tinker_hpc_data"    # or TINKER_HPC_DATA_ROOT
     cluster = "della"                          # or TINKER_HPC_CLUSTER
 
     [clusters.della]
@@ -96,8 +96,9 @@ class Config:
     """The whole configuration, after file and environment."""
 
     data_root: Path
-    """One folder on the shared filesystem for runs and checkpoints, mode 0700. Default ~/tinker_hpc: the home is the
-    one folder every cluster shares; change it where the home has a small quota."""
+    """One folder on the shared filesystem for runs and checkpoints, mode 0700. Default ~/tinker_hpc_data: the home is
+    the one folder every cluster shares; change it where the home has a small quota. Not ~/tinker_hpc: Python started in
+    the home would take a folder of that name for the package (an editable install loses to it)."""
     cluster: str
     """The profile used where `cluster=` is not given. Default: `local` where there is no sbatch; else the only slurm
     profile of the file, else `slurm`, a profile with all defaults."""
@@ -188,7 +189,7 @@ def build_config(
     state_home = environ.get("XDG_STATE_HOME") or "~/.local/state"
     return Config(
         data_root=_folder(
-            environ.get("TINKER_HPC_DATA_ROOT") or table.get("data_root", "~/tinker_hpc"), environ, "data_root"
+            environ.get("TINKER_HPC_DATA_ROOT") or table.get("data_root", "~/tinker_hpc_data"), environ, "data_root"
         ),
         cluster=environ.get("TINKER_HPC_CLUSTER") or table.get("cluster", default_cluster),
         clusters=clusters,

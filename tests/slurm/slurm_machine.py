@@ -65,7 +65,7 @@ class SlurmCluster:
 
     def run_folder(self, run_id: str, user: str = "alice") -> Path:
         """A run's folder, seen from the host."""
-        return self.home(user) / "tinker_hpc" / "runs" / run_id
+        return self.home(user) / "tinker_hpc_data" / "runs" / run_id
 
     def events(self, run_id: str) -> list[str]:
         """Names of the events of a run so far."""

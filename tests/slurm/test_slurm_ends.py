@@ -87,7 +87,7 @@ def test_time_limit_and_a_job_that_never_starts(cluster: SlurmCluster) -> None:
     run = cluster.submit("sleep", "600", resources={"time": 1})
     too_big = cluster.submit("true", resources={"nodes": 9})
     status = until(
-        lambda: (s := cluster.act("alice", "status", too_big["run_id"]))["reason"] == "PartitionConfig" and s,
+        lambda: (s := cluster.act("alice", "status", too_big["run_id"]))["reason"] == "PartitionNodeLimit" and s,
         timeout_s=20,
         what="the reason the other job does not start",
     )
@@ -105,17 +105,17 @@ def test_time_limit_and_a_job_that_never_starts(cluster: SlurmCluster) -> None:
     [
         ({"cluster": "no_such_partition"}, "invalid partition specified: gpu_huge", "`sinfo -s` lists the partitions"),
         ({"cluster": "no_such_account"}, "Invalid account", "sacctmgr show assoc"),
-        ({"resources": {"cpus_per_node": 500}}, "node configuration is not available", "can ever offer"),
+        ({"resources": {"memory": "9T"}}, "Memory specification can not be satisfied", "`sinfo -o '%P %m'`"),
         ({"resources": {"gpus_per_node": 64, "ranks_per_node": 1}}, "node configuration", "64 GPUs"),
     ],
 )
 def test_refused_at_once(cluster: SlurmCluster, options: dict[str, object], slurm_says: str, advice: str) -> None:
-    before = set((cluster.home("alice") / "tinker_hpc" / "runs").glob("*"))
+    before = set((cluster.home("alice") / "tinker_hpc_data" / "runs").glob("*"))
     answer = cluster.submit("true", **options)
     assert answer["error"] == "SubmissionError"
     assert slurm_says.lower() in answer["message"].lower() and advice in answer["message"]
     assert answer["took_s"] < 10
-    assert set((cluster.home("alice") / "tinker_hpc" / "runs").glob("*")) == before, "no job, so no run"
+    assert set((cluster.home("alice") / "tinker_hpc_data" / "runs").glob("*")) == before, "no job, so no run"
 
 
 def test_out_of_memory(cluster: SlurmCluster) -> None:
@@ -144,7 +144,7 @@ def test_a_gateway_that_dies_comes_back(cluster: SlurmCluster) -> None:
     """Same port, same key: the loop sees a pause and nothing else."""
     loop = """
 import glob, json, os, signal, time, urllib.request
-folder = glob.glob(os.path.expanduser("~/tinker_hpc/runs/phoenix*"))[-1]
+folder = glob.glob(os.path.expanduser("~/tinker_hpc_data/runs/phoenix*"))[-1]
 def ask():
     request = urllib.request.Request(os.environ["TINKER_BASE_URL"] + "/api/v1/get_server_capabilities",
                                      headers={"X-API-Key": os.environ["TINKER_API_KEY"]})

@@ -97,7 +97,7 @@ def test_variables_and_home_in_paths() -> None:
     config = build({"data_root": "${SCRATCH}/t", "base_models": {"m": "$SCRATCH/m"}}, {**HOME, "SCRATCH": "/scr"})
     assert config.data_root == Path("/scr/t")
     assert config.base_models == {"m": "/scr/m"}
-    assert build({}).data_root == Path("~/tinker_hpc").expanduser()
+    assert build({}).data_root == Path("~/tinker_hpc_data").expanduser()
 
 
 @pytest.mark.parametrize(
