@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from tinker_hpc.log import Bell, Record, RequestLog, ResultReader
 from tinker_hpc.run_folder import WorkerFolder
@@ -27,11 +27,12 @@ ADAM = {
 }
 
 
-def free_port() -> int:
-    """A port the kernel gave and took back: nobody else is likely to get it within the second that matters."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def random_base(folder: Path, **overrides: Any) -> Path:
+    """A tiny random Qwen3 (see tests/models/random_models.py)."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
+    import random_models
+
+    return random_models.make("qwen3", folder, **overrides)
 
 
 @dataclass
@@ -46,9 +47,7 @@ class WorkerUnderTest:
 
     def __post_init__(self) -> None:
         self.folder = WorkerFolder(self.path)
-        self.folder.create(
-            base_model=BASE_MODEL, base_model_folder=str(self.base_model_folder), layout=self.layout
-        )
+        self.folder.create(base_model=BASE_MODEL, base_model_folder=str(self.base_model_folder), layout=self.layout)
         self.log = RequestLog(self.folder.requests)
         self.reader = ResultReader(self.path)
         self.bell = Bell(self.path, side="gateway")
@@ -73,19 +72,26 @@ class WorkerUnderTest:
             command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.world_size}"]
             self._spawn([*command, "--max-restarts=3", "-m", *module], env, 0)
             return
-        port = free_port()
+        # The parent holds the store, as torch's elastic agent does, so no port is guessed.
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.world_size):
-            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.world_size, "MASTER_PORT": port}
-            extra = {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.world_size, "MASTER_PORT": self.store.port}
+            extra = {name: str(value) for name, value in ranks.items()}
+            extra |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
             self._spawn(["-m", *module], env | (extra if self.world_size > 1 else {}), rank)
 
     def _spawn(self, arguments: list[str], env: dict[str, str], rank: int) -> None:
         with (self.path / f"rank-{rank}.err").open("ab") as err:
             self.processes.append(subprocess.Popen([sys.executable, *arguments], env=env, stdout=err, stderr=err))
 
-    def send(self, op: str, *, model_id: str | None = None, arrays: dict[str, np.ndarray] | None = None, **fields: Any) -> int:
+    def send(
+        self, op: str, *, model_id: str | None = None, arrays: dict[str, np.ndarray] | None = None, **fields: Any
+    ) -> int:
         """Append one request with the model's next seq_id (or the one given) and ring; returns its `seq`."""
-        seq = self.log.append([self.request(op, model_id=model_id, arrays=arrays, **fields)])[0]
+        return self.append(self.request(op, model_id=model_id, arrays=arrays, **fields))
+
+    def append(self, record: Record) -> int:
+        seq = self.log.append([record])[0]
         self.bell.ring()
         return seq
 
@@ -98,17 +104,10 @@ class WorkerUnderTest:
             fields["seq_id"] = self.next_seq_id[model_id] = self.next_seq_id.get(model_id, 0) + 1
         return Record(header | {"digest": "", "seq_id": None} | fields, arrays or {})
 
-    def result(self, seq: int, timeout_s: float = 60.0) -> Record:
+    def result(self, seq: int, timeout_s: float = 200.0) -> Record:
         """Wait for the result of a request. Fails with the worker's own words if it ends first."""
         deadline = time.monotonic() + timeout_s
-        while seq not in self.results:
-            new = self.reader.poll()
-            for record in new:
-                self.records.append(record)
-                if "ok" in record.header:
-                    self.results.setdefault(record.header["seq"], []).append(record)
-            if new:
-                continue
+        while seq not in self.poll():
             if time.monotonic() > deadline:
                 raise AssertionError(f"no result of request {seq} after {timeout_s} s\n{self.stderr}")
             if self.processes and all(p.poll() is not None for p in self.processes):
@@ -116,13 +115,22 @@ class WorkerUnderTest:
             self.bell.wait(0.2)
         return self.results[seq][0]
 
-    def ok(self, seq: int, timeout_s: float = 60.0) -> Record:
+    def poll(self) -> dict[int, list[Record]]:
+        """All results so far, by `seq` of the request."""
+        while new := self.reader.poll():
+            for record in new:
+                self.records.append(record)
+                if "ok" in record.header:
+                    self.results.setdefault(record.header["seq"], []).append(record)
+        return self.results
+
+    def ok(self, seq: int, timeout_s: float = 200.0) -> Record:
         """The result of a request that must have succeeded."""
         result = self.result(seq, timeout_s)
         assert result.header["ok"], result.header
         return result
 
-    def wait_for_exit(self, timeout_s: float = 60.0) -> list[int]:
+    def wait_for_exit(self, timeout_s: float = 120.0) -> list[int]:
         return [process.wait(timeout_s) for process in self.processes]
 
     def stop(self) -> None:
@@ -166,7 +174,11 @@ class WorkerUnderTest:
         }
 
     def optim_step(self, model_id: str, **adam: float) -> int:
-        return self.send("optim_step", model_id=model_id, adam=ADAM | adam)
+        return self.send("optim_step", model_id=model_id, adam=self.adam(**adam))
+
+    @staticmethod
+    def adam(**changes: float) -> dict[str, float]:
+        return ADAM | changes
 
     def sample(self, sampler: str, *, seed: int = 0, max_tokens: int = 8, **fields: Any) -> int:
         defaults = {

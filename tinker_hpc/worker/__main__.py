@@ -1,6 +1,5 @@
 """One rank of a worker: `python -m tinker_hpc.worker --worker-dir DIR`, started by torch's elastic agent.
 
-Step 5 of a request. Before: the gateway's request log. After: worker/loop.py.
 Exit codes: 0 after `close`; 1 otherwise, the reason on the last line of stderr.
 """
 
@@ -9,90 +8,41 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
+import traceback
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from megatron_adapters.engine import Engine, Layout
-from tinker_hpc.errors import ConfigError, TinkerHpcError
-from tinker_hpc.log import Bell, Lease, LogReader, Record, ResultLog, ResultReader
-from tinker_hpc.run_folder import WorkerFolder, read_json
+from tinker_hpc.errors import TinkerHpcError
+from tinker_hpc.run_folder import WorkerFolder
 from tinker_hpc.worker import agent
-from tinker_hpc.worker.desk import Desk
-from tinker_hpc.worker.loop import Loop
-from tinker_hpc.worker.metrics import MetricsFile
-from tinker_hpc.worker.publisher import Publisher
-from tinker_hpc.worker.ranks import EndWorker, Ranks
-from tinker_hpc.worker.redo import Redo
-from tinker_hpc.worker.sample_step import SampleStep
-from tinker_hpc.worker.train_step import TrainStep
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, and turn every ending into an exit code with one clear last line."""
     parser = argparse.ArgumentParser(prog="python -m tinker_hpc.worker", description="One rank of a worker.")
     parser.add_argument("--worker-dir", type=Path, required=True, help="the worker's folder, with worker.json")
-    options = parser.parse_args(arguments)
+    folder = WorkerFolder(parser.parse_args(arguments).worker_dir.resolve())
+    rank = os.environ.get("RANK", "0")
+    # On import megatron-core tells of every optional package it did not find; a run's log has no use for that.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     try:
-        serve(WorkerFolder(options.worker_dir.resolve()))
-    except (EndWorker, TinkerHpcError) as error:
-        _end(f"worker rank {os.environ.get('RANK', '0')} ends: {error}")
+        owner = agent.owner()
+        if rank == "0":
+            agent.refuse_if_superseded(folder.lease, owner["agent"])  # before torch: seconds of imports for nothing
+        from tinker_hpc.worker.ranks import EndWorker
+        from tinker_hpc.worker.serve import serve
 
-
-def serve(folder: WorkerFolder) -> None:
-    """Start the engine and serve the folder's requests until `close`.
-
-    Raises: EndWorker or a TinkerHpcError if it cannot start or go on.
-    """
-    declaration = read_json(folder.declaration)
-    if declaration is None:
-        raise ConfigError(f"{folder.declaration} does not exist: {folder.path} is not a worker's folder.")
-    owner = agent.owner()
-    if os.environ.get("RANK", "0") == "0" and folder.lease.exists():
-        agent.refuse_if_superseded(folder.lease, owner["agent"])
-    layout, dtype = _layout(declaration)
-    engine = Engine.start(Path(declaration["base_model_folder"]), layout, dtype=dtype)
-    ranks = Ranks(engine.control_group, engine.global_rank, engine.world_size)
-    metrics = MetricsFile(folder.metrics) if ranks.is_first else None
-    train_step = TrainStep(engine, ranks, declaration["base_model"], metrics)
-    sample_step = SampleStep(engine, ranks, train_step)
-    if metrics is None:
-        Loop(ranks, train_step, sample_step, desk=None).run()
-    else:
-        lease = Lease.acquire(folder.lease, owner)
-        log = ResultLog(folder.path, lease)
-        redo = _redo(folder, log)
-        bell = Bell(folder.path, side="worker")
-        publisher = Publisher(log, bell)
-        started = {"op": "worker_started", **owner, "layout": asdict(layout), "num_redo_batches": len(redo.batches)}
-        publisher.publish(Record(started))
-        desk = Desk(LogReader(folder.requests), publisher, bell, lease=lease, redo=redo, metrics=metrics)
-        Loop(ranks, train_step, sample_step, desk).run()
-        publisher.close()
-        bell.close()
-    engine.stop()
-
-
-def _layout(declaration: dict[str, Any]) -> tuple[Layout, str | None]:
-    """Layout and dtype of worker.json; without any, all ranks share every matrix."""
-    given = declaration.get("layout") or {}
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    dp_size = int(given.get("dp_size") or 1)
-    return Layout(tp_size=int(given.get("tp_size") or world_size // dp_size), dp_size=dp_size), given.get("dtype")
-
-
-def _redo(folder: WorkerFolder, log: ResultLog) -> Redo:
-    """What older workers recorded. Our own lease is sealed on them, so all of it is there to be read."""
-    redo, reader = Redo(), ResultReader(folder.path)
-    while True:
-        records = reader.poll()
-        redo.learn(records)
-        if any(record.header["fence"] == log.lease.fence for record in records):
-            return redo
-        if not records:  # a shared filesystem that lags behind
-            time.sleep(0.1)
+        try:
+            serve(folder, owner)
+        except EndWorker as error:
+            _end(f"worker rank {rank} ends: {error}")
+    except TinkerHpcError as error:
+        _end(f"worker rank {rank} ends: {error}")
+    except Exception as error:
+        traceback.print_exc()
+        _end(f"worker rank {rank} ends: {type(error).__name__}: {error}")
 
 
 def _end(message: str) -> NoReturn:

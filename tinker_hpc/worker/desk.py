@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tinker_hpc.log import Bell, Lease, LogReader, Record
-from tinker_hpc.worker.metrics import MetricsFile
 from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.ranks import EndWorker, Failure
 from tinker_hpc.worker.redo import Redo
@@ -48,19 +47,16 @@ class Desk:
         *,
         lease: Lease,
         redo: Redo,
-        metrics: MetricsFile,
     ) -> None:
         self._requests = requests
         self._publisher = publisher
         self._bell = bell
         self._lease = lease
         self._redo = redo
-        self._metrics = metrics
         self._schedule = Schedule()
         self._backlog = 0
         self._slice_started = self._last_poll = time.monotonic()
         self._slice_s = MIN_SLICE_S
-        metrics.redoing = bool(redo.batches)
 
     # ---- what to do next
 
@@ -175,7 +171,6 @@ class Desk:
                     time.sleep(0.1)
                 continue
             self._redo.batches.popleft()
-            self._metrics.redoing = bool(self._redo.batches)
             runnable = self._runnable(requests)
             if runnable:
                 return Batch("sample" if runnable[0].header["op"] == "sample" else "train", tuple(runnable))

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,17 +54,17 @@ class StepMetrics:
 
 
 class MetricsFile:
-    """Appends lines; on redo it leaves out the steps that are there already."""
+    """Appends lines. A restarted worker takes the same steps again (redo), and leaves out what is there already."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._last_step = {line["model_id"]: line["step"] for line in read_metrics(path)}
-        self.redoing = False
+        self._already = Counter(line["model_id"] for line in read_metrics(path))
         self._cut_short = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line. A disk that refuses costs the line, not the step: the same numbers are in the result log."""
-        if self.redoing and line["step"] <= self._last_step.get(line["model_id"], 0):
+        if self._already[line["model_id"]] > 0:
+            self._already[line["model_id"]] -= 1
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         text = ("\n" if self._cut_short else "") + json.dumps(finite) + "\n"

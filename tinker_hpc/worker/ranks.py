@@ -46,6 +46,10 @@ def describe(error: Exception) -> Failure:
         return Failure("user", str(error))
     if isinstance(error, DataRootError):
         return Failure("server", str(error))
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        advice = "Look at space, quota and permissions under the data root, then try again."
+        return Failure("server", f"{error.strerror}{where}. {advice}")
     return Failure("server", f"{type(error).__name__}: {error}")
 
 

@@ -1,0 +1,183 @@
+"""Ranks that die come back to the same bits; workers that lose their lease stop."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from worker_driver import WorkerUnderTest, random_base
+
+from tinker_hpc.log import Lease, ResultReader
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def workers() -> Iterator[list[WorkerUnderTest]]:
+    made: list[WorkerUnderTest] = []
+    yield made
+    for worker in made:
+        worker.stop()
+
+
+def story(worker: WorkerUnderTest, folder: Path) -> list[int]:
+    """Everything that leaves state behind, on two models; the seqs to compare."""
+    worker.create_model("a:0"), worker.create_model("b:0", rank=8, seed=2)
+    seqs = []
+    for step in range(4):
+        seqs.append(worker.forward_backward("a:0", step))
+        seqs.append(worker.forward_backward("a:0", 50 + step))
+        fields = worker.pass_fields("b:0", step)
+        fields["arrays"]["input.weights"][2] = float("nan")
+        worker.send(**fields)
+        seqs.append(worker.forward_backward("b:0", 90 + step))
+        worker.optim_step("a:0"), worker.optim_step("b:0")
+        if step == 1:
+            saved = worker.send(
+                "save_state", model_id="a:0", folder=str(folder / "ck"), path="tinker://a:0/w/ck", name="ck"
+            )
+            worker.ok(saved)
+            worker.send("save_sampler_weights", model_id="b:0", sampling_session_id="snap")
+            seqs.append(worker.sample("snap", seed=1, num_samples=2))
+            source = {"folder": str(folder / "ck"), "path": "tinker://a:0/w/ck", "optimizer": True}
+            worker.send("create_model", model_id="c:0", base_model="random/qwen3", from_state=source)
+            seqs.append(worker.forward_backward("c:0", 7))
+    seqs.append(worker.sample("snap", seed=2))
+    seqs.append(worker.forward_backward("a:0", 9, forward_only=True))
+    return seqs
+
+
+def answers(worker: WorkerUnderTest, seqs: list[int]) -> list[dict[str, bytes]]:
+    results = [worker.ok(seq) for seq in seqs]
+    return [{name: array.tobytes() for name, array in result.arrays.items()} for result in results]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bytes]]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    worker = WorkerUnderTest(folder / "w", base)
+    try:
+        worker.start()
+        expected = answers(worker, story(worker, folder))
+        worker.send("close")
+        assert worker.wait_for_exit() == [0]
+    finally:
+        worker.stop()
+    return expected
+
+
+def check_answered_once(worker: WorkerUnderTest) -> None:
+    records, reader = [], ResultReader(worker.path)
+    while new := reader.poll():
+        records += new
+    answered = [record.header["seq"] for record in records if "ok" in record.header]
+    assert len(answered) == len(set(answered))
+    assert set(answered) == set(range(1, worker.log.last + 1)) - {worker.log.last}, "all but close"
+
+
+def test_killed_at_any_moment_equals_uninterrupted(
+    base: Path, workers: list[WorkerUnderTest], uninterrupted: list[dict[str, bytes]], tmp_path: Path
+) -> None:
+    moments = random.Random(3)
+    worker = WorkerUnderTest(tmp_path / "w", base)
+    workers.append(worker)
+    worker.start()
+    seqs = story(worker, tmp_path)
+    for kill_after in (4, len(seqs) // 2):  # after so many of the results
+        worker.ok(seqs[kill_after])
+        time.sleep(moments.uniform(0, 0.1))
+        worker.processes[-1].send_signal(signal.SIGKILL)
+        worker.processes[-1].wait()
+        worker.start()
+    assert answers(worker, seqs) == uninterrupted
+    worker.send("close")
+    assert worker.processes[-1].wait(120) == 0
+    check_answered_once(worker)
+    steps = [line for line in worker.folder.metrics.read_text().splitlines() if '"a:0"' in line]
+    assert len(steps) == 4, "redone steps do not repeat their line"
+
+
+def test_the_elastic_agent_brings_a_killed_rank_back(
+    base: Path, workers: list[WorkerUnderTest], tmp_path: Path
+) -> None:
+    """Two ranks; the one without the log is killed: the agent restarts both, and the run goes on as if nothing was."""
+    calm = WorkerUnderTest(tmp_path / "calm", base, {"tp_size": 2, "dp_size": 1})
+    worker = WorkerUnderTest(tmp_path / "w", base, {"tp_size": 2, "dp_size": 1}, elastic=True)
+    workers += [calm, worker]
+    calm.start()
+    expected = answers(calm, story(calm, tmp_path / "calm"))
+    calm.send("close")
+    assert calm.wait_for_exit() == [0, 0]
+    worker.start()
+    seqs = story(worker, tmp_path / "w")
+    worker.ok(seqs[5])
+    agent = worker.processes[0].pid
+    children = [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
+    ranks = {rank_of(pid): pid for pid in children}
+    os.kill(ranks[1], signal.SIGKILL)
+    assert answers(worker, seqs) == expected
+    worker.send("close")
+    assert worker.wait_for_exit() == [0], worker.stderr
+    check_answered_once(worker)
+    fences = {record.header["fence"] for record in worker.records}
+    assert fences == {1, 2}
+
+
+def rank_of(pid: int) -> int:
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(int(line[5:]) for line in environment if line.startswith(b"RANK="))
+
+
+def test_a_worker_that_is_superseded_stops_and_says_so(
+    base: Path, workers: list[WorkerUnderTest], tmp_path: Path
+) -> None:
+    worker = WorkerUnderTest(tmp_path / "w", base)
+    workers.append(worker)
+    worker.start()
+    worker.ok(worker.create_model("a:0"))
+    Lease.acquire(worker.folder.lease, {"host": "elsewhere", "pid": 1, "agent": "elsewhere:1:1"})
+    assert worker.processes[0].wait(60) == 1, "found out while idle"
+    assert "lease 2 belongs to pid 1 on elsewhere. This worker stops writing results" in worker.stderr
+    worker.start()  # as its agent would
+    assert worker.processes[1].wait(120) == 1
+    assert "taken over by pid 1 on elsewhere; this one is not started again" in worker.stderr
+
+
+def test_a_model_that_cannot_be_brought_back_says_so(
+    base: Path, workers: list[WorkerUnderTest], tmp_path: Path
+) -> None:
+    """The checkpoint a model was loaded from was overwritten since: redoing the log would give other numbers."""
+    worker = WorkerUnderTest(tmp_path / "w", base)
+    workers.append(worker)
+    worker.start()
+
+    def save() -> None:
+        fields = {"folder": str(tmp_path / "ck"), "path": "tinker://a:0/weights/ck", "name": "ck", "overwrite": True}
+        worker.ok(worker.send("save_state", model_id="a:0", **fields))
+
+    worker.ok(worker.create_model("a:0"))
+    save()
+    source = {"folder": str(tmp_path / "ck"), "path": "tinker://a:0/weights/ck", "optimizer": True}
+    worker.ok(worker.send("create_model", model_id="b:0", base_model="random/qwen3", from_state=source))
+    worker.forward_backward("a:0", 0), worker.ok(worker.optim_step("a:0"))
+    save()
+    worker.processes[0].kill()
+    worker.processes[0].wait()
+    pending = worker.forward_backward("b:0", 0)
+    worker.start()
+    header = worker.result(pending).header
+    assert header["category"] == "server" and "model b:0 was lost when its worker was restarted" in header["error"]
+    assert "has been overwritten since" in header["error"]
+    worker.ok(worker.forward_backward("a:0", 1))
+    later = worker.result(worker.optim_step("b:0")).header
+    assert not later["ok"] and later["error"] == header["error"]

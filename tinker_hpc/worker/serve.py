@@ -1,0 +1,79 @@
+"""Puts a rank together: engine, steps, and on rank 0 lease, logs and desk; then the loop until `close`.
+
+Step 5 of a request. Before: the gateway's request log. After: worker/desk.py, worker/loop.py.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_adapters.engine import Engine, Layout
+from tinker_hpc.errors import ConfigError
+from tinker_hpc.log import Bell, Lease, LogReader, Record, ResultLog, ResultReader
+from tinker_hpc.run_folder import WorkerFolder, read_json
+from tinker_hpc.worker.desk import Desk
+from tinker_hpc.worker.loop import Loop
+from tinker_hpc.worker.metrics import MetricsFile
+from tinker_hpc.worker.publisher import Publisher
+from tinker_hpc.worker.ranks import Ranks
+from tinker_hpc.worker.redo import Redo
+from tinker_hpc.worker.sample_step import SampleStep
+from tinker_hpc.worker.train_step import TrainStep
+
+
+def serve(folder: WorkerFolder, owner: dict[str, Any]) -> None:
+    """Start the engine and serve the folder's requests until `close`.
+
+    The lease is taken once the engine stands: until then a worker that still runs goes on.
+
+    Args: owner: who takes the lease (agent.owner).
+    Raises: EndWorker or a TinkerHpcError if it cannot start or go on.
+    """
+    declaration = read_json(folder.declaration)
+    if declaration is None:
+        raise ConfigError(f"{folder.declaration} does not exist: {folder.path} is not a worker's folder.")
+    layout, dtype = _layout(declaration)
+    engine = Engine.start(Path(declaration["base_model_folder"]), layout, dtype=dtype)
+    ranks = Ranks(engine.control_group, engine.global_rank, engine.world_size)
+    metrics = MetricsFile(folder.metrics) if ranks.is_first else None
+    train_step = TrainStep(engine, ranks, declaration["base_model"], metrics)
+    sample_step = SampleStep(engine, ranks, train_step)
+    if ranks.is_first:
+        lease = Lease.acquire(folder.lease, owner)
+        log = ResultLog(folder.path, lease)
+        redo = _redo(folder, log)
+        bell = Bell(folder.path, side="worker")
+        publisher = Publisher(log, bell)
+        started = {"op": "worker_started", **owner, "layout": asdict(layout), "num_redo_batches": len(redo.batches)}
+        publisher.publish(Record(started))
+        desk = Desk(LogReader(folder.requests), publisher, bell, lease=lease, redo=redo)
+        Loop(ranks, train_step, sample_step, desk).run()
+        publisher.close()
+        bell.close()
+    else:
+        Loop(ranks, train_step, sample_step, desk=None).run()
+    engine.stop()
+
+
+def _layout(declaration: dict[str, Any]) -> tuple[Layout, str | None]:
+    """Layout and dtype of worker.json; without any, all ranks share every matrix."""
+    given = declaration.get("layout") or {}
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    dp_size = int(given.get("dp_size") or 1)
+    return Layout(tp_size=int(given.get("tp_size") or world_size // dp_size), dp_size=dp_size), given.get("dtype")
+
+
+def _redo(folder: WorkerFolder, log: ResultLog) -> Redo:
+    """What older workers recorded. Our own lease is sealed on them, so all of it is there to be read."""
+    redo, reader = Redo(), ResultReader(folder.path)
+    while True:
+        records = reader.poll()
+        redo.learn(records)
+        if any(record.header["fence"] == log.lease.fence for record in records):
+            return redo
+        if not records:  # a shared filesystem that lags behind
+            time.sleep(0.1)
