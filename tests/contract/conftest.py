@@ -8,7 +8,6 @@ By default a gateway and a one-rank worker on this machine, started once. The sa
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +16,15 @@ import pytest
 import serving
 import tinker
 
-os.environ["TINKER_TELEMETRY"] = "0"
-os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
-# The SDK logs each retry; pytest shows it where a test fails.
-logging.getLogger("tinker").setLevel(logging.INFO)
+
+@pytest.fixture(scope="session", autouse=True)
+def sdk_environment() -> Iterator[None]:
+    """No telemetry, and loopback never through a site's proxy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINKER_TELEMETRY", "0")
+        for name in ("no_proxy", "NO_PROXY"):
+            patch.setenv(name, "127.0.0.1,localhost")
+        yield
 
 
 @pytest.fixture(scope="session")

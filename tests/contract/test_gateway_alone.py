@@ -9,6 +9,7 @@ import shutil
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,20 @@ def test_seeds_nobody_gave_are_drawn_and_logged(alone):
     new_model(alone, session, 1)
     seeds = [header["lora"]["seed"] for header in logged(alone)]
     assert len(set(seeds)) == 2 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_same_request_at_the_same_time_is_one_record(alone):
+    model = new_model(alone)
+    with ThreadPoolExecutor(16) as threads:
+        same = list(threads.map(lambda _: step(alone, model, 1).json, range(32)))
+        rates = [0.1, 0.2, 0.3, 0.4]
+        different = list(threads.map(lambda rate: step(alone, model, 2, learning_rate=rate), rates))
+    assert same == [same[0]] * 32
+    assert sorted(reply.status for reply in different) == [200, 422, 422, 422]
+    records = [header for header in logged(alone) if header["op"] == "optim_step"]
+    assert [header["seq_id"] for header in records] == [1, 2]
+    (winner,) = (rate for rate, reply in zip(rates, different, strict=True) if reply.status == 200)
+    assert records[1]["adam"]["learning_rate"] == winner
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Routes, thin: read the body, call, answer. Paths and shapes are the SDK's (tinke
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -44,6 +45,11 @@ CLIENT_CONFIG = {
     "use_pyqwest_transport": True,
 }
 DYNAMIC_CONFIG = {"refresh_interval_sec": 3600, "sample_cancel_enabled": False}
+
+# The SDK asks for a result again at once after a 5xx: without a pause that would be a hot loop.
+ERROR_PAUSE_S = 1.0
+
+log = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -202,6 +208,13 @@ def _answering(handler: Callable[[Request], Awaitable[Any]]) -> Handler:
             value = await handler(request)
         except Refusal as refusal:
             return _json_response({"error": refusal.message, "category": "user"}, status=refusal.status)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
+        except Exception as error:
+            log.exception("%s %s", request.method, request.url.path)
+            await asyncio.sleep(ERROR_PAUSE_S)
+            message = f"the gateway failed ({type(error).__name__}: {error}); its log has the traceback."
+            return _json_response({"error": message, "category": "server"}, status=500)
         return value if isinstance(value, Response) else _json_response(value)
 
     return endpoint

@@ -13,7 +13,7 @@ from typing import Any
 from tinker_hpc.gateway.answers import Answer, failure
 from tinker_hpc.gateway.futures import Future
 from tinker_hpc.gateway.ledger import Ledger
-from tinker_hpc.gateway.refusals import Refusal, unknown
+from tinker_hpc.gateway.refusals import unknown
 from tinker_hpc.gateway.workers import Workers
 
 HOLD_S = 40.0
@@ -71,7 +71,7 @@ class Retrieval:
                 return failure(future.facts["error"], future.facts["category"])
             found = await asyncio.to_thread(link.find_answer, future.request_id, future.facts)
             if found is None:
-                raise Refusal(500, f"the result of {future.request_id} was there and cannot be found again.")
+                return failure(f"the result of {future.request_id} was there and cannot be found again", "server")
             self.ledger.futures.keep(future.request_id, found)
             return found
         reason = link.hopeless()
