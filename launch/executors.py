@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -56,7 +57,9 @@ def sbatch(spec: JobSpec, script: Path, host: Host) -> str:
     An answer that got lost does not mean a job that got lost: a hung controller creates it when it wakes. So after
     anything but a refusal the job is looked for by its name, and never submitted again from here.
 
-    Raises: SubmissionError (refused), SlurmUnavailableError (no answer, and no such job in the queue).
+    Raises:
+        SubmissionError: refused.
+        SlurmUnavailableError: not reached, or no answer and no such job in the queue; `job_may_exist` tells which.
     """
     argv = ["sbatch", "--parsable", str(script)]
     try:
@@ -75,6 +78,7 @@ def sbatch(spec: JobSpec, script: Path, host: Host) -> str:
             f"run {spec.run_id} was not submitted, Slurm cannot be reached: {result.words} Nothing is in the queue; "
             "submit again when `scontrol ping` says UP.",
             command="sbatch",
+            job_may_exist=False,
         )
     found = find_by_name(spec.run_id, host)
     if found is not None:
@@ -84,6 +88,7 @@ def sbatch(spec: JobSpec, script: Path, host: Host) -> str:
         f"`scontrol ping` tells whether Slurm answers; before you submit again, see that "
         f"`squeue --me --name={spec.run_id}` is still empty.",
         command="sbatch",
+        job_may_exist=True,
     )
 
 
@@ -113,6 +118,9 @@ class LocalJobExecutor(LocalExecutor):
         self.parameters = {"timeout_min": spec.time_limit_min}
 
     def _submit_command(self, command: str) -> LocalJob[Any]:
+        if self.spec.cluster.setup:
+            script = "\n".join(["set -e", *self.spec.cluster.setup, "set +e", f"exec {command}"])
+            command = shlex.join(["bash", "-c", script])
         with (self.folder / "controller.log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "submitit.local._local", str(self.folder)],

@@ -36,8 +36,6 @@ if __name__ == "__main__":
         time="0:05:00",
         name="sft",
     )
-    seen = [run.status().state.value]
     value = run.result(timeout=240)
-    seen.append(run.status().state.value)
     checkpoints = [checkpoint.path for checkpoint in run.checkpoints()]
-    print(json.dumps({"run_id": run.id, "seen": seen, "value": value, "checkpoints": checkpoints}, default=str))
+    print(json.dumps({"run_id": run.id, "value": value, "checkpoints": checkpoints}, default=str))
