@@ -5,7 +5,7 @@ filesystem: runs that ended are remembered, only new and live ones are read agai
 machine's own disk; two login nodes have one each, and deleting or damaging either costs one slower `ls`.
 
     runs(data_root, run_id, kind, name, base_model, cluster, job_id, created_at, ended_at, state, reason,
-         gpu_hours, peak_memory_gib, final)           created_at, ended_at: unix seconds
+         final, details)           created_at, ended_at: unix seconds; details: the last known status, JSON
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from tinker_hpc.run_folder import RunFolder, make_private, read_json
 
-_TABLE = "runs_1"  # the number is the schema's: another one, and the old table is simply not read
+_TABLE = "runs_2"  # the number is the schema's: another one, and the old table is simply not read
 _KEY = ("data_root", "run_id")
 
 
@@ -38,9 +38,9 @@ class RunRow:
     state: str | None = None
     """launch's JobState by name; None where only Slurm can say."""
     reason: str = ""
-    gpu_hours: float | None = None
-    peak_memory_gib: float | None = None
     final: bool = False
+    details: str = ""
+    """The whole status of a final row as JSON: what accounting said, so that it need not be asked again."""
 
 
 def row_from_folder(folder: RunFolder) -> RunRow | None:
@@ -156,7 +156,7 @@ class Registry:
             database = sqlite_utils.Database(connection)
             if not database.table(_TABLE).exists():
                 columns: dict[str, type] = {f.name: str for f in fields(RunRow)}
-                columns.update(created_at=float, ended_at=float, gpu_hours=float, peak_memory_gib=float, final=int)
+                columns.update(created_at=float, ended_at=float, final=int)
                 database.table(_TABLE).create({"data_root": str, **columns}, pk=_KEY, if_not_exists=True)
             return action(database)
         finally:

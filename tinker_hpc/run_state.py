@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from launch.job_state import OUTCOME_STATES, JobState, JobStatus
@@ -64,6 +64,12 @@ class RunStatus:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**asdict(self), "state": self.state.value, "nodes": list(self.nodes), "finished": self.finished}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RunStatus:
+        """The status `to_json` was made of."""
+        known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
+        return cls(**{**known, "state": JobState(value["state"]), "nodes": tuple(value.get("nodes", ()))})
 
 
 def read_own_files(folder: RunFolder) -> OwnFiles:

@@ -11,7 +11,14 @@ from importlib import import_module
 
 import click
 
-from tinker_hpc.errors import ConfigError, DataRootError, SerializationError, TinkerHpcError, UnknownRunError
+from tinker_hpc.errors import (
+    ConfigError,
+    DataRootError,
+    SerializationError,
+    SubmissionError,
+    TinkerHpcError,
+    UnknownRunError,
+)
 
 # Command -> (module, help line). The line is here so that --help imports none of them (a test compares it with theirs).
 COMMANDS = {
@@ -27,6 +34,10 @@ COMMANDS = {
     "export": ("saved", "Copy a checkpoint out as a PEFT adapter."),
     "usage": ("usage", "Sum up GPU-hours by cluster."),
 }
+
+
+# What the user can put right: arguments, configuration, permissions, and what Slurm refuses to submit.
+_MISTAKES = (ConfigError, DataRootError, SerializationError, SubmissionError, UnknownRunError)
 
 
 class LazyGroup(click.Group):
@@ -68,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         if "--debug" in ours:
             raise
         _report(str(error), type(error).__name__, as_json="--json" in ours)
-        code = 2 if isinstance(error, ConfigError | SerializationError | UnknownRunError | DataRootError) else 1
+        code = 2 if isinstance(error, _MISTAKES) else 1
     except BrokenPipeError:  # `tinker-hpc logs ID | head`
         sys.stderr.close()
         code = 0

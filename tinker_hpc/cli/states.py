@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 
@@ -90,8 +91,8 @@ def current_statuses(config: Config, *, limit: int = 0) -> list[RunStatus]:
     jobs = JobWatch().statuses(list(open_jobs.values()), max_age_s=0.0) if open_jobs else {}
     statuses = []
     for row in rows:
-        if row.final:
-            statuses.append(_remembered(row))
+        if row.final and row.details:
+            statuses.append(RunStatus.from_json(json.loads(row.details)))
             continue
         job = jobs.get(row.run_id)
         now = combine(row.run_id, read_own_files(RunFolder(config.data_root / "runs" / row.run_id)), job)
@@ -115,26 +116,6 @@ def _row(row: RunRow, status: RunStatus) -> RunRow:
         state=status.state.value,
         reason=status.reason,
         ended_at=status.end,
-        gpu_hours=status.gpu_hours,
-        peak_memory_gib=status.peak_memory_gib,
         final=True,
-    )
-
-
-def _remembered(row: RunRow) -> RunStatus:
-    from launch.job_state import JobState
-
-    return RunStatus(
-        id=row.run_id,
-        kind=row.kind,
-        name=row.name,
-        base_model=row.base_model,
-        cluster=row.cluster,
-        state=JobState(row.state),
-        reason=row.reason,
-        job_id=row.job_id,
-        created_at=row.created_at,
-        end=row.ended_at,
-        gpu_hours=row.gpu_hours,
-        peak_memory_gib=row.peak_memory_gib,
+        details=json.dumps(status.to_json()),
     )

@@ -66,9 +66,9 @@ def test_a_damaged_index_is_rebuilt_silently(registry: Registry, root: Path, dam
         registry.path.mkdir()
     else:
         connection = sqlite3.connect(registry.path)
-        connection.execute("drop table runs_1")
-        connection.execute("create table runs_1 (data_root text, run_id text, something text)")
-        connection.execute("insert into runs_1 values (?, 'x', 'y')", [str(root)])
+        connection.execute("drop table runs_2")
+        connection.execute("create table runs_2 (data_root text, run_id text, something text)")
+        connection.execute("insert into runs_2 values (?, 'x', 'y')", [str(root)])
         connection.commit()
         connection.close()
     assert registry.refresh() == expected
@@ -85,11 +85,11 @@ def test_an_index_that_cannot_be_written_is_kept_in_memory(tmp_path: Path, root:
 def test_a_final_row_is_remembered_and_a_live_one_read_again(registry: Registry, root: Path) -> None:
     done, live = make_run(root, 1.0), make_run(root, 2.0)
     rows = {row.run_id: row for row in registry.refresh()}
-    registry.record(replace(rows[done.run_id], state="COMPLETED", gpu_hours=1.5, final=True))
+    registry.record(replace(rows[done.run_id], state="COMPLETED", details='{"gpu_hours": 1.5}', final=True))
     for folder in (done, live):
         write_json(folder.outcome, {"state": "failed", "error": "later", "ended_at": 9.0})
     rows = {row.run_id: row for row in registry.refresh()}
-    assert (rows[done.run_id].state, rows[done.run_id].gpu_hours) == ("COMPLETED", 1.5)
+    assert (rows[done.run_id].state, rows[done.run_id].details) == ("COMPLETED", '{"gpu_hours": 1.5}')
     assert rows[live.run_id].state == "FAILED"
     # Rebuilt, the folder's word counts again: the index was never the truth.
     assert {row.run_id: row.state for row in registry.rebuild()} == {

@@ -8,7 +8,7 @@ import pytest
 
 from launch.job_state import JobState, JobStatus
 from tinker_hpc.run_folder import RunFolder, write_bytes, write_json
-from tinker_hpc.run_state import OwnFiles, combine, read_json_lines, read_own_files
+from tinker_hpc.run_state import OwnFiles, RunStatus, combine, read_json_lines, read_own_files
 
 
 def own(outcome=None, worker=None, submitted=True, has_result=False) -> OwnFiles:
@@ -73,7 +73,9 @@ def test_submitted_and_not_yet_asked_about() -> None:
 def test_every_field_is_plain_json() -> None:
     import json
 
-    text = json.dumps(combine("r", own(SUCCEEDED), job(JobState.COMPLETED, nodes=("n1", "n2"))).to_json())
+    status = combine("r", own(SUCCEEDED), job(JobState.COMPLETED, nodes=("n1", "n2")))
+    text = json.dumps(status.to_json())
+    assert RunStatus.from_json(json.loads(text)) == status
     assert json.loads(text)["nodes"] == ["n1", "n2"]
     assert json.loads(text)["state"] == "COMPLETED"
 
