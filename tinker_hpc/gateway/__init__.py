@@ -1,17 +1,23 @@
 """Step 3 of a request: Tinker's wire protocol on 127.0.0.1, in its own process, never waiting for a GPU.
 
-__main__.py     the process: port, key, gateway.json, uvicorn
-app.py          routes, thin: HTTP in, a call on the desk, HTTP out
-guard.py        who may ask at all: key, Host header, body size
-wire.py         protobuf and JSON <-> plain values (pure)
-validate.py     is this request right? If not: what was given, what was expected, what to change (pure)
-sampling.py     the same for sampling requests (pure)
-desk.py         one method an endpoint: validates, makes the record, accepts it
-intake.py       idempotent and durable: a request id is handed out after the record is on disk
-futures.py      what became of each request; wakes the long polls
-workers.py      one worker's logs, bell and status; the thread that reads its results
-models.py       models and samplers this gateway knows
-sessions.py     SDK sessions
-checkpoints.py  tinker:// paths and the checkpoint folders behind them
-rebuild.py      all of the above again, from the logs, after a restart
+    __main__.py     the process: port, key, gateway.json, uvicorn; after a restart everything from the logs
+    app.py          routes, thin: HTTP in, a call below, HTTP out
+    guard.py        who may ask at all: key, Host header, body size
+    refusals.py     answers that are not a result: a status and one clear sentence
+    wire.py         protobuf and JSON <-> plain values (pure)
+    desk.py         one method an endpoint that asks for work: judges, makes the record, accepts it
+    validate.py     is a training request right? If not: what was given, what was expected, what to change (pure)
+    sampling.py     the same for sampling requests (pure)
+    checkpoints.py  tinker:// paths and the checkpoint folders behind them
+    intake.py       idempotent and durable: a request id is handed out after the record is on disk
+    ledger.py       futures, models and samplers, built from request headers alone
+    futures.py      what became of each request; wakes the long polls
+    sessions.py     SDK sessions
+    lookup.py       questions that need no worker
+
+and step 7, the way back:
+
+    workers.py      one worker's logs, bell and status; the thread that reads its results
+    answers.py      a result record -> the body the SDK reads (pure)
+    retrieval.py    retrieve_future: the long poll, and why there is no answer yet
 """
