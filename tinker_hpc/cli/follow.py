@@ -6,8 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
+from rich.markup import escape
 
 from tinker_hpc.run_state import combine, read_own_files
 from tinker_hpc.runs import Run
@@ -35,14 +37,16 @@ class Tail:
         return data
 
 
-def follow(run: Run, *, log: str = "loop", say: Callable[[str], None], out: Callable[[bytes], None]) -> Ended:
-    """Report a run until it is over.
+def follow(run: Run, *, log: str = "loop", out: Callable[[bytes], None]) -> Ended:
+    """Report a run until it is over: its states on standard error, the new bytes of one of its logs to `out`."""
+    reporter = Reporter(run.id)
+    try:
+        return _follow(run, log, reporter.say, reporter.before(out))
+    finally:
+        reporter.stop()
 
-    Args:
-        log: which log to show.
-        say: gets one line whenever the state changes.
-        out: gets the log's new bytes.
-    """
+
+def _follow(run: Run, log: str, say: Callable[[str], None], out: Callable[[bytes], None]) -> Ended:
     path = run.log_paths.get(log) or run.folder.logs / f"{log}.log"
     tail = Tail(path)
     waiter = run.waiter()
@@ -82,16 +86,43 @@ def _state_line(run: Run, job: object) -> str:
     return text
 
 
-def say_on_stderr(run: Run) -> Callable[[str], None]:
-    """Prints state lines beside the run's own output; with colour where somebody looks."""
-    from rich.console import Console
+class Reporter:
+    """State lines on standard error; while somebody looks and nothing else is to be seen, a clock that moves."""
 
-    console = Console(stderr=True, highlight=False)
+    def __init__(self, run_id: str) -> None:
+        from rich.console import Console
 
-    def say(line: str) -> None:
-        console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] [bold]{run.id}[/bold] {line}", soft_wrap=True)
+        self._run_id = run_id
+        self._console = Console(stderr=True, highlight=False)
+        self._spinner: Any = None
 
-    return say
+    def say(self, line: str, *, moving: bool = True) -> None:
+        """Print a new state, and keep it moving on a terminal until there is output or another state."""
+        self.stop()
+        moment = time.strftime("%H:%M:%S")
+        self._console.print(f"[dim]{moment}[/dim] [bold]{self._run_id}[/bold] {escape(line)}", soft_wrap=True)
+        if moving and self._console.is_terminal:
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (SpinnerColumn(), TextColumn(escape(line)), TimeElapsedColumn())
+            self._spinner = Progress(*columns, console=self._console, transient=True, refresh_per_second=2)
+            self._spinner.add_task(line, total=None)
+            self._spinner.start()
+
+    def stop(self) -> None:
+        """Take the moving line away: output is coming, or the end."""
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
+
+    def before(self, out: Callable[[bytes], None]) -> Callable[[bytes], None]:
+        """`out`, after the moving line is out of the way."""
+
+        def write(data: bytes) -> None:
+            self.stop()
+            out(data)
+
+        return write
 
 
 def to_stdout(data: bytes) -> None:

@@ -18,7 +18,7 @@ from tinker_hpc.cli.output import emit
 @click.argument("run_id", metavar="ID")
 def logs(run_id: str, following: bool, which: str, tail: int | None, as_json: bool) -> int:
     """Print a run's output; -f follows it."""
-    from tinker_hpc.cli.follow import follow, say_on_stderr, to_stdout
+    from tinker_hpc.cli.follow import follow, to_stdout
     from tinker_hpc.runs import Run
 
     run = Run(run_id)
@@ -30,7 +30,7 @@ def logs(run_id: str, following: bool, which: str, tail: int | None, as_json: bo
             click.echo(text, nl=False)
         return 0
     try:
-        follow(run, log=which, say=say_on_stderr(run), out=_json_lines() if as_json else to_stdout)
+        follow(run, log=which, out=_json_lines() if as_json else to_stdout)
     except KeyboardInterrupt:
         return 130
     if as_json:

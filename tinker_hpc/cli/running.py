@@ -34,7 +34,7 @@ def run(
     The program sees TINKER_BASE_URL and TINKER_API_KEY and needs no change. Its output is followed here and its exit
     code is ours; Ctrl-C leaves the run going.
     """
-    from tinker_hpc.cli.follow import follow, say_on_stderr, to_stderr, to_stdout
+    from tinker_hpc.cli.follow import follow, to_stderr, to_stdout
     from tinker_hpc.resources import check_run_name
     from tinker_hpc.runs import submit_loop
 
@@ -52,7 +52,7 @@ def run(
     if detach:
         return 0
     try:
-        follow(submitted, say=say_on_stderr(submitted), out=to_stderr if as_json else to_stdout)
+        follow(submitted, out=to_stderr if as_json else to_stdout)
     except KeyboardInterrupt:
         click.echo(f"\n{submitted.id} goes on. See it: tinker-hpc logs -f {submitted.id}", err=True)
         click.echo(f"End it: tinker-hpc cancel {submitted.id}", err=True)

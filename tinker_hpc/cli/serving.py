@@ -24,9 +24,8 @@ def serve(base_model: str, cluster: str | None, name: str | None, resources: Res
     Prints where as soon as the gateway answers; requests wait there while the job is in the queue. SIGINT and SIGTERM
     end the job and the gateway.
     """
-    from tinker_hpc.cli.follow import say_on_stderr
+    from tinker_hpc.cli.follow import Reporter
     from tinker_hpc.run_folder import read_json
-    from tinker_hpc.runs import Run
     from tinker_hpc.sessions import Session
 
     stop = threading.Event()
@@ -38,18 +37,19 @@ def serve(base_model: str, cluster: str | None, name: str | None, resources: Res
             emit({"session_id": session.id, "base_url": session.base_url, "api_key": session.api_key})
         else:
             click.echo(f"export TINKER_BASE_URL={session.base_url}\nexport TINKER_API_KEY={session.api_key}")
-        say = say_on_stderr(Run(session.id))
+        reporter = Reporter(session.id)
         said, ended = "", None
         while not stop.is_set():
             status = read_json(session.folder.worker(0).status) or {}
             line = " ".join(filter(None, [str(status.get("phase", "")), str(status.get("reason", ""))]))
             if line and line != said:
                 said = line
-                say(f"worker {line}")
+                reporter.say(f"worker {line}", moving=status.get("phase") != "ready")
             if status.get("phase") == "ended":
                 ended = status.get("error") or status.get("reason") or "its job ended"
                 break
             stop.wait(_LOOK_S)
+        reporter.stop()
     if ended is not None:
         raise JobFailedError(f"session {session.id} is over: {ended}")
     return 0
