@@ -35,7 +35,7 @@ _ASK_SLURM_S = 30.0
 """Between questions to Slurm while nothing changes; CLUSTERS: no oftener, for all jobs of a user together."""
 _ASK_SLURM_FIRST_S = 3.0
 _ASK_LOCAL_S = 1.0
-_CLOSE_GRACE_S = 10.0
+_CLOSE_GRACE_S = 20.0
 """How long workers get to end by themselves after the close request; cancelling a job that ended is harmless."""
 _GATEWAY_GRACE_S = 5.0
 _GATEWAY_RESTARTS = 5

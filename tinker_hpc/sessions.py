@@ -28,7 +28,7 @@ from tinker_hpc.run_folder import RunFolder
 
 _GATEWAY_PATIENCE_S = 60.0
 _CLOSE_PATIENCE_S = 60.0
-"""The keeper gives workers 10 s, cancels, and ends the gateway within 5 s; Slurm may take its time to answer."""
+"""The keeper gives workers 20 s, cancels, and ends the gateway within 5 s; Slurm may take its time to answer."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +22,17 @@ import pytest
 
 from launch import process_tree
 from launch.job_state import JobState
-from tinker_hpc.errors import JobCancelledError, JobFailedError, LoopFailedError, SerializationError
+from tinker_hpc.errors import (
+    JobCancelledError,
+    JobFailedError,
+    LoopFailedError,
+    SerializationError,
+    SessionError,
+    UnknownBaseModelError,
+)
 from tinker_hpc.run_folder import RunFolder
 from tinker_hpc.runs import Run, submit
+from tinker_hpc.sessions import Session
 
 TINY = str(Path(__file__).resolve().parents[1] / "models" / "tiny-qwen3")
 TINKER_HPC = [sys.executable, "-m", "tinker_hpc.cli"]
@@ -225,6 +234,25 @@ def test_a_served_session_ends_with_its_client(data_root: Path, how: signal.Sign
     assert wait_for(lambda: not process_tree.of_run(line["session_id"]) and not healthy(line["base_url"]), 30)
     folder = RunFolder(data_root / "runs" / line["session_id"])
     assert json.loads(folder.worker(0).status.read_text())["phase"] == "ended"
+
+
+def test_a_second_base_model_gets_a_worker_of_its_own(data_root: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(TINY, other)
+    with Session() as session:
+        first = session.serve(TINY)
+        assert session.serve(f"{TINY}/") == first == session.id
+        second = session.serve(str(other))
+        assert second != first
+        declared = [json.loads(worker.declaration.read_text())["base_model"] for worker in session.folder.workers()]
+        assert declared == [TINY, str(other)]
+        assert session.folder.worker(1).path.resolve() == RunFolder(data_root / "runs" / second).worker(0).path
+        with pytest.raises(UnknownBaseModelError):
+            session.serve("no/such-model")
+    for run_id in (first, second):
+        assert Run(run_id).status().state is JobState.CANCELLED, "they were still loading"
+    with pytest.raises(SessionError, match="is closed"):
+        session.serve(TINY)
 
 
 DROP_IN = """
