@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -36,10 +36,24 @@ class LoraWeights:
     alpha: float
     targets: tuple[str, ...]
     pairs: Mapping[str, LoraPair]
+    _stacks: dict[tuple[str, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
+
+    def stacked_a(self, paths: tuple[str, ...], dtype: torch.dtype) -> Tensor:
+        """The A of those of these projections that are adapted, under each other: [sum of ranks, d_in].
+
+        Kept once made where it cannot change, that is for a snapshot.
+        """
+        if paths in self._stacks:
+            return self._stacks[paths]
+        matrices = [self.pairs[path].a for path in paths if path in self.pairs]
+        stacked = (matrices[0] if len(matrices) == 1 else torch.cat(matrices)).to(dtype)
+        if not matrices[0].requires_grad:
+            self._stacks[paths] = stacked
+        return stacked
 
     def snapshot(self, dtype: torch.dtype) -> LoraWeights:
         """A frozen copy in the compute dtype: the numbers a forward of this adapter uses now."""
@@ -111,6 +125,7 @@ class Adapter:
         weights, grads, exp_avg, exp_avg_sq: float32 [num_local] on the model's device.
         num_replicated: the first entries, equal on all TP ranks.
         step: optimizer steps taken.
+        has_gradients: a pass has added to grads since they were last zeroed.
     """
 
     def __init__(
@@ -132,6 +147,7 @@ class Adapter:
             torch.zeros(num_local, dtype=torch.float32, device=device) for _ in range(4)
         )
         self.step = 0
+        self.has_gradients = False
         parameters: dict[str, Tensor] = {}
         for shard in self.shards:
             parameter = nn.Parameter(shard.view(self.weights))
@@ -152,6 +168,14 @@ class Adapter:
 
     def zero_grad(self) -> None:
         self.grads.zero_()
+        self.has_gradients = False
+
+    def restore_grad(self, saved: Tensor | None) -> None:
+        """Back to an earlier copy of grads; None means there were none."""
+        if saved is None:
+            self.zero_grad()
+        else:
+            self.grads.copy_(saved)
 
     def initialize(self, seed: int) -> None:
         """A as PEFT draws it (Kaiming uniform with a = sqrt(5): bound 1 / sqrt(d_in)), B zero.

@@ -193,7 +193,10 @@ class Engine:
     def run_pass(self, adapter_id: str, data: Sequence[Datum], loss_fn: LossFn, *, backward: bool) -> PassOutput:
         """Logprobs of the target tokens and the summed loss; with `backward` the gradients are added to the adapter's.
 
-        Raises: RequestError or ShapeError for data that cannot be run, before anything is computed.
+        A pass counts wholly or not at all: if it raises, the gradients are what they were before.
+
+        Raises: RequestError or ShapeError for data that cannot be run, before anything is computed; RequestError if
+            the loss of a backward pass is not finite; whatever loss_fn raises, on every rank.
         Collectives: those of the model within each TP group, once per micro-batch of that data-parallel rank (their
             numbers differ between data-parallel ranks, which is why gradients wait for optim_step); at the end the
             results are summed over the DP group on the CPU.
@@ -203,18 +206,35 @@ class Engine:
         lengths = [len(datum.tokens) for datum in data]
         mine = split_over_ranks(lengths, self.runtime.layout.dp_size)[self.runtime.dp_rank]
         starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        saved = adapter.grads.clone() if backward and adapter.has_gradients else None
         # Every position is written by one data-parallel rank and zero elsewhere, so the sum is a gather.
         logprobs = torch.zeros(int(starts[-1]), dtype=torch.float32)
         loss_sum = torch.zeros(1, dtype=torch.float64)
-        for members in pack(mine, lengths, self.token_budget):
-            loss, computed = self._run_micro_batch(adapter, [data[i] for i in members], loss_fn, backward)
-            loss_sum += loss
-            for index, values in zip(members, computed.split([lengths[i] for i in members]), strict=True):
-                logprobs[starts[index] : starts[index + 1]] = values
+        failure: Exception | None = None
+        try:
+            for members in pack(mine, lengths, self.token_budget):
+                loss, computed = self._run_micro_batch(adapter, [data[i] for i in members], loss_fn, backward)
+                loss_sum += loss
+                for index, values in zip(members, computed.split([lengths[i] for i in members]), strict=True):
+                    logprobs[starts[index] : starts[index + 1]] = values
+        except Exception as error:  # another data-parallel rank may have had other data, and waits for us below
+            failure = error
         if self.runtime.layout.dp_size > 1:
+            failure = runtime.first_failure(self.runtime, failure)
             dist.all_reduce(logprobs, group=self.runtime.dp_group)
             dist.all_reduce(loss_sum, group=self.runtime.dp_group)
-        flat, total = logprobs.numpy(), loss_sum.item()
+        total = loss_sum.item()
+        if failure is None and backward and not np.isfinite(total):
+            failure = RequestError(
+                f"the loss of this pass is {total}, so its gradients were not added. Look for NaN or infinite loss "
+                "inputs, or weights that a large learning rate has destroyed."
+            )
+        if failure is not None:
+            if backward:
+                adapter.restore_grad(saved)
+            raise failure
+        adapter.has_gradients |= backward
+        flat = logprobs.numpy()
         pieces = [flat[start:end] for start, end in pairwise(starts)]
         return PassOutput(pieces, total, {"loss:sum": total})
 

@@ -63,7 +63,7 @@ class LmHead:
         check_tiling(segments, hidden_ND.shape[0])
         pieces, matrices = _pieces(segments)
         parts = [_chunk_logits(hidden_ND, self.weight_VD, piece, matrices) for piece in pieces]
-        local_NV = torch.cat(parts) if parts else hidden_ND.new_zeros(0, self.weight_VD.shape[0]).float()
+        local_NV = torch.cat(parts) if parts else torch.zeros(0, self.weight_VD.shape[0], device=hidden_ND.device)
         if self.tp_group.size() == 1:
             return local_NV
         gathered = [torch.empty_like(local_NV) for _ in range(self.tp_group.size())]
@@ -109,7 +109,7 @@ def _chunk_logits(hidden_TD: Tensor, weight_VD: Tensor, piece: _Piece, matrices:
     if piece.pair is not None:
         a_RD, b_VR = (x.to(h_CD.dtype) for x in matrices[piece.pair : piece.pair + 2])
         logits_CV = logits_CV + (h_CD @ a_RD.t() * piece.scaling) @ b_VR.t()
-    return logits_CV.float()
+    return logits_CV.to(_wide(logits_CV.dtype))
 
 
 class _TargetLogprobs(torch.autograd.Function):
@@ -121,7 +121,7 @@ class _TargetLogprobs(torch.autograd.Function):
     ) -> Tensor:
         num_tokens, vocab = hidden_TD.shape[0], head.weight_VD.shape[0]
         largest_T, sum_T, target_logit_T = (
-            torch.zeros(num_tokens, dtype=torch.float32, device=hidden_TD.device) for _ in range(3)
+            torch.zeros(num_tokens, dtype=_wide(hidden_TD.dtype), device=hidden_TD.device) for _ in range(3)
         )
         local_T, inside_T = _local_targets(targets_T, head)
         for piece in pieces:
@@ -146,9 +146,9 @@ class _TargetLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD, local_T, inside_T, log_normalizer_T, *matrices = ctx.saved_tensors
         head: LmHead = ctx.head
-        grad_T = grad_outputs[0].float()
+        grad_T = grad_outputs[0]
         hidden_grad_TD = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
-        matrix_grads = [torch.zeros_like(x, dtype=torch.float32) for x in matrices]
+        matrix_grads = [torch.zeros_like(x, dtype=_wide(x.dtype)) for x in matrices]
         for piece in ctx.pieces:
             for chunk in piece.chunks(head.weight_VD.shape[0]):
                 here = slice(chunk.start, chunk.end)
@@ -201,3 +201,8 @@ def _local_targets(targets_T: Tensor, head: LmHead) -> tuple[Tensor, Tensor]:
     local_T = targets_T - head.vocab_start
     inside_T = (local_T >= 0) & (local_T < head.weight_VD.shape[0])
     return torch.where(inside_T, local_T, 0), inside_T
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Softmax and gradient sums are float32 at least; float64 stays, for tests against closed forms."""
+    return torch.promote_types(dtype, torch.float32)

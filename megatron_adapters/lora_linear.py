@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from . import lora_inference
 from .adapters import LoraPair, LoraWeights
 
 
@@ -93,6 +94,7 @@ class LoraLinear(nn.Module):
         sharding: "column" or "row".
         out_sizes: this rank's output width of each projection.
         merge: arranges the projections' outputs [T, O_p] in the base's fused layout [T, O].
+        split: its inverse as views: the part of each projection in [T, O], as [T, O_p] or [T, groups, O_p / groups].
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class LoraLinear(nn.Module):
         sharding: str,
         out_sizes: Sequence[int],
         merge: Callable[[list[Tensor]], Tensor],
+        split: Callable[[Tensor], list[Tensor]],
         routing: Routing,
         tp_group: dist.ProcessGroup,
     ) -> None:
@@ -112,6 +115,7 @@ class LoraLinear(nn.Module):
         self.column = sharding == "column"
         self.out_sizes = tuple(out_sizes)
         self.merge = merge
+        self.split = split
         self.routing = routing
         self.tp_group = tp_group
 
@@ -121,6 +125,8 @@ class LoraLinear(nn.Module):
         Collectives: the base's, then over the TP group one all-gather (column) or one reduce-scatter (row) of
         [T, W], and the mirror image in backward; none where no segment adapts these projections.
         """
+        if not torch.is_grad_enabled():
+            return self._without_grad(x)
         out, bias = self.base(x)
         if not self.routing.adapts(self.paths):
             return out, bias
@@ -134,6 +140,28 @@ class LoraLinear(nn.Module):
             h_W = reduce_scatter_to_sequence_parallel_region(h_W, group=self.tp_group)
         deltas = project_up(h_W, up, self.paths, self.out_sizes)
         return out + self.merge(deltas)[:, None], bias
+
+    def _without_grad(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same with the updates added in place; collectives as in forward."""
+        base: Any = self.base
+        alone = self.tp_group.size() == 1
+        if alone:  # what the base does, without its autograd function
+            bias = base.bias if base.skip_bias_add else None
+            out = F.linear(x, base.weight, None if base.skip_bias_add else base.bias)
+        else:
+            out, bias = base(x)
+        if not self.routing.adapts(self.paths):
+            return out, bias
+        down = self.routing.local if self.column else self.routing.all
+        up = self.routing.all if self.column else self.routing.local
+        width = max(segment.width(self.paths) for segment in self.routing.all)
+        h_W = lora_inference.project_down(x[:, 0], down, self.paths, width)
+        if not alone and self.column:
+            h_W = gather_from_sequence_parallel_region(h_W, group=self.tp_group)
+        elif not alone:
+            h_W = reduce_scatter_to_sequence_parallel_region(h_W, group=self.tp_group)
+        lora_inference.add_up_(self.split(out[:, 0]), h_W, up, self.paths)
+        return out, bias
 
 
 def project_down(x_LI: Tensor, segments: Sequence[Segment], paths: Sequence[str], width: int) -> Tensor:

@@ -91,15 +91,26 @@ def _wrap_linears(gpt: nn.Module, arch: Architecture, runtime: Runtime, routing:
     def merge_side_by_side(deltas: list[Tensor]) -> Tensor:
         return deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=-1)
 
-    fused: list[tuple[str, str, tuple[str, ...], str, tuple[int, ...], Callable[[list[Tensor]], Tensor]]] = [
-        ("self_attention", "linear_qkv", ("q_proj", "k_proj", "v_proj"), "column", (q, kv, kv), merge_qkv),
-        ("self_attention", "linear_proj", ("o_proj",), "row", (hidden,), merge_side_by_side),
-        ("mlp", "linear_fc1", ("gate_proj", "up_proj"), "column", (ffn, ffn), merge_side_by_side),
-        ("mlp", "linear_fc2", ("down_proj",), "row", (hidden,), merge_side_by_side),
+    def split_qkv(out_TO: Tensor) -> list[Tensor]:
+        groups = arch.num_kv_heads // tp_size
+        return list(out_TO.view(out_TO.shape[0], groups, -1).split((q // groups, kv // groups, kv // groups), dim=-1))
+
+    def split_gate_up(out_TO: Tensor) -> list[Tensor]:
+        return list(out_TO.split(ffn, dim=-1))
+
+    def whole(out_TO: Tensor) -> list[Tensor]:
+        return [out_TO]
+
+    Merge, Split = Callable[[list[Tensor]], Tensor], Callable[[Tensor], list[Tensor]]
+    fused: list[tuple[str, str, tuple[str, ...], str, tuple[int, ...], Merge, Split]] = [
+        ("self_attention", "linear_qkv", ("q_proj", "k_proj", "v_proj"), "column", (q, kv, kv), merge_qkv, split_qkv),
+        ("self_attention", "linear_proj", ("o_proj",), "row", (hidden,), merge_side_by_side, whole),
+        ("mlp", "linear_fc1", ("gate_proj", "up_proj"), "column", (ffn, ffn), merge_side_by_side, split_gate_up),
+        ("mlp", "linear_fc2", ("down_proj",), "row", (hidden,), merge_side_by_side, whole),
     ]
     decoder: Any = gpt.decoder
     for index, layer in enumerate(decoder.layers):
-        for block, linear, names, sharding, out_sizes, merge in fused:
+        for block, linear, names, sharding, out_sizes, merge, split in fused:
             owner = getattr(layer, block)
             wrapped = LoraLinear(
                 getattr(owner, linear),
@@ -107,6 +118,7 @@ def _wrap_linears(gpt: nn.Module, arch: Architecture, runtime: Runtime, routing:
                 sharding=sharding,
                 out_sizes=out_sizes,
                 merge=merge,
+                split=split,
                 routing=routing,
                 tp_group=runtime.tp_group,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -95,17 +96,43 @@ def stop() -> None:
 def on_rank_zero(runtime: Runtime, action: Callable[[], None]) -> None:
     """Run `action` on rank 0 alone; if it raises, every rank raises the same error instead of waiting for ever.
 
-    Collectives: one object broadcast over control_group, which is also the barrier: the work is done on return.
+    Collectives: those of first_failure, which are also the barrier: the work is done on return.
     """
-    outcome: list[BaseException | None] = [None]
+    failure: Exception | None = None
     if runtime.global_rank == 0:
         try:
             action()
         except Exception as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0, group=runtime.control_group)
-    if outcome[0] is not None:
-        raise outcome[0]
+            failure = error
+    shared = first_failure(runtime, failure)
+    if shared is not None:
+        raise shared
+
+
+def first_failure(runtime: Runtime, failure: Exception | None) -> Exception | None:
+    """The failure of the lowest rank that had one, the same on all ranks; None if nobody had one.
+
+    Collectives: one all-reduce of a number over control_group, and an object broadcast if anybody failed.
+    """
+    none = runtime.layout.world_size
+    lowest = torch.tensor(none if failure is None else runtime.global_rank)
+    dist.all_reduce(lowest, dist.ReduceOp.MIN, group=runtime.control_group)
+    source = int(lowest)
+    if source == none:
+        return None
+    shared: list[Exception | None] = [None]
+    if source == runtime.global_rank and failure is not None:
+        shared = [failure if _pickles(failure) else RuntimeError(f"{type(failure).__name__}: {failure}")]
+    dist.broadcast_object_list(shared, src=source, group=runtime.control_group)
+    return shared[0]
+
+
+def _pickles(error: Exception) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a foreign exception's __reduce__ raises
+        return False
+    return True
 
 
 def _join(world_size: int, cuda: bool) -> None:

@@ -5,10 +5,12 @@ The parent holds the store, as torch's elastic agent does, so no port is guessed
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +22,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
 
-def run_ranks(target: str, world_size: int, folder: Path, *arguments: Any, timeout_s: float = 240.0) -> Any:
+def run_ranks(target: str, world_size: int, folder: Path, *arguments: Any, timeout_s: float = 280.0) -> Any:
     """Run `target` ("module:function", module beside this file) on every rank as function(*arguments).
 
     Returns: what rank 0's call returned (pickled).
@@ -30,6 +32,7 @@ def run_ranks(target: str, world_size: int, folder: Path, *arguments: Any, timeo
     (folder / "arguments.pkl").write_bytes(pickle.dumps(arguments))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
     environment = os.environ | {
+        "GLOO_LAUNCHER_TIMEOUT_S": str(timeout_s),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -73,11 +76,20 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: list[Path], deadline: 
 
 
 def _main(target: str, folder: Path) -> None:
+    # Where everybody waits, in the log, just before the parent gives up; and no rank outlives a killed parent.
+    faulthandler.dump_traceback_later(float(os.environ["GLOO_LAUNCHER_TIMEOUT_S"]) * 0.7)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     module, function = target.split(":")
     call = getattr(__import__(module), function)
     result = call(*pickle.loads((folder / "arguments.pkl").read_bytes()))
     if os.environ["RANK"] == "0":
         (folder / "result.pkl").write_bytes(pickle.dumps(result))
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -238,6 +238,33 @@ def mixed_batch(bench: Bench) -> Outcome:
     return {"mixed": mixed, "separate": separate, "with_snapshot": mixed_snapshot}
 
 
+def failed_pass_adds_nothing(bench: Bench) -> Outcome:
+    """A loss that raises, on some data-parallel ranks only, or is NaN: the gradients stay as they were."""
+    engine = bench.engine
+    engine.load_adapter("whole", bench.references["qwen3"].adapter_folder, optimizer=False)
+
+    def broken(logprobs_T: Tensor, inputs_T: Any, segment_ids_T: Tensor) -> Tensor:
+        if bool((inputs_T["weights"] == 5.0).any()):
+            raise KeyError("no such input")
+        return cross_entropy(logprobs_T, inputs_T, segment_ids_T)
+
+    data = batch()
+    marked = replace(data[1], inputs={**data[1].inputs, "weights": np.full(9, 5.0, np.float32)})
+    nan = replace(data[1], inputs={**data[1].inputs, "weights": np.full(9, np.nan, np.float32)})
+    result: Outcome = {"raised": [], "unchanged": []}
+    for passes in range(2):  # without and with gradients of an earlier pass
+        before = engine.adapters["whole"].grads.clone()
+        for bad in (marked, nan):
+            try:
+                engine.run_pass("whole", [data[0], bad, *data[2:]], broken, backward=True)
+            except (KeyError, TinkerHpcError) as error:
+                result["raised"].append(type(error).__name__)
+            result["unchanged"].append(torch.equal(before, engine.adapters["whole"].grads))
+        engine.run_pass("whole", data, cross_entropy, backward=True)
+        assert engine.adapters["whole"].has_gradients, passes
+    return result
+
+
 def bad_requests(bench: Bench) -> dict[str, str]:
     """Every bad request raises on every rank, says what to change, and leaves the engine usable."""
     engine = bench.engine
@@ -252,7 +279,10 @@ def bad_requests(bench: Bench) -> dict[str, str]:
         return [replace(datum, inputs={**datum.inputs, **changes})]
 
     def nan_step() -> None:
-        engine.run_pass("ok", with_inputs(weights=np.full(17, np.nan, np.float32)), cross_entropy, backward=True)
+        def steep(logprobs_T: Tensor, inputs_T: Any, segment_ids_T: Tensor) -> Tensor:
+            return (logprobs_T * 0.0).sum().sqrt()  # value 0, derivative infinity * 0
+
+        engine.run_pass("ok", batch(), steep, backward=True)
         engine.optim_step("ok", AdamParams())
 
     attempts: dict[str, Callable[[], Any]] = {
@@ -289,7 +319,10 @@ def bad_requests(bench: Bench) -> dict[str, str]:
             cross_entropy,
             backward=True,
         ),
-        "nan weights": nan_step,
+        "nan weights": lambda: engine.run_pass(
+            "ok", with_inputs(weights=np.full(17, np.nan, np.float32)), cross_entropy, backward=True
+        ),
+        "nan gradient": nan_step,
         "missing folder": lambda: engine.load_adapter("ok", bench.folder / "nowhere", optimizer=True),
         "no optimizer state": lambda: engine.load_adapter(
             "ok", bench.references["qwen3"].adapter_folder, optimizer=True
@@ -330,5 +363,6 @@ SCENARIOS = (
     save_load_step,
     adapters_are_separate,
     mixed_batch,
+    failed_pass_adds_nothing,
     bad_requests,
 )

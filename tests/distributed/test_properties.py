@@ -113,6 +113,12 @@ def test_adapters_mix_in_one_forward(properties: dict[str, Any]) -> None:
     assert apart[1] < 1e-5 < min(apart[0], apart[2], apart[3])  # the second sequence runs on the bare base
 
 
+def test_a_failed_pass_adds_nothing(properties: dict[str, Any]) -> None:
+    result = properties["failed_pass_adds_nothing"]
+    assert result["raised"] == ["KeyError", "RequestError"] * 2
+    assert result["unchanged"] == [True] * 4
+
+
 EXPECTED_COMPLAINTS = {
     "rank 0": "RequestError: LoRA rank 0",
     "nothing trained": "RequestError: train_attn, train_mlp and train_unembed are all false",
@@ -127,7 +133,8 @@ EXPECTED_COMPLAINTS = {
     "token beyond vocabulary": "RequestError: datum 0: tokens holds the id ",
     "negative target": "RequestError: datum 0: target_tokens holds the id -",
     "over the context": "RequestError: datum 0 has 513 tokens, the model's context is 512",
-    "nan weights": "RequestError: the gradient norm of adapter 'ok' is nan",
+    "nan weights": "RequestError: the loss of this pass is nan",
+    "nan gradient": "RequestError: the gradient norm of adapter 'ok' is nan",
     "missing folder": "WeightsError: cannot read ",
     "no optimizer state": "WeightsError: cannot read ",
     "another model's adapter": "WeightsError: the tensors in ",
