@@ -1,0 +1,177 @@
+"""Reading checkpoints and adapters: slices, complaints, and full matrices from any layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+
+from megatron_adapters.adapter_files import canonical, peft_config, read_config
+from megatron_adapters.adapters import Adapter
+from megatron_adapters.families import Architecture, architecture
+from megatron_adapters.projections import projections, target_names
+from megatron_adapters.weights import Checkpoint, check_tensors, expected_shapes, interleave_qkv
+from tinker_hpc.errors import WeightsError
+
+TINY = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+ALL = target_names(train_attn=True, train_mlp=True, train_unembed=True)
+
+
+@pytest.fixture
+def arch() -> Architecture:
+    return architecture(Qwen3Config(**TINY, head_dim=4, tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize("config", [Qwen3Config(**TINY, head_dim=4), Qwen2Config(**TINY)], ids=["qwen3", "qwen2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_expected_tensors_are_those_transformers_saves(config: Qwen3Config, tied: bool, tmp_path: Path) -> None:
+    config.tie_word_embeddings = tied
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert Checkpoint(tmp_path).shapes == expected_shapes(architecture(config))
+
+
+def test_a_sharded_checkpoint_reads_like_a_whole_one(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**TINY, head_dim=4))
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "parts", max_shard_size="4KB")
+    whole, parts = Checkpoint(tmp_path / "whole"), Checkpoint(tmp_path / "parts")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    assert whole.shapes == parts.shapes
+    for name in whole.shapes:
+        assert torch.equal(whole.read(name), parts.read(name))
+
+
+def test_slices_are_parts_of_the_whole(tmp_path: Path) -> None:
+    full = torch.arange(48.0).view(8, 6)
+    save_file({"x": full}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    assert torch.equal(checkpoint.read("x", 0, 1, 4), full[2:4])
+    assert torch.equal(checkpoint.read("x", 1, 2, 3), full[:, 4:6])
+
+
+def test_complaints_name_every_tensor(arch: Architecture) -> None:
+    expected = expected_shapes(arch)
+    found = dict(expected)
+    del found["model.norm.weight"]
+    found["model.layers.7.mlp.up_proj.weight"] = (24, 16)
+    found["lm_head.weight"] = (31, 16)
+    with pytest.raises(WeightsError) as caught:
+        check_tensors(found, expected, "somewhere")
+    message = str(caught.value)
+    assert "missing: model.norm.weight" in message
+    assert "unexpected: model.layers.7.mlp.up_proj.weight" in message
+    assert "lm_head.weight is [31, 16], expected [32, 16]" in message
+
+
+def test_folders_without_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"neither model\.safetensors nor"):
+        Checkpoint(tmp_path)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match="names files that are not there: model-00001"):
+        Checkpoint(tmp_path)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(WeightsError, match="not a readable safetensors file"):
+        Checkpoint(tmp_path)
+
+
+def test_interleaving_groups_queries_with_their_key_and_value() -> None:
+    q, k, v = (torch.tensor(x)[:, None] for x in ([1, 2, 3, 4], [10, 20], [100, 200]))
+    assert interleave_qkv(q, k, v, groups=2).flatten().tolist() == [1, 2, 10, 100, 3, 4, 20, 200]
+
+
+def build(arch: Architecture, tp_rank: int, tp_size: int) -> Adapter:
+    adapter = Adapter(
+        projections(arch, ALL),
+        rank=4,
+        alpha=32.0,
+        targets=ALL,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+        device=torch.device("cpu"),
+    )
+    adapter.initialize(seed=9)
+    return adapter
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_shards_of_any_layout_make_the_same_full_matrices(arch: Architecture, tp_size: int) -> None:
+    ranks = [build(arch, rank, tp_size) for rank in range(tp_size)]
+    whole = build(arch, 0, 1)
+    joined = canonical(ranks[0].shards, [adapter.weights for adapter in ranks])
+    expected = canonical(whole.shards, [whole.weights])
+    assert joined.keys() == expected.keys()
+    assert all(torch.equal(joined[key], expected[key]) for key in expected)
+    assert ranks[0].num_parameters == whole.num_parameters
+
+
+def test_gradients_land_in_the_flat_buffer(arch: Architecture) -> None:
+    adapter = build(arch, 0, 1)
+    path = "model.layers.0.mlp.up_proj"
+    pair = adapter.lora.pairs[path]
+    for _ in range(2):  # accumulates
+        (pair.a.sum() * 3.0).backward()
+    shard = next(s for s in adapter.shards if s.path == path and "lora_A" in s.key)
+    assert torch.equal(shard.view(adapter.grads), torch.full(shard.local_shape, 6.0))
+    assert adapter.grads.sum() == 6.0 * shard.size
+    adapter.zero_grad()
+    assert pair.a.grad is not None and not pair.a.grad.any()
+
+
+def test_a_snapshot_keeps_its_numbers(arch: Architecture) -> None:
+    adapter = build(arch, 0, 1)
+    snapshot = adapter.lora.snapshot(torch.float32)
+    before = snapshot.pairs["lm_head"].a.clone()
+    adapter.weights.add_(1.0)
+    assert torch.equal(snapshot.pairs["lm_head"].a, before)
+    assert not snapshot.pairs["lm_head"].a.requires_grad
+
+
+def test_seeds_and_names_make_different_matrices(arch: Architecture) -> None:
+    adapter, other = build(arch, 0, 1), build(arch, 0, 1)
+    other.initialize(seed=10)
+    pairs = adapter.lora.pairs
+    assert not torch.equal(pairs["lm_head"].a, other.lora.pairs["lm_head"].a)
+    q, k = pairs["model.layers.0.self_attn.q_proj"].a, pairs["model.layers.0.self_attn.k_proj"].a
+    assert not torch.equal(q, k)
+
+
+def write_adapter(folder: Path, arch: Architecture, **config: object) -> None:
+    adapter = build(arch, 0, 1)
+    tensors = {key: x.detach().clone() for key, x in canonical(adapter.shards, [adapter.weights]).items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({**peft_config(4, 32.0, ALL, "base"), **config}))
+
+
+def test_an_adapters_targets_are_read_from_its_tensors(arch: Architecture, tmp_path: Path) -> None:
+    write_adapter(tmp_path, arch, target_modules="all-linear")
+    config = read_config(tmp_path, arch)
+    assert (config.rank, config.alpha, config.targets) == (4, 32.0, ALL)
+
+
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 8}}])
+def test_other_kinds_of_lora_are_refused(arch: Architecture, tmp_path: Path, option: dict[str, object]) -> None:
+    write_adapter(tmp_path, arch, **option)
+    with pytest.raises(WeightsError, match=next(iter(option))):
+        read_config(tmp_path, arch)
+
+
+def test_an_adapter_of_another_model_is_refused(arch: Architecture, tmp_path: Path) -> None:
+    write_adapter(tmp_path, arch)
+    other = architecture(Qwen3Config(**{**TINY, "num_hidden_layers": 3}, head_dim=4))
+    with pytest.raises(WeightsError, match=r"missing: base_model.model.model.layers.2"):
+        read_config(tmp_path, other)
