@@ -88,14 +88,18 @@ def of_run(run_id: str) -> list[int]:
 
 
 def end(process: ProcessIdentity, *, grace_s: float) -> None:
-    """TERM the process (repeatedly), and after `grace_s` KILL it and everything below it. Returns when it is gone."""
+    """TERM the process (repeatedly), and after `grace_s` KILL it and everything below it. Returns when they are gone.
+
+    A process that ends on TERM is trusted to have ended what it started.
+    """
     deadline = time.monotonic() + grace_s
     while is_alive(process) and time.monotonic() < deadline:
         _signal([process.pid], signal.SIGTERM)
         _wait_until(lambda: not is_alive(process), min(_RESEND_S, max(0.0, deadline - time.monotonic())))
     if is_alive(process):
-        _signal([process.pid, *descendants(process.pid)], signal.SIGKILL)
-        _wait_until(lambda: not is_alive(process), 10.0)
+        tree = [who for pid in (process.pid, *descendants(process.pid)) if (who := identity(pid)) is not None]
+        _signal([who.pid for who in tree], signal.SIGKILL)
+        _wait_until(lambda: not any(is_alive(who) for who in tree), 10.0)
 
 
 def end_run(run_id: str, *, grace_s: float) -> None:
