@@ -91,7 +91,8 @@ def decode_forward_backward(body: bytes) -> ForwardBackwardCall:
             "Use tinker>=0.25, which sends protobuf."
         ) from error
     config: dict[str, float | str] = dict(message.loss_fn_config)
-    for key, value in message.loss_fn_config_v2.items():
+    # Messages are those of the SDK beside the gateway; 0.25 has no such field yet.
+    for key, value in getattr(message, "loss_fn_config_v2", {}).items():
         config[key] = value.text if value.WhichOneof("value") == "text" else value.number
     return ForwardBackwardCall(
         model_id=message.model_id,
