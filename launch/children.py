@@ -50,6 +50,10 @@ class Child:
         """The end of what this process (not one before it) wrote."""
         return read_tail(self.log, since=self._log_start)
 
+    def kill(self) -> None:
+        """End it without asking. What it started itself is left to `process_tree`."""
+        self._process.kill()
+
     def exit_code(self) -> int | None:
         """None while it runs; 128 + n if signal n ended it, as shells and Slurm say it."""
         code = self._process.poll()

@@ -78,6 +78,7 @@ _STATES: dict[str, JobState] = {
 OUTCOME_STATES: dict[str, JobState] = {
     "cancelled": JobState.CANCELLED,
     "time_limit": JobState.TIMEOUT,
+    "preempted": JobState.PREEMPTED,  # Slurm 22.05 says FAILED if the job ends within its grace time
     "out_of_memory": JobState.OUT_OF_MEMORY,
 }
 

@@ -2,13 +2,16 @@
 
     slurm/claim.json       which job works on this run; made with O_EXCL, so a second job of the same run steps back
     events.jsonl           {"time", "event", ...} a line: started, gateway_ready, loop_started, worker_ready,
-                           worker_ended, gateway_restarted, signal, loop_ended, ended
+                           worker_ended, gateway_hung, gateway_restarted, signal, loop_ended, ended
     workers/0/status.json  {"phase": starting | ready | ended, "reason", "error", "since"}      (runs only)
     outcome.json           {"state": succeeded | failed, "reason", "exit_code", "error", "traceback", "ended_at"}
 
-`reason` of an outcome says who ended it: `loop` (by itself, well or not), `cancelled`, `time_limit`, `signal`
-(preemption, an administrator), `out_of_memory` (it failed, and the kernel had killed processes of the job), `worker`,
-`gateway`, `setup` (the loop could not be started), `closed` (a session).
+`reason` of an outcome says who ended it: `loop` (by itself, well or not), `cancelled`, `time_limit`, `preempted`,
+`signal` (sent by nobody knows whom), `out_of_memory` (it failed, and the kernel had killed processes of the job),
+`worker`, `gateway`, `setup` (the loop could not be started), `closed` (a session).
+
+A disk that is full for a moment must not end a training run: events and status that cannot be written are said in the
+job's log instead, and the outcome is tried again for a while.
 """
 
 from __future__ import annotations
@@ -35,12 +38,15 @@ class RunRecord:
     def event(self, event: str, **details: Any) -> None:
         """Append one line to `events.jsonl`, durable on return."""
         line = json.dumps({"time": time.time(), "event": event, **details}) + "\n"
-        descriptor = os.open(self._run_folder.events, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            os.write(descriptor, line.encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(self._run_folder.events, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                os.write(descriptor, line.encode())
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            print(f"tinker_hpc: cannot write {self._run_folder.events} ({error}): {line}", flush=True)
 
     def worker_status(self, phase: str, reason: str, *, error: str | None = None) -> None:
         """Tell the gateway how the worker is. A session's status is written by the client's monitor instead."""
@@ -48,10 +54,11 @@ class RunRecord:
             return
         self._phase = phase
         if self._writes_status:
-            write_json(
-                self._run_folder.worker(0).status,
-                {"phase": phase, "reason": reason, "error": error, "since": time.time()},
-            )
+            value = {"phase": phase, "reason": reason, "error": error, "since": time.time()}
+            try:
+                write_json(self._run_folder.worker(0).status, value)
+            except OSError as trouble:
+                print(f"tinker_hpc: {trouble} It would have said: {value}", flush=True)
 
     @property
     def worker_phase(self) -> str:
@@ -60,17 +67,21 @@ class RunRecord:
 
     def outcome(self, *, exit_code: int, reason: str, error: str | None = None, traceback: str | None = None) -> None:
         """How it ended; written once, before anything is torn down, so that a result never waits for a shutdown."""
-        write_json(
-            self._run_folder.outcome,
-            {
-                "state": "succeeded" if exit_code == 0 else "failed",
-                "reason": reason,
-                "exit_code": exit_code,
-                "error": error,
-                "traceback": traceback,
-                "ended_at": time.time(),
-            },
-        )
+        value = {
+            "state": "succeeded" if exit_code == 0 else "failed",
+            "reason": reason,
+            "exit_code": exit_code,
+            "error": error,
+            "traceback": traceback,
+            "ended_at": time.time(),
+        }
+        for wait_s in (0.5, 2.0, 0.0):
+            try:
+                write_json(self._run_folder.outcome, value)
+                break
+            except OSError as trouble:
+                print(f"tinker_hpc: {trouble} It would have said: {value}", flush=True)
+                time.sleep(wait_s)
         self.event("ended", reason=reason, exit_code=exit_code, error=error)
 
 

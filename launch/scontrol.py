@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from launch.host import Host
+from launch.host import Host, LocalHost
 from launch.job_state import JobStatus, job_state
 from launch.slurm_fields import duration_s, exit_and_signal, gpu_count, node_names, text, unix_time
 from tinker_hpc.errors import SlurmUnavailableError
@@ -26,6 +26,28 @@ def query(host: Host, job_id: str) -> tuple[str, JobStatus] | None:
     if "Invalid job id" in result.words:
         return None
     raise SlurmUnavailableError(f"scontrol show job {job_id} failed: {result.words}", command="scontrol")
+
+
+def why_ending(job_id: str, host: Host | None = None) -> str | None:
+    """Who ended the running job `job_id` just now: a `reason` of outcome.json, or None if Slurm does not say.
+
+    For a process that was sent TERM: Slurm gives the same signal for all reasons. Quick or not at all.
+    """
+    try:
+        result = (host or LocalHost()).run(["scontrol", "show", "job", "--oneliner", job_id], timeout_s=2.0)
+    except SlurmUnavailableError:
+        return None
+    return ending_reason(result.stdout) if result.ok else None
+
+
+def ending_reason(output: str) -> str | None:
+    """The same from the command's output (pure)."""
+    values = dict(_PAIR.findall(output.splitlines()[0])) if output.strip() else {}
+    if unix_time(values.get("PreemptTime", "")) is not None:
+        return "preempted"
+    if values.get("Reason") == "TimeLimit" or values.get("JobState") == "TIMEOUT":
+        return "time_limit"
+    return "cancelled" if values.get("JobState") in ("CANCELLED", "COMPLETING") else None
 
 
 def parse(output: str) -> tuple[str, JobStatus] | None:

@@ -161,6 +161,45 @@ def test_a_gateway_that_cannot_start(submit_command: Submit, tmp_path: Path) -> 
     assert "config.json" in status.reason
 
 
+def test_a_gateway_that_hangs_is_started_again(tmp_path: Path) -> None:
+    """The supervisor as a process of its own, with its patience cut from a minute to two seconds."""
+    root = tmp_path / "root"
+    root.mkdir(mode=0o700)
+    folder = RunFolder.new(root, "local")
+    loop = (
+        "import json, os, signal, sys, time, urllib.request\n"
+        "first = json.load(open(sys.argv[1]))['pid']\n"
+        "os.kill(first, signal.SIGSTOP)\n"
+        "url = os.environ['TINKER_BASE_URL'] + '/api/v1/healthz'\n"
+        "while json.load(open(sys.argv[1]))['pid'] == first: time.sleep(0.1)\n"
+        "assert urllib.request.urlopen(url, timeout=20).status == 200\n"
+    )
+    spec = JobSpec(
+        folder.run_id,
+        "run",
+        "local",
+        str(TINY_MODEL),
+        str(TINY_MODEL),
+        ClusterProfile("local", executor="local"),
+        command=(sys.executable, "-c", loop, str(folder.gateway)),
+    )
+    write_json(folder.spec, spec.to_json())
+    folder.worker(0).create(base_model=str(TINY_MODEL), base_model_folder=str(TINY_MODEL))
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from launch import gateway_client, gateway_keeper\n"
+        "gateway_keeper._PROBE_EVERY_S, gateway_keeper._PATIENCE_S, gateway_client._TIMEOUT_S = 0.5, 2.0, 0.5\n"
+        "from launch.node import Place; from launch.supervisor import supervise\n"
+        "from tinker_hpc.run_folder import RunFolder\n"
+        "sys.exit(supervise(RunFolder(Path(sys.argv[1])), Place('1', 0, 'here', 'local')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder.path)], timeout=100, check=False)
+    assert done.returncode == 0, (folder.logs / "loop.log").read_text()
+    events = folder.events.read_text()
+    assert "gateway_hung" in events and "gateway_restarted" in events
+    assert process_tree.of_run(folder.run_id) == []
+
+
 @pytest.mark.slow
 def test_time_limit(submit_command: Submit) -> None:
     """The least there is is a minute; the supervisor keeps it where there is no Slurm to do so."""

@@ -68,6 +68,12 @@ memory = "2G"
 executor = "slurm"
 extra = ["--begin=now+1hour"]
 
+[clusters.low]                  # a partition whose jobs give way
+executor = "slurm"
+partition = "low"
+memory = "2G"
+extra = ["--nodelist=node1"]
+
 [clusters.no_such_partition]
 executor = "slurm"
 partition = "gpu_huge"

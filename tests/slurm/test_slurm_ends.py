@@ -96,8 +96,22 @@ def test_time_limit_and_a_job_that_never_starts(cluster: SlurmCluster) -> None:
     assert result["error"] == "JobTimeLimitError"
     assert "1 min" in result["message"] and "`time`" in result["message"]
     assert end_of(cluster, run["job_id"])[0] == "TIMEOUT"
+    outcome = json.loads((cluster.run_folder(run["run_id"]) / "outcome.json").read_text())
+    assert (outcome["reason"], outcome["exit_code"]) == ("time_limit", 143), "the supervisor asked Slurm why"
+    assert cluster.events(run["run_id"]).count("signal") == 2, "USR2 announced it, TERM ended it"
     assert settled(cluster, run["run_id"])["slurm_state"] == "TIMEOUT"
     assert cluster.act("alice", "status", too_big["run_id"])["state"] == "PENDING"
+
+
+def test_preempted(cluster: SlurmCluster) -> None:
+    """Slurm itself calls it FAILED, because the job ends within its grace time; the run says what it was."""
+    run = cluster.submit("sleep", "600", cluster="low", resources={"cpus_per_node": 8})
+    wait_running(cluster, run)
+    cluster.as_user("bob", *["sbatch", "-p", "high", "-w", "node1", "-c", "8", "-o", "/dev/null", "--wrap"], "sleep 5")
+    result = cluster.act("alice", "result", run["run_id"])
+    assert result["error"] == "JobFailedError" and result["reason"] == "PREEMPTED"
+    assert "higher priority" in result["message"]
+    assert end_of(cluster, run["job_id"])[0] in ("FAILED", "PREEMPTED")
 
 
 @pytest.mark.parametrize(

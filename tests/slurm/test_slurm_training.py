@@ -4,7 +4,45 @@ from __future__ import annotations
 
 import json
 
-from slurm_machine import TINY_MODEL, SlurmCluster, until
+from slurm_machine import PROGRAMS, TINY_MODEL, SlurmCluster, until
+
+
+def test_gpus_are_asked_for_and_shared_out(cluster: SlurmCluster) -> None:
+    """Of two GPUs one rank gets the first, the loop the other; accounting counts both."""
+    run = cluster.submit(
+        "bash", "-c", "echo GPU $CUDA_VISIBLE_DEVICES; sleep 2", resources={"gpus_per_node": 2, "ranks_per_node": 1}
+    )
+    assert cluster.act("alice", "result", run["run_id"]).get("error") is None
+    log = (cluster.run_folder(run["run_id"]) / "logs" / "loop.log").read_text()
+    assert log == "GPU 1\n"
+    status = until(
+        lambda: (s := cluster.act("alice", "status", run["run_id"]))["gpu_hours"] and s,
+        timeout_s=60,
+        what="GPU-hours in accounting",
+    )
+    assert status["gpu_hours"] >= 2 * 2 / 3600
+
+
+def test_a_dead_rank_is_replaced_in_place(cluster: SlurmCluster) -> None:
+    """One rank of the second node is killed between two steps: the job stays, the loop sees nothing but a pause."""
+    run = cluster.submit(
+        "python",
+        str(PROGRAMS / "sft_loop.py"),
+        str(TINY_MODEL),
+        "40",
+        resources={"nodes": 2, "ranks_per_node": 2, "tp_size": 2, "memory": "3G"},
+    )
+    metrics = cluster.run_folder(run["run_id"]) / "workers" / "0" / "metrics.jsonl"
+    until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, timeout_s=120, what="3 steps")
+    ranks = cluster.script("sh", "node2", "pgrep", "-f", "tinker_hpc.worker --worker-dir").stdout.split()
+    cluster.script("sh", "node2", "kill", "-9", ranks[-1])
+    result = cluster.act("alice", "result", run["run_id"], timeout_s=280)
+    assert result.get("error") is None, result["message"]
+    printed = json.loads((cluster.run_folder(run["run_id"]) / "logs" / "loop.log").read_text().splitlines()[-1])
+    losses = printed["losses"]
+    assert len(losses) == 40 and losses[-1] < 0.5 * losses[0]
+    started = [path for path in (cluster.run_folder(run["run_id"]) / "workers" / "0" / "lease").glob("fence-*")]
+    assert len(started) == 2, "the ranks were started twice"
 
 
 def test_fine_tuning_over_two_nodes(cluster: SlurmCluster) -> None:

@@ -83,6 +83,20 @@ def test_scontrol_knows_every_fate() -> None:
     assert rows["begin-later"].start is None and rows["begin-later"].exit_code is None
 
 
+def test_who_ended_a_job_that_was_sent_term() -> None:
+    lines = {line.split("JobName=")[1].split()[0]: line for line in text("scontrol.txt").splitlines()}
+    assert scontrol.ending_reason(lines["limit"]) == "time_limit"
+    assert scontrol.ending_reason(lines["cancelled"]) == "cancelled"
+    running = lines["two-nodes"].replace("JobState=COMPLETED", "JobState=RUNNING")
+    assert scontrol.ending_reason(running) is None
+    # As 22.05 prints it from the moment a job of higher priority wants the nodes.
+    preempted = running.replace(
+        "SuspendTime=None", "PreemptEligibleTime=1795471233 PreemptTime=1795471240 SuspendTime=None"
+    )
+    assert scontrol.ending_reason(preempted) == "preempted"
+    assert scontrol.ending_reason(running.replace("SuspendTime=None", "PreemptTime=None SuspendTime=None")) is None
+
+
 def test_other_lines_are_no_rows() -> None:
     banner = "*** maintenance on Friday ***\n"
     assert squeue.parse(banner) == [] and sacct.parse(banner) == [] and scontrol.parse(banner) is None

@@ -1,0 +1,154 @@
+"""One node of a job: which one, its signals, its ranks. And the nodes that have nothing but ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launch import memory_kills
+from launch.children import Child, agent_argv, agent_environment
+from launch.job_spec import JobSpec
+from launch.log_tail import worker_words
+from launch.run_record import listed
+from tinker_hpc.run_folder import RunFolder, read_json, write_json
+
+POLL_S = 0.1
+LISTING_POLL_S = 1.0
+"""How often the shared filesystem is asked for files of other nodes."""
+CLOSE_GRACE_S = 30.0
+"""How long the ranks get to end by themselves after the close request."""
+_RENDEZVOUS_PATIENCE_S = 600.0
+"""Nodes of one job may start minutes apart on a busy cluster (prolog scripts, image caches)."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which node of which job this process is on."""
+
+    job_id: str
+    node_rank: int
+    hostname: str
+    executor: str
+
+    @classmethod
+    def here(cls) -> Place:
+        """Read from the environment that srun or submitit's local controller made."""
+        executor = os.environ.get("SUBMITIT_EXECUTOR", "local")
+        slurm = executor == "slurm"
+        return cls(
+            job_id=os.environ["SLURM_JOB_ID" if slurm else "SUBMITIT_LOCAL_JOB_ID"],
+            node_rank=int(os.environ.get("SLURM_NODEID", "0")) if slurm else 0,
+            hostname=socket.gethostname(),
+            executor=executor,
+        )
+
+
+class Node:
+    """What both kinds of node share: signals, the agent, the log."""
+
+    def __init__(self, spec: JobSpec, run_folder: RunFolder, place: Place) -> None:
+        self.spec = spec
+        self.run_folder = run_folder
+        self.place = place
+        self.started_at = time.time()
+        self.agent: Child | None = None
+        self._kills_before = memory_kills.count()  # a local job shares its cgroup with others
+        self._kills_elsewhere = 0
+        self._signals: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append(number)  # nothing else: a handler that logs can interrupt itself
+
+    def take_signals(self) -> list[int]:
+        """The signals since the last call. SIGCONT is Slurm's companion to the others and means nothing."""
+        taken, self._signals = self._signals, []
+        return [number for number in taken if number != signal.SIGCONT]
+
+    def start_agent(self, endpoint: tuple[str, int] | None) -> Child:
+        """Start this node's ranks."""
+        address = self.place.hostname
+        if self.place.node_rank == 0 and self.spec.nodes > 1:
+            # torch gives rank 0 to the address that sorts first. A number sorts before a name, so the first node says
+            # its IP address: rank 0, which hears the gateway's bell, is then on the gateway's node.
+            address = socket.gethostbyname(address)
+        argv = agent_argv(
+            self.spec,
+            self.run_folder,
+            node_rank=self.place.node_rank,
+            own_address="localhost" if self.spec.nodes == 1 else address,
+            endpoint=endpoint,
+        )
+        env = agent_environment(self.spec, os.environ, cores=len(os.sched_getaffinity(0)))
+        self.agent = Child("worker", argv, env, self.run_folder.logs / f"worker-{self.place.node_rank}.log")
+        return self.agent
+
+    def agent_failure(self, exit_code: int) -> str:
+        """Why the agent gave up: the rank's own error, else the log's last lines."""
+        assert self.agent is not None
+        said = worker_words(self.agent.log_text()).rstrip(".")
+        return f"the worker ended on {self.place.hostname} with exit code {exit_code}: {said}. Log: {self.agent.log}"
+
+    def say(self, text: str) -> None:
+        """A line in this node's own log."""
+        print(f"tinker_hpc {time.strftime('%H:%M:%S')} {self.place.hostname}: {text}", flush=True)
+
+    def failure_file(self, node_rank: int) -> Path:
+        """Where a node without a gateway reports that its ranks are gone for good."""
+        return self.run_folder.slurm / f"node-{node_rank}-failed.json"
+
+
+class OtherNode(Node):
+    """Every node but the first: ranks only. What happens to them is told to the first node by a file."""
+
+    def run(self) -> int:
+        rendezvous = self._rendezvous()
+        if rendezvous is None:
+            return 1
+        agent = self.start_agent((rendezvous["host"], rendezvous["port"]))
+        next_listing = 0.0
+        deadline: float | None = None
+        reported = False
+        while True:
+            if self.take_signals_to_stop():
+                return 1
+            code = agent.exit_code()
+            if code == 0:
+                return 0
+            if code is not None and not reported:
+                # Not an exit of ours: srun would kill the first node before the loop heard why.
+                why = self.agent_failure(code)
+                kills = memory_kills.count() - self._kills_before
+                write_json(self.failure_file(self.place.node_rank), {"error": why, "memory_kills": kills})
+                self.say(why)
+                reported = True
+            if time.monotonic() >= next_listing:
+                next_listing = time.monotonic() + LISTING_POLL_S
+                if deadline is None and listed(self.run_folder.outcome):
+                    deadline = time.monotonic() + (0 if reported else CLOSE_GRACE_S)
+            if deadline is not None and time.monotonic() >= deadline:
+                return 0
+            time.sleep(POLL_S)
+
+    def take_signals_to_stop(self) -> bool:
+        """Whether a signal asks for the end (USR2 only announces it)."""
+        return any(number in (signal.SIGTERM, signal.SIGINT) for number in self.take_signals())
+
+    def _rendezvous(self) -> dict[str, Any] | None:
+        path = self.run_folder.worker(0).rendezvous
+        deadline = time.monotonic() + _RENDEZVOUS_PATIENCE_S
+        while not listed(path):
+            if self.take_signals_to_stop():
+                return None
+            if time.monotonic() > deadline:
+                self.say(f"no {path} after {_RENDEZVOUS_PATIENCE_S:.0f} s: did the first node start?")
+                return None
+            time.sleep(POLL_S)
+        return read_json(path)
