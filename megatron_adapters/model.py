@@ -26,6 +26,10 @@ from .rope import RotaryTable
 from .runtime import Runtime
 from .weights import load_weights
 
+Merge = Callable[[list[Tensor]], Tensor]
+Split = Callable[[Tensor], list[Tensor]]
+"""Between the outputs of several projections and their fused layout; see LoraLinear."""
+
 
 class Model:
     """This rank's shard of the frozen base, its linears wrapped for LoRA."""
@@ -101,7 +105,6 @@ def _wrap_linears(gpt: nn.Module, arch: Architecture, runtime: Runtime, routing:
     def whole(out_TO: Tensor) -> list[Tensor]:
         return [out_TO]
 
-    Merge, Split = Callable[[list[Tensor]], Tensor], Callable[[Tensor], list[Tensor]]
     fused: list[tuple[str, str, tuple[str, ...], str, tuple[int, ...], Merge, Split]] = [
         ("self_attention", "linear_qkv", ("q_proj", "k_proj", "v_proj"), "column", (q, kv, kv), merge_qkv, split_qkv),
         ("self_attention", "linear_proj", ("o_proj",), "row", (hidden,), merge_side_by_side, whole),
