@@ -6,7 +6,7 @@ Rank 0's desk: reads requests, decides what runs next, and hands results to the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -47,12 +47,14 @@ class Desk:
         *,
         lease: Lease,
         redo: Redo,
+        poison: Mapping[int, Failure],
     ) -> None:
         self._requests = requests
         self._publisher = publisher
         self._bell = bell
         self._lease = lease
         self._redo = redo
+        self._poison = poison
         self._schedule = Schedule()
         self._backlog = 0
         self._slice_started = self._last_poll = time.monotonic()
@@ -177,10 +179,13 @@ class Desk:
         return self._next_new()
 
     def _runnable(self, requests: Iterable[Record]) -> list[Record]:
-        """Those to compute; for the others (answered before, without effect) say to the schedule how they ended."""
+        """Those to compute. The others, answered before and without effect, or known to break a rank, end here."""
         run = []
         for request in requests:
             self._backlog -= _size(request)
+            if not self._redo.is_answered(request) and request.header["seq"] in self._poison:
+                self.finish(request, self._poison[request.header["seq"]])
+                continue
             if self._redo.must_run(request):
                 run.append(request)
                 continue

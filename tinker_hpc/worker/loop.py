@@ -9,18 +9,23 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from tinker_hpc.log import Record
 from tinker_hpc.worker.desk import Desk
+from tinker_hpc.worker.poison import leave_note
 from tinker_hpc.worker.ranks import EndWorker, Failure, Ranks, describe
 from tinker_hpc.worker.sample_step import SampleStep
 from tinker_hpc.worker.train_step import Answer, TrainStep
 
 
 class Loop:
-    """Runs until `close`. `desk` is rank 0's; None on the others."""
+    """Runs until `close`. `folder` is the worker's; `desk` is rank 0's, None on the others."""
 
-    def __init__(self, ranks: Ranks, train_step: TrainStep, sample_step: SampleStep, desk: Desk | None) -> None:
+    def __init__(
+        self, folder: Path, ranks: Ranks, train_step: TrainStep, sample_step: SampleStep, *, desk: Desk | None
+    ) -> None:
+        self._folder = folder
         self._ranks = ranks
         self._train_step = train_step
         self._sample_step = sample_step
@@ -44,7 +49,7 @@ class Loop:
             else:
                 if self._desk:
                     self._desk.sampling_starts()
-                self._sample_step.run(requests, self._finish, self._admit)
+                self._sample_step.run(requests, self._finish, self._admit, self._break_off)
 
     def _admit(self) -> Sequence[Record]:
         """Called between decode steps: samples that join. A training batch whose turn it is runs in here."""
@@ -66,9 +71,7 @@ class Loop:
             try:
                 outcome = self._run_one(request)
             except EndWorker as apart:
-                if self._desk and apart.failure:  # answered, so that the restarted ranks do not try it again
-                    self._desk.finish(request, apart.failure)
-                    self._desk.flush()
+                self._break_off([request], apart)
                 raise
             self._finish(request, outcome, seconds=time.monotonic() - started)
 
@@ -83,6 +86,17 @@ class Loop:
                 print(f"worker: request {request.header['seq']} ({request.header['op']}) failed:", file=sys.stderr)
                 traceback.print_exc()
         return self._ranks.agree(failure) or answer
+
+    def _break_off(self, requests: Sequence[Record], apart: EndWorker) -> None:
+        """The ranks parted over these requests and all will start again: see to it that they are not tried again."""
+        if apart.failure is None:
+            return
+        if self._desk is None:
+            leave_note(self._folder, requests, apart.failure)
+            return
+        for request in requests:
+            self._desk.finish(request, apart.failure)
+        self._desk.flush()
 
     def _finish(self, request: Record, outcome: Answer | Failure, seconds: float | None = None) -> None:
         if self._desk:

@@ -88,7 +88,8 @@ class Ranks:
     def agree(self, failure: Failure | None) -> Failure | None:
         """The failure of the first rank that has one, on every rank; None if all succeeded.
 
-        Raises: EndWorker, on every rank, if some failed and some did not: their states differ now, all start again.
+        Raises: EndWorker if some failed and some did not: their states differ now, all must start again. On every rank
+            if all get here, else on those that failed.
         Collectives: over the control group one all-gather of a flag and, after a failure, one broadcast.
         """
         if self.world_size == 1:
@@ -99,7 +100,10 @@ class Ranks:
         if failure is None:
             work.wait()
         else:
-            work.wait(AGREE_TIMEOUT)
+            try:
+                work.wait(AGREE_TIMEOUT)
+            except RuntimeError as error:  # the others hang in the collective that this rank left
+                raise EndWorker(f"rank {self.rank} failed alone: {failure.message}", failure) from error
         failed = [rank for rank, flag in enumerate(flags) if flag.item()]
         if not failed:
             return None

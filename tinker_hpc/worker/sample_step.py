@@ -13,7 +13,7 @@ from megatron_adapters.sample_request import SampleRequest, SampleResult
 from tinker_hpc.errors import RequestError
 from tinker_hpc.log import Record
 from tinker_hpc.worker.batch import sample_result, to_sample
-from tinker_hpc.worker.ranks import Failure, Ranks, describe
+from tinker_hpc.worker.ranks import EndWorker, Failure, Ranks, describe
 from tinker_hpc.worker.train_step import Answer, TrainStep
 
 Finish = Callable[[Record, Answer | Failure], None]
@@ -27,11 +27,18 @@ class SampleStep:
         self._ranks = ranks
         self._train_step = train_step
 
-    def run(self, requests: Sequence[Record], finish: Finish, admit: Callable[[], Sequence[Record]]) -> None:
+    def run(
+        self,
+        requests: Sequence[Record],
+        finish: Finish,
+        admit: Callable[[], Sequence[Record]],
+        break_off: Callable[[Sequence[Record], EndWorker], None],
+    ) -> None:
         """Answer `requests` and those that `admit` brings between decode steps, each through `finish`.
 
         A failure of the whole batch becomes the failure of everything unanswered in it; it never raises for a request.
-        Raises: EndWorker, also from `finish` and `admit`.
+        Raises: EndWorker, also from `finish` and `admit`; where ranks parted over the batch, after `break_off` with
+            what is unanswered.
         Collectives: those of Engine.sample and `admit`; at the end Ranks.agree.
         """
         arrived: list[Record] = []
@@ -64,8 +71,12 @@ class SampleStep:
             failure = describe(error)
         finally:
             self._train_step.in_use.clear()
-        failure = self._ranks.agree(failure)
+        unanswered = [record for index, record in enumerate(arrived) if index not in answered]
+        try:
+            failure = self._ranks.agree(failure)
+        except EndWorker as apart:
+            break_off(unanswered, apart)
+            raise
         if failure is not None:
-            for index, record in enumerate(arrived):
-                if index not in answered:
-                    finish(record, failure)
+            for record in unanswered:
+                finish(record, failure)

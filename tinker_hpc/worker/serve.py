@@ -18,6 +18,7 @@ from tinker_hpc.run_folder import WorkerFolder, read_json
 from tinker_hpc.worker.desk import Desk
 from tinker_hpc.worker.loop import Loop
 from tinker_hpc.worker.metrics import MetricsFile
+from tinker_hpc.worker.poison import read_notes
 from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.ranks import Ranks
 from tinker_hpc.worker.redo import Redo
@@ -50,12 +51,12 @@ def serve(folder: WorkerFolder, owner: dict[str, Any]) -> None:
         publisher = Publisher(log, bell)
         started = {"op": "worker_started", **owner, "layout": asdict(layout), "num_redo_batches": len(redo.batches)}
         publisher.publish(Record(started))
-        desk = Desk(LogReader(folder.requests), publisher, bell, lease=lease, redo=redo)
-        Loop(ranks, train_step, sample_step, desk).run()
+        desk = Desk(LogReader(folder.requests), publisher, bell, lease=lease, redo=redo, poison=read_notes(folder.path))
+        Loop(folder.path, ranks, train_step, sample_step, desk=desk).run()
         publisher.close()
         bell.close()
     else:
-        Loop(ranks, train_step, sample_step, desk=None).run()
+        Loop(folder.path, ranks, train_step, sample_step, desk=None).run()
     engine.stop()
 
 

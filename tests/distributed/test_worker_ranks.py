@@ -1,0 +1,42 @@
+"""Rank 0's word reaches all, and all agree on what failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from gloo_launcher import run_ranks
+
+from tinker_hpc.log import Record
+from tinker_hpc.worker.poison import leave_note, read_notes
+from tinker_hpc.worker.ranks import Failure
+
+pytestmark = pytest.mark.distributed
+
+
+def test_ranks_talk_and_agree(tmp_path: Path) -> None:
+    written = run_ranks("worker_rank_scenarios:talk", 2, tmp_path / "run", make(tmp_path / "out"))
+    seen = [eval(written[str(rank)], {"Failure": Failure, "inf": float("inf")}) for rank in range(2)]
+    for mine in seen:
+        assert mine["records"] == [({"command": "x", "loss": float("inf")}, {"a": [0, 1, 2, 3, 4]}), ({}, {})]
+        assert mine["nothing"] == [] and mine["all well"] is None
+        assert mine["all failed"] == Failure("user", "rank 0 says no")
+        assert mine["result"] == {"rank": 0}
+        names, messages = zip(*mine["errors"], strict=True)
+        assert names == ("RequestError", "DataRootError", "RuntimeError")
+        assert messages[0] == "bad" and "No space left" in messages[1] and "KeyError: 'x'" in messages[2]
+        assert mine["apart"] == ("rank 1 of 2 failed alone: only here", Failure("server", "only here"))
+    assert seen[1]["alone"] == ("rank 1 failed alone: the others hang", Failure("server", "the others hang"))
+    assert "alone" not in seen[0]
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_notes_on_requests_that_break_a_rank(tmp_path: Path) -> None:
+    assert read_notes(tmp_path) == {}
+    failure = Failure("server", "CUDA out of memory")
+    leave_note(tmp_path, [Record({"seq": 7}), Record({"seq": 12})], failure)
+    assert read_notes(tmp_path) == {7: failure, 12: failure}

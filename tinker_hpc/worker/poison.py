@@ -1,0 +1,35 @@
+"""Requests that broke one rank and not the others.
+
+Such a failure ends all ranks, since their states differ, and the restarted ranks would meet the same request again.
+So the rank that it broke leaves a note, and rank 0 of the restarted worker answers it without running it. A rank that
+is killed leaves none: its request is run again.
+
+    <worker folder>/poison/<seq>.json     {"category", "message"}, written once by the rank that failed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tinker_hpc.log import Record
+from tinker_hpc.run_folder import make_private, read_json, write_json
+from tinker_hpc.worker.ranks import Failure
+
+
+def leave_note(worker_folder: Path, requests: Iterable[Record], failure: Failure) -> None:
+    """Say that these must not be run again. Raises: DataRootError if the disk refuses."""
+    folder = make_private(worker_folder / "poison")
+    for request in requests:
+        note = {"category": failure.category, "message": failure.message}
+        write_json(folder / f"{request.header['seq']}.json", note)
+
+
+def read_notes(worker_folder: Path) -> dict[int, Failure]:
+    """Failures by `seq` of the request."""
+    notes = {}
+    for path in (worker_folder / "poison").glob("[0-9]*.json"):
+        note = read_json(path)
+        if note is not None:
+            notes[int(path.stem)] = Failure(**note)
+    return notes
