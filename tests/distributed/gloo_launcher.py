@@ -22,8 +22,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
 
-def run_ranks(target: str, world_size: int, folder: Path, *arguments: Any, timeout_s: float = 280.0) -> Any:
-    """Run `target` ("module:function", module beside this file) on every rank as function(*arguments).
+def run_ranks(
+    target: str, world_size: int, folder: Path, *arguments: Any, timeout_s: float = 280.0, modules: Path = HERE
+) -> Any:
+    """Run `target` ("module:function", module in the folder `modules`) on every rank as function(*arguments).
 
     Returns: what rank 0's call returned (pickled).
     Raises: AssertionError with every rank's output if one fails or the time is over; the other ranks are ended.
@@ -39,7 +41,7 @@ def run_ranks(target: str, world_size: int, folder: Path, *arguments: Any, timeo
         "WORLD_SIZE": str(world_size),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, modules))),
     }
     logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
     processes = []
