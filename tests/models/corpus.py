@@ -2,7 +2,7 @@
 
 Four kinds of document, mixed by `SHARES` (of tokens). Nothing is downloaded.
 
-    sums      plain arithmetic, one sum a line. A fifth of all answers is wrong, as in text from the wild: the
+    sums      plain arithmetic, one sum a line. A tenth of all answers is wrong, as in text from the wild: the
               model's best guess is right, its samples often are not, and that gap is what RL and SFT can close
     chats     question and answer in ChatML: sums, facts, small word tasks
     stories   templated English
@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 LICENSES = Path("/usr/share/common-licenses")
-SHARES = {"sums": 0.30, "chats": 0.38, "stories": 0.07, "pages": 0.25}
-WRONG_ANSWERS = 0.2
+SHARES = {"sums": 0.30, "chats": 0.40, "stories": 0.06, "pages": 0.24}
+WRONG_ANSWERS = 0.1
 
 NAMES = [
     "Anna",
@@ -126,7 +126,7 @@ def _numbers(rng: random.Random, held_out: bool) -> tuple[int, int]:
 
 
 def _answer(rng: random.Random, right: int) -> int:
-    """The right answer, or in a fifth of all cases one with a slip that people make."""
+    """The right answer, or in a tenth of all cases one with a slip that people make."""
     if rng.random() >= WRONG_ANSWERS:
         return right
     wrong = right + rng.choice((-10, -2, -1, 1, 2, 10))
@@ -134,12 +134,12 @@ def _answer(rng: random.Random, right: int) -> int:
 
 
 def sum_with_answer(rng: random.Random, *, held_out: bool = False) -> tuple[str, int]:
-    """A sum as text with spaces, like "12 + 7", and its answer (sometimes wrong). Additions three times in four."""
+    """A sum as text with spaces, like "12 + 7", and its answer (sometimes wrong). Mostly additions."""
     a, b = _numbers(rng, held_out)
     kind = rng.random()
-    if kind < 0.75:
+    if kind < 0.85:
         return f"{a} + {b}", _answer(rng, a + b)
-    if kind < 0.9:
+    if kind < 0.95:
         a, b = max(a, b), min(a, b)
         return f"{a} - {b}", _answer(rng, a - b)
     a, b = a % 11, b % 11
@@ -147,8 +147,8 @@ def sum_with_answer(rng: random.Random, *, held_out: bool = False) -> tuple[str,
 
 
 def sums(rng: random.Random, held_out: bool = False) -> str:
-    """Ten sums, all in one of four notations."""
-    notation = rng.choice(("{tight}={answer}", "{sum} = {answer}", "Q: {sum}\nA: {answer}", "{sum} makes {answer}."))
+    """Ten sums, all in one of three notations."""
+    notation = rng.choice(("{sum} = {answer}", "{sum} = {answer}", "{tight}={answer}", "Q: {sum}\nA: {answer}"))
     lines = []
     for _ in range(10):
         text, answer = sum_with_answer(rng, held_out=held_out)

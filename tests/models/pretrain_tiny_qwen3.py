@@ -1,6 +1,6 @@
 """Pretrain the tiny base model of the tests and the demo, from nothing, on one CPU core, without a network.
 
-    OMP_NUM_THREADS=1 python tests/models/pretrain_tiny_qwen3.py [--out tests/models/tiny-qwen3] [--steps 1500]
+    OMP_NUM_THREADS=1 python tests/models/pretrain_tiny_qwen3.py [--out tests/models/tiny-qwen3] [--steps 3000]
 
 Writes a Hugging Face folder: config.json, model.safetensors (bfloat16), tokenizer.json, tokenizer_config.json,
 generation_config.json, and README.md with the provenance and the numbers measured at the end. The text is
@@ -43,10 +43,11 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TOKENS_A_STEP = 3072
+# Small steps: after 1.2 M tokens, trials had 23 % of unseen sums right (greedy) with 1024 a step and 7 % with 3072.
+TOKENS_A_STEP = 1024
 # Most steps on short sequences, the last tenth on the full context, so that far positions mean something.
 SHORT, CONTEXT, LONG_STEPS = 256, 1024, 0.1
-PEAK_LR, WARMUP_STEPS = 4e-3, 50
+PEAK_LR, WARMUP_STEPS = 5e-3, 50
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -113,12 +114,12 @@ def documents(shares: dict[str, float], num_tokens: int, tokenizer: Tokenizer, s
 
 
 def model_config(tokenizer: Tokenizer) -> Qwen3Config:
-    """1.5 M parameters; 8 query and 4 key-value heads split over TP 2 and 4."""
+    """1.2 M parameters; 8 query and 4 key-value heads split over TP 2 and 4."""
     return Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=5,
+        num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
@@ -133,7 +134,7 @@ def model_config(tokenizer: Tokenizer) -> Qwen3Config:
 
 def learning_rate(step: int, num_steps: int) -> float:
     """Linear warm-up, then linearly to zero."""
-    return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS, (num_steps - step) / (0.7 * num_steps))
+    return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS, (num_steps - step) / (0.6 * num_steps))
 
 
 def mean_loss(model: Qwen3ForCausalLM, tokens_T: Tensor) -> float:
@@ -209,7 +210,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: Tokenizer, stream_T: Tensor, num_s
                 group["lr"] = learning_rate(step, num_steps)
             optimizer.step()
             optimizer.zero_grad()
-        if step % 100 == 99 or step == 0:
+        if step % 250 == 249 or step == 0:
             right = addition_accuracy(model, tokenizer, num_sums=100, temperature=1.0)
             elapsed = time.monotonic() - started
             print(f"step {step + 1:5d}  loss {loss.item():.3f}  sums at T=1 {right:.2f}  {elapsed:6.0f} s", flush=True)
@@ -280,7 +281,7 @@ are of those, measured on the stored weights in float32.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "tiny-qwen3", help="folder to write")
-    parser.add_argument("--steps", type=int, default=1500, help=f"optimizer steps of {TOKENS_A_STEP} tokens")
+    parser.add_argument("--steps", type=int, default=3000, help=f"optimizer steps of {TOKENS_A_STEP} tokens")
     arguments = parser.parse_args()
     started = time.monotonic()
     torch.set_num_threads(1)
