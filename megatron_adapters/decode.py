@@ -198,6 +198,10 @@ class Decoder:
                 self._leave(sequence, tainted=True)
             self._reset()
 
+    def release_memory(self) -> None:
+        """Free the cache between runs: a training pass wants the memory. The next run takes it again."""
+        self._cache.drop_unused()
+
     # Requests in, results out: the same on every rank.
 
     def _accept(self, requests: Sequence[SampleRequest], on_finished: OnFinished | None) -> None:

@@ -203,6 +203,8 @@ class Engine:
         """
         adapter = self._adapter(adapter_id)
         self._check(data)
+        if self._decoder is not None:
+            self._decoder.release_memory()
         lengths = [len(datum.tokens) for datum in data]
         mine = split_over_ranks(lengths, self.runtime.layout.dp_size)[self.runtime.dp_rank]
         starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
