@@ -215,18 +215,17 @@ class Run:
             TimeoutError: not over within `timeout`.
         """
         give_up_at = None if timeout is None else clock.monotonic() + timeout
-        steps = self._steps()
-        try:
-            while True:
-                pause = next(steps)
-                if give_up_at is not None:
-                    left = give_up_at - clock.monotonic()
-                    if left <= 0:
-                        raise TimeoutError(f"run {self.id} is not over after {timeout} s; it goes on. Ask again later.")
-                    pause = min(pause, left)
-                clock.sleep(pause)
-        except StopIteration as stop:
-            return self._finish(stop.value)
+        waiter = self.waiter()
+        while not isinstance(step := waiter.step(), Ended):
+            if give_up_at is not None:
+                step = min(step, give_up_at - clock.monotonic())
+                if step <= 0:
+                    known = f" ({waiter.job.state.value}: {waiter.job.reason})" if waiter.job else ""
+                    raise TimeoutError(
+                        f"run {self.id} is not over after {timeout} s{known}; it goes on. Ask again later."
+                    )
+            clock.sleep(step)
+        return self._finish(step)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What `result` would raise, or None. Raises: TimeoutError as `result`."""
@@ -308,14 +307,6 @@ class Run:
         job = SubmittedJob.of(self.folder)
         local = job is not None and job.executor == "local"
         return Waiter(self.folder, ask=self._ask, patience=LOCAL_PATIENCE if local else SLURM_PATIENCE)
-
-    def _steps(self) -> Generator[float, None, Ended]:
-        waiter = self.waiter()
-        while True:
-            step = waiter.step()
-            if isinstance(step, Ended):
-                return step
-            yield step
 
     def _finish(self, ended: Ended) -> Any:
         """The value, or the right error, of a run that is over."""

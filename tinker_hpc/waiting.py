@@ -6,6 +6,7 @@ had time to arrive: on NFS a file written on a node may stay invisible here for 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from launch.job_state import JobState, JobStatus
 from tinker_hpc.run_folder import RunFolder
 from tinker_hpc.run_state import OwnFiles, read_own_files
 
+_LOG = logging.getLogger(__name__)
 # An exit code from here on is a signal's (128 + its number, as shells say it) or was masked by one.
 _SIGNALLED = 128
 
@@ -113,6 +115,8 @@ class Waiter:
         if self._job is None or self._job.state.finished:
             self._settled_at = now
             return
+        if self._job.state is JobState.UNKNOWN and (before is None or before.reason != self._job.reason):
+            _LOG.warning("run %s: its job's state is not known now: %s", self._folder.run_id, self._job.reason)
         moved = before is None or before.state is not self._job.state
         self._ask_s = (
             self._patience.first_ask_s
