@@ -1,11 +1,11 @@
-"""The unembedding, fused with the log-probability of the target tokens, in chunks; logits are never kept.
+"""The unembedding, fused with the log-probability of the target tokens, in chunks; large logits are never kept.
 
 Two reasons not to use GPTModel's output layer: full logits of a packed batch are gigabytes, and its transposed
 [T, 1, V] gradient runs as a batched matmul, 12 times slower than a 2-D one (megatron-core 0.16.1).
 
 The vocabulary is sharded over TP: every rank computes its own columns for all tokens. Of the softmax only three
 numbers a token travel: the largest logit, the sum of exponentials, the target's logit. The backward recomputes each
-chunk's logits from the saved hidden states.
+chunk's logits from the saved hidden states, unless all of them together are no larger than one chunk.
 
 Shapes: T tokens, D hidden, V this rank's vocabulary rows, R rank, C tokens of a chunk, N rows.
 """
@@ -124,6 +124,7 @@ class _TargetLogprobs(torch.autograd.Function):
             torch.zeros(num_tokens, dtype=_wide(hidden_TD.dtype), device=hidden_TD.device) for _ in range(3)
         )
         local_T, inside_T = _local_targets(targets_T, head)
+        kept: list[Tensor] | None = [] if num_tokens * vocab <= CHUNK_ELEMENTS and any(ctx.needs_input_grad) else None
         for piece in pieces:
             for chunk in piece.chunks(vocab):
                 here = slice(chunk.start, chunk.end)
@@ -131,29 +132,35 @@ class _TargetLogprobs(torch.autograd.Function):
                 largest_T[here] = logits_CV.amax(dim=-1)
                 target_logit_T[here] = logits_CV.gather(1, local_T[here, None])[:, 0] * inside_T[here]
                 sum_T[here] = logits_CV.sub_(largest_T[here, None]).exp_().sum(dim=-1)
+                if kept is not None:
+                    kept.append(logits_CV)
+        local_largest_T = largest_T.clone()
         if head.tp_group.size() > 1:
-            local_largest_T = largest_T.clone()
             dist.all_reduce(largest_T, dist.ReduceOp.MAX, group=head.tp_group)
             both = torch.stack((sum_T * (local_largest_T - largest_T).exp(), target_logit_T))
             dist.all_reduce(both, group=head.tp_group)
             sum_T, target_logit_T = both
         log_normalizer_T = largest_T + sum_T.log()
-        ctx.save_for_backward(hidden_TD, local_T, inside_T, log_normalizer_T, *matrices)
-        ctx.head, ctx.pieces = head, pieces
+        ctx.save_for_backward(hidden_TD, local_T, inside_T, log_normalizer_T, local_largest_T, *matrices)
+        ctx.head, ctx.pieces, ctx.kept = head, pieces, kept
         return target_logit_T - log_normalizer_T
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, local_T, inside_T, log_normalizer_T, *matrices = ctx.saved_tensors
+        hidden_TD, local_T, inside_T, log_normalizer_T, local_largest_T, *matrices = ctx.saved_tensors
         head: LmHead = ctx.head
         grad_T = grad_outputs[0]
         hidden_grad_TD = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
         matrix_grads = [torch.zeros_like(x, dtype=_wide(x.dtype)) for x in matrices]
+        kept = None if ctx.kept is None else iter(ctx.kept)
         for piece in ctx.pieces:
             for chunk in piece.chunks(head.weight_VD.shape[0]):
                 here = slice(chunk.start, chunk.end)
-                logits_CV = _chunk_logits(hidden_TD, head.weight_VD, chunk, matrices)
-                softmax_CV = logits_CV.sub_(log_normalizer_T[here, None]).exp_()
+                if kept is None:
+                    logits_CV = _chunk_logits(hidden_TD, head.weight_VD, chunk, matrices)
+                    softmax_CV = logits_CV.sub_(log_normalizer_T[here, None]).exp_()
+                else:
+                    softmax_CV = next(kept) * (local_largest_T - log_normalizer_T)[here, None].exp()
                 logit_grad_CV = softmax_CV.mul_(-grad_T[here, None])
                 onehot_grad_C = grad_T[here] * inside_T[here]
                 logit_grad_CV.scatter_add_(1, local_T[here, None], onehot_grad_C[:, None])
