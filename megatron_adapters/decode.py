@@ -358,16 +358,15 @@ class Decoder:
         device = logits_BV.device
         if self._ranks.tp_rank == 0:
             requests = [sequence.request for sequence in sequences]
-            uniform_B = uniform_numbers(
-                [request.seed for request in requests],
-                [sequence.sample_index for sequence in sequences],
-                [len(sequence.tokens) for sequence in sequences],
-            )
             rows = SamplingRows(
-                temperature_B=torch.tensor([request.temperature for request in requests], device=device),
-                top_k_B=torch.tensor([request.top_k for request in requests], device=device),
-                top_p_B=torch.tensor([request.top_p for request in requests], device=device),
-                uniform_B=torch.from_numpy(uniform_B).to(device),
+                [request.temperature for request in requests],
+                [request.top_k for request in requests],
+                [request.top_p for request in requests],
+                uniform_numbers(
+                    [request.seed for request in requests],
+                    [sequence.sample_index for sequence in sequences],
+                    [len(sequence.tokens) for sequence in sequences],
+                ),
             )
             tokens_B, logprobs_B = sample_tokens(logits_BV, rows)
         else:

@@ -2,15 +2,18 @@
 
 The order is vLLM's (and Tinker's). The logprob that goes with a token is that of the temperature-scaled distribution
 *before* top-k and top-p cut it (TINKER's cookbook checks exactly this); a greedy row (temperature 0) takes the lowest
-token id among the largest logits and reports its logprob at temperature 1. Pure: randomness comes in as `uniform_B`.
+token id among the largest logits and reports its logprob at temperature 1. Pure: randomness comes in as `uniforms`.
 
 Shapes: B rows, V vocabulary, C chunks of the vocabulary, W width of a chunk, K candidates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,16 +25,16 @@ _FIRST_CANDIDATES = 1024  # top-p rarely needs more; the whole vocabulary is sor
 
 @dataclass(frozen=True)
 class SamplingRows:
-    """Parameters of a batch, one entry a row, on the logits' device.
+    """Parameters of a batch, one entry a row. On the host: what to do is then decided without waiting for a device."""
 
-    temperature_B: float32, 0 is greedy. top_k_B: int64, below 1 is off. top_p_B: float32, 1 or more is off.
-    uniform_B: float64 in [0, 1), see philox.py.
-    """
-
-    temperature_B: Tensor
-    top_k_B: Tensor
-    top_p_B: Tensor
-    uniform_B: Tensor
+    temperatures: Sequence[float]
+    """0 is greedy"""
+    top_ks: Sequence[int]
+    """below 1 is off"""
+    top_ps: Sequence[float]
+    """1 or more is off"""
+    uniforms: Sequence[float] | npt.NDArray[np.float64]
+    """in [0, 1), see philox.py"""
 
 
 @torch.no_grad()
@@ -42,25 +45,32 @@ def sample_tokens(logits_BV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor
         logits_BV: any floating dtype; computed in float32.
     Returns: tokens int64 [B] (`NOT_FINITE` where a row has no distribution) and logprobs float32 [B], natural log.
     """
-    logits_BV = logits_BV.float()
-    greedy_B = rows.temperature_B <= 0
-    temperature_B = torch.where(greedy_B, 1.0, rows.temperature_B)
-    scaled_BV = logits_BV if bool((temperature_B == 1).all()) else logits_BV / temperature_B[:, None]
+    vocab_size, device = logits_BV.shape[1], logits_BV.device
+    greedy = [row for row, temperature in enumerate(rows.temperatures) if temperature <= 0]
+    truncated = [
+        row
+        for row, temperature in enumerate(rows.temperatures)
+        if temperature > 0 and (0 < rows.top_ks[row] < vocab_size or rows.top_ps[row] < 1)
+    ]
+    temperatures = [temperature if temperature > 0 else 1.0 for temperature in rows.temperatures]
+    scaled_BV = logits_BV.float()
+    if any(temperature != 1 for temperature in temperatures):
+        scaled_BV = scaled_BV / torch.tensor(temperatures, dtype=torch.float32, device=device)[:, None]
     largest_B = scaled_BV.amax(1)
     mass_BV = (scaled_BV - largest_B[:, None]).exp_()  # unnormalised probabilities, the largest is 1
     chunk_mass_BC = _chunked(mass_BV).sum(-1).double()
     total_B = chunk_mass_BC.sum(-1)
 
-    tokens_B = _draw_from_all(mass_BV, chunk_mass_BC, rows.uniform_B)
-    if bool(greedy_B.any()):
-        some = greedy_B.nonzero()[:, 0]
+    uniform_B = torch.as_tensor(rows.uniforms, dtype=torch.float64, device=device)
+    tokens_B = _draw_from_all(mass_BV, chunk_mass_BC, uniform_B)
+    if greedy:
+        some = torch.tensor(greedy, device=device)
         tokens_B[some] = scaled_BV[some].argmax(1)  # the first among equals, as torch.argmax documents
-    truncated_B = ~greedy_B & (((rows.top_k_B > 0) & (rows.top_k_B < logits_BV.shape[1])) | (rows.top_p_B < 1))
-    if bool(truncated_B.any()):
-        some = truncated_B.nonzero()[:, 0]
-        tokens_B[some] = _draw_truncated(
-            mass_BV[some], total_B[some], rows.top_k_B[some], rows.top_p_B[some], rows.uniform_B[some]
-        )
+    if truncated:
+        some = torch.tensor(truncated, device=device)
+        top_k = torch.tensor([rows.top_ks[row] for row in truncated], device=device)
+        top_p = torch.tensor([rows.top_ps[row] for row in truncated], dtype=torch.float64, device=device)
+        tokens_B[some] = _draw_truncated(mass_BV[some], total_B[some], top_k, top_p, uniform_B[some])
     logprobs_B = scaled_BV.gather(1, tokens_B[:, None])[:, 0] - largest_B - total_B.log().float()
     tokens_B = torch.where(total_B.isfinite() & largest_B.isfinite(), tokens_B, NOT_FINITE)
     return tokens_B, logprobs_B
@@ -102,7 +112,7 @@ def _draw_truncated(mass_BV: Tensor, total_B: Tensor, top_k_B: Tensor, top_p_B: 
         mass_BK = mass_BK.double() * allowed_BK
         until_BK = mass_BK.cumsum(1)
         left_by_top_k_B = torch.where(no_top_k_B, total_B, until_BK[:, -1])
-        wanted_B = top_p_B.double() * left_by_top_k_B
+        wanted_B = top_p_B * left_by_top_k_B
         if num_candidates == vocabulary_size or bool((~no_top_k_B | (until_BK[:, -1] >= wanted_B)).all()):
             break
         num_candidates = vocabulary_size

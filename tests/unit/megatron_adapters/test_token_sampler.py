@@ -14,15 +14,8 @@ VOCABULARY = 700  # more than two chunks of the two-level search, and not a mult
 
 
 def rows(count: int, *, temperature=1.0, top_k=-1, top_p=1.0, uniform=0.5) -> SamplingRows:
-    def column(value, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(value, dtype=dtype).expand(count).clone()
-
-    return SamplingRows(
-        column(temperature, torch.float32),
-        column(top_k, torch.int64),
-        column(top_p, torch.float32),
-        column(uniform, torch.float64),
-    )
+    """Each parameter one value for all rows, or one a row."""
+    return SamplingRows(*(np.broadcast_to(value, count).tolist() for value in (temperature, top_k, top_p, uniform)))
 
 
 def random_logits(count: int, *, width: int = VOCABULARY, seed: int = 0) -> Tensor:
@@ -37,14 +30,14 @@ def log_softmax(logits: Tensor) -> np.ndarray:
 
 def draw(logits_V: Tensor, count: int, **parameters) -> np.ndarray:
     """Many independent draws from one distribution."""
-    uniform = torch.from_numpy(uniform_numbers([5] * count, [0] * count, range(count)))
+    uniform = uniform_numbers([5] * count, [0] * count, range(count))
     tokens, _ = sample_tokens(logits_V.expand(count, -1), rows(count, uniform=uniform, **parameters))
     return tokens.numpy()
 
 
 def test_token_is_the_inverse_of_the_cumulative_distribution() -> None:
     logits = random_logits(64)
-    uniform = torch.linspace(0, 0.9999, 64, dtype=torch.float64)
+    uniform = np.linspace(0, 0.9999, 64)
     tokens, _ = sample_tokens(logits, rows(64, uniform=uniform))
     cumulative = np.exp(log_softmax(logits)).cumsum(-1)
     expected = [np.searchsorted(cumulative[i], float(uniform[i]), side="right") for i in range(64)]
@@ -55,7 +48,7 @@ def test_token_is_the_inverse_of_the_cumulative_distribution() -> None:
 @pytest.mark.parametrize(("top_k", "top_p"), [(-1, 1.0), (4, 1.0), (-1, 0.6), (30, 0.8)])
 def test_logprob_is_that_of_the_whole_temperature_scaled_distribution(temperature, top_k, top_p) -> None:
     logits = random_logits(32)
-    uniform = torch.linspace(0, 0.999, 32, dtype=torch.float64)
+    uniform = np.linspace(0, 0.999, 32)
     tokens, logprobs = sample_tokens(
         logits, rows(32, temperature=temperature, top_k=top_k, top_p=top_p, uniform=uniform)
     )
@@ -107,10 +100,10 @@ def test_a_row_does_not_see_its_neighbours() -> None:
     count = 12
     logits = random_logits(count)
     parameters = {
-        "temperature": torch.tensor([0.0, 0.5, 1.0, 2.0] * 3),
-        "top_k": torch.tensor([-1] * 4 + [5] * 4 + [-1] * 4),
-        "top_p": torch.tensor([1.0] * 8 + [0.7] * 4),
-        "uniform": torch.linspace(0.05, 0.95, count, dtype=torch.float64),
+        "temperature": [0.0, 0.5, 1.0, 2.0] * 3,
+        "top_k": [-1] * 4 + [5] * 4 + [-1] * 4,
+        "top_p": [1.0] * 8 + [0.7] * 4,
+        "uniform": np.linspace(0.05, 0.95, count),
     }
     tokens, logprobs = sample_tokens(logits, rows(count, **parameters))
     for i in range(count):
