@@ -199,8 +199,12 @@ class Decoder:
             self._reset()
 
     def release_memory(self) -> None:
-        """Free the cache between runs: a training pass wants the memory. The next run takes it again."""
-        self._cache.drop_unused()
+        """Free the cache between runs: a training pass wants the memory. The next run takes it again.
+
+        Nothing happens while sequences are live: the worker lets training cut in between two steps, from `admit`.
+        """
+        if self._cache.num_live() == 0:
+            self._cache.drop_unused()
 
     # Requests in, results out: the same on every rank.
 
