@@ -24,12 +24,13 @@ help:
 
 env: $(STAMP)
 
-# torch first and by itself: asked for by another package it may arrive with gigabytes of CUDA.
+# torch first and by itself: asked for by another package it may arrive with gigabytes of CUDA. compat: an editable
+# install by path, so that a folder called tinker_hpc where Python was started does not hide the package.
 $(STAMP): pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --config-settings editable_mode=compat -e .
 	touch $(STAMP)
 
 demo: $(STAMP)
