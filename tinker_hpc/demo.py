@@ -1,6 +1,6 @@
 """`make demo`: fine-tune a small model on this machine, and show that it learned.
 
-    python -m tinker_hpc.demo [--steps 60] [--out demo-output]
+    python -m tinker_hpc.demo [--steps 100] [--out demo-output]
 
 Submits `demo_loop.train`, an ordinary Tinker program, exactly as on a cluster, with cluster="local". Ends with the
 loss and a sample before and after, a loss curve, and a PEFT adapter that transformers + peft load and agree with.
@@ -119,7 +119,7 @@ def summary(result: DemoResult) -> Table:
 def main() -> None:
     """Command line entry. Exit code 1, with the reason, if anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="results go to a new folder in here")
     arguments = parser.parse_args()
     console = Console()

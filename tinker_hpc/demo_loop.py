@@ -107,7 +107,7 @@ def evaluate(training: tinker.TrainingClient, tokenizer: Any, num_sums: int) -> 
     return loss_per_token(forward.result(), batch), right, texts[0], sampling
 
 
-def train(base_model: str, num_steps: int = 60, batch_size: int = 32, learning_rate: float = 1e-2) -> DemoResult:
+def train(base_model: str, num_steps: int = 100, batch_size: int = 32, learning_rate: float = 1e-2) -> DemoResult:
     """Fine-tune `base_model` with LoRA of rank 16 and say what came of it."""
     service = tinker.ServiceClient()
     training = service.create_lora_training_client(base_model=base_model, rank=16, seed=0).result()
