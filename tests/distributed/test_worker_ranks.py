@@ -28,6 +28,8 @@ def test_ranks_talk_and_agree(tmp_path: Path) -> None:
         assert mine["apart"] == ("rank 1 of 2 failed alone: only here", Failure("server", "only here"))
     assert seen[1]["alone"] == ("rank 1 failed alone: the others hang", Failure("server", "the others hang"))
     assert "alone" not in seen[0]
+    message, failure = seen[0]["widowed"]
+    assert message.startswith("another rank ended") and failure is None, "its request is run again, not failed"
 
 
 def make(folder: Path) -> Path:

@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from worker_driver import WorkerUnderTest, random_base
 
-from tinker_hpc.log import Lease, ResultReader
+from tinker_hpc.log import Lease, Record, ResultReader
 
 pytestmark = pytest.mark.distributed
 
@@ -57,13 +58,24 @@ def story(worker: WorkerUnderTest, folder: Path) -> list[int]:
     return seqs
 
 
-def answers(worker: WorkerUnderTest, seqs: list[int]) -> list[dict[str, bytes]]:
-    results = [worker.ok(seq) for seq in seqs]
-    return [{name: array.tobytes() for name, array in result.arrays.items()} for result in results]
+def answers(worker: WorkerUnderTest, seqs: list[int]) -> list[Record]:
+    return [worker.ok(seq) for seq in seqs]
+
+
+def assert_same(found: list[Record], expected: list[Record]) -> None:
+    """Training to the bit. Samples to the token: whether two samples decode side by side is a matter of timing, and the
+    last bits of a matrix product depend on the number of its rows."""
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.header["op"] == theirs.header["op"]
+        if mine.header["op"] == "sample":
+            assert mine.arrays["tokens"].tolist() == theirs.arrays["tokens"].tolist()
+            np.testing.assert_allclose(mine.arrays["logprobs"], theirs.arrays["logprobs"], atol=1e-4)
+        else:
+            assert mine.arrays["logprobs"].tobytes() == theirs.arrays["logprobs"].tobytes(), mine.header
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bytes]]:
+def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     folder = tmp_path_factory.mktemp("uninterrupted")
     worker = WorkerUnderTest(folder / "w", base)
     try:
@@ -86,7 +98,7 @@ def check_answered_once(worker: WorkerUnderTest) -> None:
 
 
 def test_killed_at_any_moment_equals_uninterrupted(
-    base: Path, workers: list[WorkerUnderTest], uninterrupted: list[dict[str, bytes]], tmp_path: Path
+    base: Path, workers: list[WorkerUnderTest], uninterrupted: list[Record], tmp_path: Path
 ) -> None:
     moments = random.Random(3)
     worker = WorkerUnderTest(tmp_path / "w", base)
@@ -99,7 +111,7 @@ def test_killed_at_any_moment_equals_uninterrupted(
         worker.processes[-1].send_signal(signal.SIGKILL)
         worker.processes[-1].wait()
         worker.start()
-    assert answers(worker, seqs) == uninterrupted
+    assert_same(answers(worker, seqs), uninterrupted)
     worker.send("close")
     assert worker.processes[-1].wait(120) == 0
     check_answered_once(worker)
@@ -125,7 +137,7 @@ def test_the_elastic_agent_brings_a_killed_rank_back(
     children = [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
     ranks = {rank_of(pid): pid for pid in children}
     os.kill(ranks[1], signal.SIGKILL)
-    assert answers(worker, seqs) == expected
+    assert_same(answers(worker, seqs), expected)
     worker.send("close")
     assert worker.wait_for_exit() == [0], worker.stderr
     check_answered_once(worker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +50,14 @@ def talk(folder: Path) -> dict[str, Any]:
             seen["alone"] = (str(apart), apart.failure)
     else:
         time.sleep(3)  # in a collective that rank 1 has left, say
+    ranks_module.AGREE_TIMEOUT = timedelta(seconds=60)
+    if rank == 1:  # killed
+        (folder / "1.txt").write_text(repr(seen))
+        os._exit(0)
+    try:
+        ranks.agree(Failure("server", "Connection reset by peer"))
+    except EndWorker as apart:
+        seen["widowed"] = (str(apart), apart.failure)
     (folder / f"{rank}.txt").write_text(repr(seen))
     deadline = time.monotonic() + 30
     while len(list(folder.glob("*.txt"))) < world_size and time.monotonic() < deadline:

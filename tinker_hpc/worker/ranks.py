@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -100,9 +101,14 @@ class Ranks:
         if failure is None:
             work.wait()
         else:
+            asked_at = time.monotonic()
             try:
                 work.wait(AGREE_TIMEOUT)
-            except RuntimeError as error:  # the others hang in the collective that this rank left
+            except RuntimeError as error:
+                if time.monotonic() - asked_at < 0.9 * AGREE_TIMEOUT.total_seconds():
+                    # Another rank is gone, which may be all that went wrong here: the request is to be run again.
+                    raise EndWorker(f"another rank ended; what this one saw of it: {failure.message}") from error
+                # The others are there and hang in the collective that this rank left.
                 raise EndWorker(f"rank {self.rank} failed alone: {failure.message}", failure) from error
         failed = [rank for rank, flag in enumerate(flags) if flag.item()]
         if not failed:
