@@ -1,6 +1,7 @@
 """Tinker's own first program (the primitives of its cookbook's README, in that order), knowing nothing of tinker_hpc.
 
-As there, the clients are used without awaiting the futures they come in. The model's name is a hub name; where its weights lie is the business of the configuration, not of the program.
+As there, the clients are used without awaiting the futures they come in. The model's name is a hub name; where its
+weights lie is the business of the configuration, not of the program.
 """
 
 import tinker
