@@ -105,7 +105,13 @@ def agent_argv(
 
 def agent_environment(spec: JobSpec, environ: Mapping[str, str], *, cores: int) -> dict[str, str]:
     """Environment of the ranks: their share of the cores, and the first GPUs of the node."""
-    env = {**_without_proxy(environ), process_tree.RUN_ID_VARIABLE: spec.run_id}
+    env = {
+        **_without_proxy(environ),
+        process_tree.RUN_ID_VARIABLE: spec.run_id,
+        # A store of its own for each start of the ranks. By default torch 2.13 keeps one for all starts, and ranks
+        # started again find their predecessors' addresses in it: "Gloo connectFullMesh failed ... Connection refused".
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     # Without a word from the user: a node's cores divided by its ranks. torch would say 1 on any number of cores.
     env.setdefault("OMP_NUM_THREADS", str(max(1, min(cores, spec.cpus_per_node) // spec.ranks_per_node)))
     if (devices := _devices(environ)) is not None:

@@ -17,7 +17,9 @@ from tinker_hpc.run_folder import RunFolder
 
 _MAX_STARTS_PER_MINUTE = 5
 _PROBE_EVERY_S = 15.0
-_PATIENCE_S = 60.0
+_START_PATIENCE_S = 60.0
+"""From its start to its first answer: imports from a cold shared filesystem take their time."""
+_HUNG_AFTER_S = 60.0
 """Without an answer for so long, it never will. Long: a node that swaps, or a filesystem that hangs, is no reason."""
 
 
@@ -80,10 +82,10 @@ class GatewayKeeper:
             self._next_probe = now + _PROBE_EVERY_S
             if self.address() is not None:
                 self._answered_at = now
-        if now - self._answered_at < _PATIENCE_S:
+        if now - self._answered_at < (_HUNG_AFTER_S if in_use else _START_PATIENCE_S):
             return None
         if not in_use:
-            return f"the gateway did not answer within {_PATIENCE_S:.0f} s of its start. Log: {child.log}"
+            return f"the gateway did not answer within {_START_PATIENCE_S:.0f} s of its start. Log: {child.log}"
         self._record.event("gateway_hung", silent_s=round(now - self._answered_at))
         child.kill()
         return None

@@ -188,7 +188,7 @@ def test_a_gateway_that_hangs_is_started_again(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from launch import gateway_client, gateway_keeper\n"
-        "gateway_keeper._PROBE_EVERY_S, gateway_keeper._PATIENCE_S, gateway_client._TIMEOUT_S = 0.5, 2.0, 0.5\n"
+        "gateway_keeper._PROBE_EVERY_S, gateway_keeper._HUNG_AFTER_S, gateway_client._TIMEOUT_S = 0.5, 3.0, 0.5\n"
         "from launch.node import Place; from launch.supervisor import supervise\n"
         "from tinker_hpc.run_folder import RunFolder\n"
         "sys.exit(supervise(RunFolder(Path(sys.argv[1])), Place('1', 0, 'here', 'local')))\n"
