@@ -88,19 +88,22 @@ class Appender:
     def _merge_in_background(self) -> None:
         if self._merging is not None and self._merging.is_alive():
             return
-        with self._lock:
-            chosen = choose_merge(self._sizes)
-        if chosen:
-            self._merging = threading.Thread(target=self._merge, args=(chosen,), name="log-merge", daemon=True)
+        if self._next_merge():
+            self._merging = threading.Thread(target=self._merge_while_possible, name="log-merge", daemon=True)
             self._merging.start()
 
-    def _merge(self, chosen: Sequence[Segment]) -> None:
+    def _next_merge(self) -> list[Segment]:
+        with self._lock:
+            return choose_merge(self._sizes)
+
+    def _merge_while_possible(self) -> None:
         # No space, or a damaged file: the small files stay, they are just as good. Readers will report the damage.
         with contextlib.suppress(TinkerHpcError, FileExistsError):
-            merged = merge(self.folder, chosen)
-            with self._lock:
-                size = sum(self._sizes.pop(s) for s in chosen)
-                self._sizes[merged] = size
+            while chosen := self._next_merge():  # one merge can complete the next class
+                merged = merge(self.folder, chosen)
+                with self._lock:
+                    size = sum(self._sizes.pop(s) for s in chosen)
+                    self._sizes[merged] = size
 
 
 def choose_merge(sizes: dict[Segment, int]) -> list[Segment]:

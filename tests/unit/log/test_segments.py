@@ -76,7 +76,7 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_files_stay_few(tmp_path: Path) -> None:
     appender = write(tmp_path, *(range(n, n + 1) for n in range(1, 1101)))
     appender.close()
-    appender.append(parts(1101))  # a merge that became possible while the last one ran
+    appender.append(parts(1101))  # what arrived just as the last merge ended
     appender.close()
     assert len(list_segments(tmp_path)) <= 3 * FANOUT
     assert numbers(LogReader(tmp_path).poll()) == list(range(1, 1102))
