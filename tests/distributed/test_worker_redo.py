@@ -15,7 +15,7 @@ from worker_driver import WorkerUnderTest, random_base
 
 from tinker_hpc.log import Lease, Record, ResultReader
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from worker_driver import WorkerUnderTest, random_base
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,8 @@ class WorkerUnderTest:
         module = ["tinker_hpc.worker", "--worker-dir", str(self.path)]
         if self.elastic:
             command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.world_size}"]
+            # As launch/children.py: restarted ranks must not find the addresses of dead ones in the agent's store.
+            env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
             self._spawn([*command, "--max-restarts=3", "-m", *module], env, 0)
             return
         # The parent holds the store, as torch's elastic agent does, so no port is guessed.
