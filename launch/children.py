@@ -51,8 +51,10 @@ class Child:
         return read_tail(self.log, since=self._log_start)
 
     def kill(self) -> None:
-        """End it without asking. What it started itself is left to `process_tree`."""
-        self._process.kill()
+        """End it and all it started, without asking."""
+        who = process_tree.identity(self.pid)
+        if who is not None:
+            process_tree.end(who, grace_s=0.0)
 
     def exit_code(self) -> int | None:
         """None while it runs; 128 + n if signal n ended it, as shells and Slurm say it."""

@@ -13,11 +13,13 @@ from launch.children import Child, loop_argv, loop_environment
 from launch.gateway_client import GatewayAddress, close_worker, read_address
 from launch.gateway_keeper import GatewayKeeper
 from launch.job_spec import JobSpec
-from launch.log_tail import error_line, last_lines, last_traceback
+from launch.log_tail import error_line, last_lines, last_traceback, num_failed_starts
 from launch.node import CLOSE_GRACE_S, LISTING_POLL_S, POLL_S, Node, Place
 from launch.run_record import RunRecord, claim, listed
 from tinker_hpc.run_folder import RunFolder, read_json, write_json
 
+_EARLY_STARTS = 2
+"""Ranks that fail before they are ready get one more chance (a port taken, a filesystem that lags), not three."""
 TERM_GRACE_S = 4.0
 """Between TERM and KILL. Slurm itself kills KillWait after its TERM (default 30 s)."""
 
@@ -94,6 +96,12 @@ class FirstNode(Node):
         elif code == 0 and self.has_loop:
             self._worker_gone("the worker ended by itself, without a close request from this run")
         if time.monotonic() < self._next_listing:
+            return
+        if self.record.worker_phase == "starting" and num_failed_starts(self.agent.log_text()) >= _EARLY_STARTS:
+            # Ranks that were never ready have nothing to resume, and loading a large model takes minutes each time.
+            why = self.agent_failure(1)
+            self.agent.kill()
+            self._worker_gone(why)
             return
         self._next_listing = time.monotonic() + (LISTING_POLL_S if self.record.worker_phase == "ready" else POLL_S)
         for node_rank in range(1, self.spec.nodes):

@@ -71,6 +71,11 @@ def worker_words(text: str) -> str:
     return f"local rank {rank} was ended by {name}{hint}; the last error in the log: {said}"
 
 
+def num_failed_starts(text: str) -> int:
+    """How often the agent saw its ranks fail (pure)."""
+    return len(_AGENT_VERDICT.findall(text))
+
+
 def last_lines(text: str, count: int = 15) -> str:
     """The last lines that are not empty, each once (pure)."""
     lines = [line for line in text.splitlines() if line.strip()][-count:]

@@ -100,7 +100,8 @@ def _row(fields: Sequence[str], steps: Sequence[Sequence[str]]) -> AccountingRow
         # The script sees only a failed srun; the step says why. Slurm's own word stays in slurm_state.
         state = JobState.OUT_OF_MEMORY
     code, signal = exit_and_signal(exit_code)
-    started = unix_time(start)
+    # A job cancelled while it waited has a start time now and then, but never nodes.
+    started = unix_time(start) if node_names(nodes) else None
     elapsed_s = float(elapsed) if elapsed.strip().isdigit() and started is not None else None
     peak = max((memory_bytes(step[10]) or 0 for step in steps), default=0)
     gpus = gpu_count(tres)

@@ -6,8 +6,8 @@
 # No service is started or enabled: cluster.sh starts its own daemons in namespaces of their own.
 set -euo pipefail
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive
-PACKAGES=(slurm-wlm slurmdbd munge mariadb-server openssh-server)
-COMMANDS=(slurmctld slurmd slurmdbd sbatch squeue sacct munged mariadbd mariadb-install-db sshd ssh-keygen)
+PACKAGES=(slurm-wlm slurmdbd munge mariadb-server openssh-server procps)
+COMMANDS=(slurmctld slurmd slurmdbd sbatch squeue sacct munged mariadbd mariadb-install-db sshd ssh-keygen pgrep)
 
 missing=()
 for command in "${COMMANDS[@]}"; do command -v "$command" >/dev/null || missing+=("$command"); done

@@ -6,6 +6,8 @@ import json
 
 from slurm_machine import PROGRAMS, TINY_MODEL, SlurmCluster, until
 
+from tinker_hpc.run_folder import checkpoint_folder
+
 
 def test_gpus_are_asked_for_and_shared_out(cluster: SlurmCluster) -> None:
     """Of two GPUs one rank gets the first, the loop the other; accounting counts both."""
@@ -61,9 +63,9 @@ def test_fine_tuning_over_two_nodes(cluster: SlurmCluster) -> None:
 
     # The checkpoint: listed by the run, there on disk, with peft's file names, for its owner's eyes only.
     assert answer["checkpoints"] == [answer["value"]["checkpoint"]]
-    saved = list(cluster.home("alice").glob("tinker_hpc_data/checkpoints/*/weights/final"))
-    assert len(saved) == 1
-    names = {path.name for path in saved[0].iterdir()}
+    model_id = answer["value"]["checkpoint"].removeprefix("tinker://").split("/")[0]
+    data_root = cluster.home("alice") / "tinker_hpc_data"
+    names = {path.name for path in checkpoint_folder(data_root, model_id, "weights", "final").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "checkpoint.json"} <= names
 
     run_folder = cluster.run_folder(answer["run_id"])

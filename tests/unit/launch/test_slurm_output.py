@@ -55,6 +55,10 @@ def test_sacct_knows_every_fate() -> None:
     assert rows["begin-later"].exit_code is None, "a job that has not ended has no exit code, whatever sacct prints"
     assert rows["two-nodes"].reason == "" and rows["requeued"].reason == "", "the reason it once waited for is stale"
     assert rows["cancelled-pending"].start is None and rows["cancelled-pending"].elapsed_s is None
+    # The same job, as accounting also shows it now and then.
+    line = "9|cancelled-pending|CANCELLED by 2001|0:0|1795471232|1795471237|1795471237|0|None assigned|||BeginTime"
+    [row] = sacct.parse(line)
+    assert row.status.start is None and row.status.elapsed_s is None
 
 
 def test_sacct_counts_what_was_used() -> None:
