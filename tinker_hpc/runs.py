@@ -19,7 +19,7 @@ from typing import Any
 from tinker_hpc.base_models import resolve
 from tinker_hpc.checkpoints import Checkpoint, checkpoints_of_run
 from tinker_hpc.config import Config, load_config
-from tinker_hpc.errors import ConfigError, JobFailedError, LoopFailedError, SubmissionError
+from tinker_hpc.errors import ConfigError, JobFailedError, LoopFailedError, SlurmUnavailableError, SubmissionError
 from tinker_hpc.payload import dump_call, load_outcome
 from tinker_hpc.resources import Resources, build_job_spec, check_run_name
 from tinker_hpc.run_folder import RunFolder, write_bytes, write_json
@@ -65,6 +65,7 @@ def submit(
         SerializationError: something the function uses does not pickle; names it.
         ConfigError: unknown cluster or model, sizes that cannot go together, arguments that do not fit the function.
         SubmissionError: the scheduler refused, with its words.
+        SlurmUnavailableError: it could not be reached, or did not answer; the message says how to go on.
     """
     ours = {
         "base_model": base_model,
@@ -125,8 +126,9 @@ def submit_loop(
         if payload is not None:
             write_bytes(folder.payload, payload)
         submit_job(spec, folder)
-    except (ConfigError, SubmissionError):
-        shutil.rmtree(folder.path, ignore_errors=True)  # refused: there is no job, so there is no run
+    except (ConfigError, SubmissionError, SlurmUnavailableError) as error:
+        if not getattr(error, "job_may_exist", False):  # no job, so no run
+            shutil.rmtree(folder.path, ignore_errors=True)
         raise
     return Run(folder.run_id, config=config)
 

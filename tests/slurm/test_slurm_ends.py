@@ -201,11 +201,14 @@ def test_a_worker_that_cannot_start_fails_the_loops_futures(cluster: SlurmCluste
 
 
 def test_slurm_down(cluster: SlurmCluster) -> None:
+    runs = cluster.home("alice") / "tinker_hpc_data" / "runs"
+    before = set(runs.glob("*"))
     cluster.script("daemon", "stop", "slurmctld")
     answer = cluster.submit("true")
     cluster.script("daemon", "start", "slurmctld")
     assert answer["error"] == "SlurmUnavailableError"
     assert "Unable to contact slurm controller" in answer["message"] and "scontrol ping" in answer["message"]
+    assert set(runs.glob("*")) == before, "surely no job, so no run"
 
 
 def test_a_lost_answer_makes_one_job(cluster: SlurmCluster) -> None:
