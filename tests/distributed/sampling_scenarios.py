@@ -14,7 +14,7 @@ from megatron_adapters.engine import AdamParams, Datum, Engine, Layout, LoraSpec
 Outcome = dict[str, Any]
 
 PROMPT_LENGTHS = (1, 5, 40, 17, 64)
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 
 
 def prompts() -> list[np.ndarray]:
@@ -88,23 +88,26 @@ def mixed_weights(engine: Engine) -> Outcome:
         engine.optim_step(name, AdamParams(learning_rate=0.05))
         engine.snapshot(name, name)
     weights = ["mix3", None, "mix1", "mix2", None, "mix1"]
-    requests = [ask(prompts()[1], name, seed=seed) for seed, name in enumerate(weights)]
+    requests = [ask(prompts()[1], name, seed=seed, max_tokens=6) for seed, name in enumerate(weights)]
     return {"together": engine.sample(requests), "alone": [engine.sample([request])[0] for request in requests]}
 
 
 def snapshots_are_immutable(engine: Engine) -> Outcome:
+    def few(snapshot_id: str) -> SampleRequest:
+        return ask(prompts()[1], snapshot_id, max_tokens=6)
+
     engine.create_adapter("moving", LoraSpec(RANK, seed=9))
     results = []
     for name in ("early", "late"):
         engine.run_pass("moving", batch(), cross_entropy, backward=True)
         engine.optim_step("moving", AdamParams(learning_rate=0.05))
         engine.snapshot("moving", name)
-        results.append(engine.sample([ask(prompts()[1], "early")])[0])
-    [late] = engine.sample([ask(prompts()[1], "late")])
+        results.append(engine.sample([few("early")])[0])
+    [late] = engine.sample([few("late")])
     engine.drop_adapter("moving")
-    [kept] = engine.sample([ask(prompts()[1], "early")])
+    [kept] = engine.sample([few("early")])
     engine.drop_snapshot("early")
-    [dropped] = engine.sample([ask(prompts()[1], "early")])
+    [dropped] = engine.sample([few("early")])
     return {"before": results[0], "after": results[1], "late": late, "kept": kept, "dropped": dropped}
 
 
