@@ -22,6 +22,7 @@
           results/           result log, written by the worker that holds the lease
           lease/             fencing numbers
           metrics.jsonl      worker rank 0: a line per optimizer step
+          poison/<seq>.json  worker, any rank but 0, once: a request that broke this rank alone (worker/poison.py)
 
 One writer per file. JSON files are replaced whole (write, fsync, rename), so a reader sees the old or the new one.
 """

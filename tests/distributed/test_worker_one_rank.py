@@ -14,6 +14,7 @@ import pytest
 from worker_driver import WorkerUnderTest, random_base
 
 from tinker_hpc.log import Record
+from tinker_hpc.worker.train_step import MAX_SNAPSHOTS
 
 pytestmark = pytest.mark.distributed
 
@@ -257,6 +258,21 @@ def test_sampling_from_base_snapshot_and_folder(worker: WorkerUnderTest, tmp_pat
     assert "without optimizer state" in refused["error"]
     unknown = worker.result(worker.sample("nobody")).header
     assert "sampler 'nobody' is not known" in unknown["error"] and unknown["category"] == "user"
+
+
+def test_old_snapshots_make_room_for_new_ones(worker: WorkerUnderTest) -> None:
+    worker.ok(worker.create_model("many:0"))
+
+    def snapshot(name: str) -> None:
+        worker.ok(worker.send("save_sampler_weights", model_id="many:0", sampling_session_id=name))
+
+    snapshot("kept"), snapshot("old")
+    for n in range(MAX_SNAPSHOTS - 1):
+        worker.ok(worker.sample("kept", max_tokens=1))  # what is used stays, however old
+        snapshot(f"new-{n}")
+    dropped = worker.result(worker.sample("old")).header
+    assert dropped["category"] == "user" and "many:0 has saved 16 newer snapshots" in dropped["error"]
+    worker.ok(worker.sample("kept")), worker.ok(worker.sample("new-0"))
 
 
 def test_sampled_logprobs_are_the_trainers(worker: WorkerUnderTest) -> None:

@@ -165,6 +165,21 @@ def test_a_worker_that_is_superseded_stops_and_says_so(
     assert "taken over by pid 1 on elsewhere; this one is not started again" in worker.stderr
 
 
+def test_a_damaged_request_log_ends_the_worker_and_names_the_place(
+    base: Path, workers: list[WorkerUnderTest], tmp_path: Path
+) -> None:
+    worker = WorkerUnderTest(tmp_path / "w", base)
+    workers.append(worker)
+    worker.create_model("a:0")
+    (segment,) = worker.folder.requests.glob("seg-*")
+    content = bytearray(segment.read_bytes())
+    content[100] ^= 1
+    segment.write_bytes(bytes(content))
+    worker.start()
+    assert worker.processes[0].wait(120) == 1
+    assert f"worker rank 0 ends: CorruptLogError: {segment} is corrupt at byte 0: checksum" in worker.stderr
+
+
 def test_a_model_that_cannot_be_brought_back_says_so(
     base: Path, workers: list[WorkerUnderTest], tmp_path: Path
 ) -> None:

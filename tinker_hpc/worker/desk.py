@@ -57,6 +57,7 @@ class Desk:
         self._poison = poison
         self._schedule = Schedule()
         self._backlog = 0
+        self._touched: list[str] = []
         self._slice_started = self._last_poll = time.monotonic()
         self._slice_s = MIN_SLICE_S
 
@@ -189,13 +190,17 @@ class Desk:
             if self._redo.must_run(request):
                 run.append(request)
                 continue
+            if request.header["op"] == "sample":
+                self._touched.append(request.header["sampling_session_id"])
             for refusal in self._schedule.finish(request, error=self._redo.error_of(request)):
                 self._refuse(refusal)
         return run
 
     def _orders(self, batch: Batch) -> Orders:
         self._record_batch(batch.requests)
-        return [Record({"command": batch.kind}), *batch.requests]
+        # Samples that are not run again still decide which snapshot was used longest ago.
+        touched, self._touched = self._touched, []
+        return [Record({"command": batch.kind, "touched": touched}), *batch.requests]
 
     def _record_batch(self, requests: Sequence[Record]) -> None:
         """Say which requests run together, before their results (nothing if it is recorded already)."""

@@ -44,6 +44,7 @@ class Loop:
             command, requests = orders[0].header["command"], orders[1:]
             if command == "close":
                 return
+            self._train_step.touch(orders[0].header["touched"])
             if command == "train":
                 self._train(requests)
             else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,12 @@ class TrainStep:
             )
         self.samplers.move_to_end(sampling_session_id)
         return self.samplers[sampling_session_id]
+
+    def touch(self, sampling_session_ids: Iterable[str]) -> None:
+        """These samplers were used, in this order."""
+        for sampler in sampling_session_ids:
+            if sampler in self.samplers:
+                self.samplers.move_to_end(sampler)
 
     def _create_model(self, request: Record) -> Answer:
         model_id, source = request.header["model_id"], request.header.get("from_state")
