@@ -145,6 +145,29 @@ def test_the_elastic_agent_brings_a_killed_rank_back(
     assert fences == {1, 2}
 
 
+def test_ranks_do_not_outlive_their_agent(base: Path, workers: list[WorkerUnderTest], tmp_path: Path) -> None:
+    worker = WorkerUnderTest(tmp_path / "w", base, elastic=True)
+    workers.append(worker)
+    worker.start()
+    worker.ok(worker.create_model("a:0"))
+    agent = worker.processes[0].pid
+    ranks = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    assert ranks
+    worker.processes[0].kill()
+    deadline = time.monotonic() + 30
+    while any(is_running(pid) for pid in ranks):
+        assert time.monotonic() < deadline, "a rank lives on without its agent"
+        time.sleep(0.1)
+
+
+def is_running(pid: str) -> bool:
+    """Neither gone nor a zombie that nobody reaped yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
 def rank_of(pid: int) -> int:
     environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return next(int(line[5:]) for line in environment if line.startswith(b"RANK="))

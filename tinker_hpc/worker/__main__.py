@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rank = os.environ.get("RANK", "0")
     # On import megatron-core tells of every optional package it did not find; a run's log has no use for that.
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    agent.end_with_agent()
     try:
         owner = agent.owner()
         if rank == "0":

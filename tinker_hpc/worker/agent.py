@@ -1,4 +1,4 @@
-"""Which of torch's elastic agents started this rank, and whether its time is over.
+"""Which of torch's elastic agents started this rank, whether its time is over, and not outliving it.
 
 An agent restarts its ranks when one ends. Where another worker has taken the lease over from this agent, that must not
 lead to taking it back: the two would throw each other out for ever.
@@ -8,11 +8,33 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from tinker_hpc.errors import LeaseLostError
+
+_LOOK_AT_AGENT_S = 1.0
+
+
+def end_with_agent() -> None:
+    """From now on this rank ends at once when its agent does, by SIGKILL too.
+
+    Nobody restarts or stops the ranks of a dead agent: they would wait for each other, and hold their GPUs, for ever.
+    A kill costs nothing, see redo.py. (The kernel's own death signal will not do: it comes when the *thread* that
+    started us ends.)
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_AT_AGENT_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="end-with-agent", daemon=True).start()
 
 
 def owner() -> dict[str, Any]:
