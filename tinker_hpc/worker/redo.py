@@ -28,13 +28,18 @@ class Redo:
     """`seqs` of each, in the order they ran; taken from the left as they are run again."""
     answered: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Result headers by `seq` of the request."""
+    _batched: set[int] = field(default_factory=set)
 
     def learn(self, records: Iterable[Record]) -> None:
         """Take in records of older fences, in order."""
         for record in records:
             header = record.header
             if header["op"] == "batch":
-                self.batches.append(list(header["seqs"]))
+                # An interrupted batch is announced again by the worker that completes it: the first time counts.
+                seqs = [seq for seq in header["seqs"] if seq not in self._batched]
+                self._batched |= set(seqs)
+                if seqs:
+                    self.batches.append(seqs)
             elif "ok" in header:
                 self.answered[header["seq"]] = header
 

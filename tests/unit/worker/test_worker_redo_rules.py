@@ -51,6 +51,13 @@ def test_batches_are_kept_in_order_and_notes_ignored() -> None:
     assert list(redo.batches) == [[1, 2], [3]] and not redo.answered
 
 
+def test_a_batch_that_was_interrupted_and_announced_again_counts_once() -> None:
+    redo = Redo()
+    redo.learn([Record({"op": "batch", "seqs": [1, 2]}), Record({"op": "batch", "seqs": [3, 4]})])
+    redo.learn([Record({"op": "batch", "seqs": [4]}), Record({"op": "batch", "seqs": [5]})])  # the next worker
+    assert list(redo.batches) == [[1, 2], [3, 4], [5]]
+
+
 def test_a_load_from_another_checkpoint_is_noticed() -> None:
     redo = Redo()
     redo.learn([Record({"op": "load_state", "seq": 1, "ok": True, "checkpoint": ["r1", 5.0]})])
