@@ -14,6 +14,8 @@ from slurm_machine import INSTALL, REPOSITORY, SlurmCluster
 
 _COMMANDS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "sshd", "unshare", "nsenter")
 
+_CLUSTERS = ("accounting", "bare")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything here is of the Slurm tier."""
@@ -37,10 +39,10 @@ def why_not() -> str | None:
 
 
 def make_cluster(name: str) -> SlurmCluster:
-    """A cluster of this checkout's own: two checkouts may test at the same time."""
-    number = zlib.crc32(f"{REPOSITORY}/{name}".encode())
-    base = Path("/tmp") / f"tinker-hpc-slurm-{number:08x}" / "cluster"
-    return SlurmCluster(base, port_base=16_000 + 300 * (number % 12))
+    """A cluster of this checkout's own: two checkouts may test at the same time, and so may its own two clusters."""
+    checkout = zlib.crc32(str(REPOSITORY).encode())
+    base = Path("/tmp") / f"tinker-hpc-slurm-{checkout:08x}-{name}" / "cluster"
+    return SlurmCluster(base, port_base=16_000 + 600 * (checkout % 6) + 300 * _CLUSTERS.index(name))
 
 
 @pytest.fixture(scope="session")
