@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .adapters import LoraPair
+from .frozen_linear import frozen_linear, frozen_linear_grad
 from .lora_linear import Segment, check_tiling
 
 PATH = "lm_head"
@@ -105,10 +106,10 @@ def _pieces(segments: Sequence[Segment]) -> tuple[list[_Piece], list[Tensor]]:
 def _chunk_logits(hidden_TD: Tensor, weight_VD: Tensor, piece: _Piece, matrices: Sequence[Tensor]) -> Tensor:
     """This rank's logits of one chunk, float32 [C, V]."""
     h_CD = hidden_TD[piece.start : piece.end]
-    logits_CV = h_CD @ weight_VD.t()
+    logits_CV = frozen_linear(h_CD, weight_VD)
     if piece.pair is not None:
         a_RD, b_VR = (x.to(h_CD.dtype) for x in matrices[piece.pair : piece.pair + 2])
-        logits_CV = logits_CV + (h_CD @ a_RD.t() * piece.scaling) @ b_VR.t()
+        logits_CV = logits_CV.addmm_(h_CD @ a_RD.t() * piece.scaling, b_VR.t())
     return logits_CV.to(_wide(logits_CV.dtype))
 
 
@@ -190,7 +191,7 @@ def _backward_chunk(
     """Add one chunk's part to the gradients, in place (those of A and B in float32)."""
     here = slice(chunk.start, chunk.end)
     if hidden_grad_TD is not None:
-        hidden_grad_TD[here] = logit_grad_CV @ head.weight_VD
+        hidden_grad_TD[here] = frozen_linear_grad(logit_grad_CV, head.weight_VD)
     if chunk.pair is None:
         return
     h_CD = hidden_TD[here]

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from . import lora_inference
 from .adapters import LoraPair, LoraWeights
+from .frozen_linear import frozen_linear
 
 
 class Segment(NamedTuple):
@@ -127,7 +128,7 @@ class LoraLinear(nn.Module):
         """
         if not torch.is_grad_enabled():
             return self._without_grad(x)
-        out, bias = self.base(x)
+        out, bias = self._base(x)
         if not self.routing.adapts(self.paths):
             return out, bias
         down = self.routing.local if self.column else self.routing.all
@@ -141,24 +142,26 @@ class LoraLinear(nn.Module):
         deltas = project_up(h_W, up, self.paths, self.out_sizes)
         return out + self.merge(deltas)[:, None], bias
 
+    def _base(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The frozen linear: output, and the bias where it is left to be added later."""
+        base: Any = self.base
+        if self.tp_group.size() > 1:
+            return base(x)
+        now, later = (None, base.bias) if base.skip_bias_add else (base.bias, None)
+        return frozen_linear(x, base.weight, now), later
+
     def _without_grad(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same with the updates added in place; collectives as in forward."""
-        base: Any = self.base
-        alone = self.tp_group.size() == 1
-        if alone:  # what the base does, without its autograd function
-            bias = base.bias if base.skip_bias_add else None
-            out = F.linear(x, base.weight, None if base.skip_bias_add else base.bias)
-        else:
-            out, bias = base(x)
+        out, bias = self._base(x)
         if not self.routing.adapts(self.paths):
             return out, bias
         down = self.routing.local if self.column else self.routing.all
         up = self.routing.all if self.column else self.routing.local
         width = max(segment.width(self.paths) for segment in self.routing.all)
         h_W = lora_inference.project_down(x[:, 0], down, self.paths, width)
-        if not alone and self.column:
+        if self.tp_group.size() > 1 and self.column:
             h_W = gather_from_sequence_parallel_region(h_W, group=self.tp_group)
-        elif not alone:
+        elif self.tp_group.size() > 1:
             h_W = reduce_scatter_to_sequence_parallel_region(h_W, group=self.tp_group)
         lora_inference.add_up_(self.split(out[:, 0]), h_W, up, self.paths)
         return out, bias
