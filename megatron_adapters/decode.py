@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,44 +25,11 @@ from .philox import uniform_numbers
 from .sample_ranks import SampleRanks, Shares
 from .sample_request import SampledSequence, SampleRequest, SampleResult, StopReason, most_tokens, refusal
 from .stopping import DecodeText, StopRule
+from .token_forward import PrefillRow, TokenForward
 from .token_sampler import NOT_FINITE, SamplingRows, sample_tokens
 
 OnFinished = Callable[[int, SampleResult], None]
 Admit = Callable[[], Sequence[SampleRequest]]
-
-
-@dataclass(frozen=True)
-class PrefillRow:
-    """A prompt to compute: its keys and values go to every lane that continues it (none where one token is wanted)."""
-
-    tokens: npt.NDArray[np.int32]
-    snapshot_id: str | None
-    lanes: list[Lane]
-    prompt_logprobs: bool
-
-
-@dataclass(frozen=True)
-class Prefilled:
-    """logits_BV after each prompt's last token; prompt logprobs float32 [P] (first NaN) where asked for."""
-
-    logits_BV: Tensor
-    prompt_logprobs: list[npt.NDArray[np.float32] | None]
-
-
-class TokenForward(Protocol):
-    """The model, as this loop sees it. Rows of equal snapshot_id are neighbours. Both are collectives of a TP group."""
-
-    def prefill(self, rows: Sequence[PrefillRow]) -> Prefilled: ...
-
-    def decode(
-        self,
-        tokens: Sequence[int],
-        positions: Sequence[int],
-        snapshot_ids: Sequence[str | None],
-        attention: DecodeAttention,
-    ) -> Tensor:
-        """Logits [B, V] after these tokens at these positions."""
-        ...
 
 
 @dataclass(eq=False)

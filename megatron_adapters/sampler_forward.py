@@ -16,13 +16,13 @@ from torch import Tensor
 
 from .adapters import LoraWeights
 from .cached_attention import DecodeAttention, PrefillAttention
-from .decode import Prefilled, PrefillRow
 from .lora_linear import Segment
 from .model import Model
+from .token_forward import Prefilled, PrefillRow
 
 
 class ModelForward:
-    """A `TokenForward` of decode.py over this rank's shard. `snapshots` is read at every pass."""
+    """The `TokenForward` over this rank's shard. `snapshots` is read at every pass."""
 
     def __init__(self, model: Model, snapshots: Mapping[str, LoraWeights]) -> None:
         self._model = model

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron_adapters.cached_attention import DecodeAttention
-from megatron_adapters.decode import Decoder, Prefilled, PrefillRow
+from megatron_adapters.decode import Decoder
 from megatron_adapters.kv_cache import KvCache, KvShape
 from megatron_adapters.sample_ranks import SampleRanks
 from megatron_adapters.sample_request import SampleRequest, SampleResult
+from megatron_adapters.token_forward import Prefilled, PrefillRow
 
 VOCABULARY = 50
 SHAPE = KvShape(num_layers=1, num_kv_heads=1, head_dim=2, dtype=torch.float32, device=torch.device("cpu"))

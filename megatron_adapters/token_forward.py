@@ -1,0 +1,51 @@
+"""The model as the decode loop sees it: two passes. sampler_forward.py is the real one.
+
+Shapes: P prompt tokens, B rows of a pass, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from .cached_attention import DecodeAttention
+from .kv_cache import Lane
+
+
+@dataclass(frozen=True)
+class PrefillRow:
+    """A prompt to compute: its keys and values go to every lane that continues it (none where one token is wanted)."""
+
+    tokens: npt.NDArray[np.int32]
+    snapshot_id: str | None
+    lanes: list[Lane]
+    prompt_logprobs: bool
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """logits_BV after each prompt's last token; prompt logprobs float32 [P] (first NaN) where asked for."""
+
+    logits_BV: Tensor
+    prompt_logprobs: list[npt.NDArray[np.float32] | None]
+
+
+class TokenForward(Protocol):
+    """The model, as this loop sees it. Rows of equal snapshot_id are neighbours. Both are collectives of a TP group."""
+
+    def prefill(self, rows: Sequence[PrefillRow]) -> Prefilled: ...
+
+    def decode(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        snapshot_ids: Sequence[str | None],
+        attention: DecodeAttention,
+    ) -> Tensor:
+        """Logits [B, V] after these tokens at these positions."""
+        ...
