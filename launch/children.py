@@ -67,6 +67,11 @@ def gateway_argv(run_folder: RunFolder) -> list[str]:
     return [sys.executable, "-m", "tinker_hpc.gateway", "--run-dir", str(run_folder.path)]
 
 
+def worker_watch_argv(run_folder: RunFolder) -> list[str]:
+    """Who writes the status of a run's further workers."""
+    return [sys.executable, "-m", "tinker_hpc.worker_watch", "--run-dir", str(run_folder.path)]
+
+
 def loop_argv(spec: JobSpec, run_folder: RunFolder) -> list[str]:
     """The user's program, or ours that unpickles the user's function."""
     if spec.command is not None:

@@ -10,6 +10,7 @@ import time
 
 from launch import memory_kills, process_tree, scontrol
 from launch.children import Child, loop_argv, loop_environment
+from launch.further_workers import FurtherWorkers, ServedRun
 from launch.gateway_client import GatewayAddress, close_worker, read_address
 from launch.gateway_keeper import GatewayKeeper
 from launch.job_spec import JobSpec
@@ -32,8 +33,12 @@ class FirstNode(Node):
         self.has_loop = spec.kind == "run"
         self.record = RunRecord(run_folder, writes_status=self.has_loop)
         self.gateway = GatewayKeeper(spec, run_folder, self.record)
+        self.further = FurtherWorkers(run_folder)
+        self.served = ServedRun(run_folder, spec.serves_run) if spec.serves_run else None
         self.loop: Child | None = None
         self._next_listing = 0.0
+        self._next_look = 0.0
+        self._leave_at: float | None = None
         self._worker_error: str | None = None
 
     def run(self) -> int:
@@ -71,6 +76,7 @@ class FirstNode(Node):
         self._watch_worker()
         if not self.has_loop:
             return self._session_step()
+        self.further.step()
         if (failure := self.gateway.step(in_use=self.loop is not None)) is not None:
             return self._end(1, "gateway", failure)
         return self._watch_loop()
@@ -126,7 +132,21 @@ class FirstNode(Node):
         assert self.agent is not None
         if self._worker_error is not None:
             return self._end(1, "worker", self._worker_error)
-        return self._end(0, "closed", None) if self.agent.exit_code() == 0 else None
+        if self.agent.exit_code() == 0:
+            return self._end(0, "closed", None)
+        if self.served is not None and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LISTING_POLL_S
+            return self._look_at_served_run(self.served)
+        return None
+
+    def _look_at_served_run(self, served: ServedRun) -> int | None:
+        """End with the run this worker is for: after a while where the ranks were asked to close, else at once."""
+        if self._leave_at is None and served.in_order():
+            self._leave_at = time.monotonic() + CLOSE_GRACE_S
+        if self._leave_at is not None:
+            return self._end(0, "closed", None) if time.monotonic() >= self._leave_at else None
+        why = served.gone()
+        return None if why is None else self._end(1, "run_gone", why)
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -193,8 +213,11 @@ class FirstNode(Node):
         self.record.outcome(exit_code=exit_code, reason=reason, error=error, traceback=traceback)
         ending = "the run is over" if error is None else error
         # Ranks still loading have nothing to put away and would hear the request only when they are done.
+        close_deadline = time.monotonic() + CLOSE_GRACE_S
         if orderly and self.has_loop and self.record.worker_phase == "ready":
             self._close_worker()
+        if self.has_loop:
+            self.further.end(deadline=close_deadline if orderly else 0.0)
         self.record.worker_status("ended", ending, error=None if exit_code == 0 else error)
         process_tree.end_below(os.getpid(), grace_s=TERM_GRACE_S)
         return exit_code

@@ -44,7 +44,8 @@ class JobSpec:
     run_id: str
     """Name of the run folder. Also the job's name in Slurm: our marker to find it again."""
     kind: Literal["run", "session"]
-    """`run`: gateway and loop live on the first node. `session`: a worker alone; the gateway is elsewhere."""
+    """`run`: gateway and loop live on the first node. `session`: a worker alone; the gateway is elsewhere (on the
+    session's client, or in the run of `serves_run`)."""
     name: str
     """What the user called it."""
     base_model: str
@@ -67,6 +68,8 @@ class JobSpec:
     """Where the loop runs: the folder `submit` was called in. None: the user's home."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables set in the job, after the profile's own."""
+    serves_run: str | None = None
+    """A worker for a further base model of a run: that run's id. The worker ends when the run does."""
 
     def __post_init__(self) -> None:
         if not _RUN_ID.fullmatch(self.run_id):

@@ -8,7 +8,8 @@
 
 `reason` of an outcome says who ended it: `loop` (by itself, well or not), `cancelled`, `time_limit`, `preempted`,
 `signal` (sent by nobody knows whom), `out_of_memory` (it failed, and the kernel had killed processes of the job),
-`worker`, `gateway`, `setup` (the loop could not be started), `closed` (a session).
+`worker`, `gateway`, `setup` (the loop could not be started), `closed` (a session, or the run a worker was for),
+`run_gone` (a worker's run died without a word).
 
 A disk that is full for a moment must not end a training run: events and status that cannot be written are said in the
 job's log instead, and the outcome is tried again for a while.

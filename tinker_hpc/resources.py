@@ -62,6 +62,7 @@ def build_job_spec(
     command: tuple[str, ...] | None = None,
     working_folder: str | None = None,
     environment: Mapping[str, str] | None = None,
+    serves_run: str | None = None,
 ) -> JobSpec:
     """The job that serves `base_model` with these resources on that cluster.
 
@@ -106,6 +107,7 @@ def build_job_spec(
         command=command,
         working_folder=working_folder or os.getcwd(),
         environment=dict(environment or {}),
+        serves_run=serves_run,
     )
 
 

@@ -14,9 +14,11 @@
         sessions.json        gateway: the SDK sessions it opened
         slurm/               submitit's own folder: scripts, pickles, job logs
         logs/                gateway.log, loop.log, worker-<node rank>.log
-        workers/<k>/         one worker, one base model
+        workers/<k>/         one worker, one base model; from the second on a link to workers/0 of the run folder
+                             `<run id>-w<k>`, because one job is one run folder
           worker.json        client, once: base_model, base_model_folder
-          status.json        monitor (session) or supervisor (run): queued, starting, ready, ended and why
+          status.json        supervisor (a run's workers/0) or worker_watch.py (all others): queued, starting, ready,
+                             ended and why
           rendezvous.json    first node: address and port for the other nodes
           requests/          request log, written by the gateway
           results/           result log, written by the worker that holds the lease
@@ -207,6 +209,21 @@ class RunFolder:
         if "/" in run_id or not (folder.path / "run.json").exists():
             raise UnknownRunError(f"no run {run_id!r} under {root / 'runs'}. `tinker-hpc ls` lists the runs.")
         return folder
+
+    def add_worker_run(self, index: int) -> RunFolder:
+        """Run folder for the job of a further base model, seen from here as workers/<index>."""
+        folder = RunFolder(self.path.with_name(f"{self.run_id}-w{index}"))
+        for part in (folder.path, folder.slurm, folder.logs, folder.path / "workers"):
+            make_private(part)
+        # Relative, so that a data root that is moved stays whole.
+        os.symlink(os.path.relpath(folder.worker(0).path, self.path / "workers"), self.worker(index).path)
+        return folder
+
+    def worker_runs(self) -> Iterator[RunFolder]:
+        """The run folders that `add_worker_run` made, in order."""
+        for index in sorted(int(name) for name in os.listdir(self.path / "workers") if name.isdigit()):
+            if self.worker(index).path.is_symlink():
+                yield RunFolder(self.path.with_name(f"{self.run_id}-w{index}"))
 
     @property
     def run_id(self) -> str:

@@ -12,13 +12,14 @@ import inspect
 import shutil
 import socket
 import time as clock
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.job_spec import JobSpec
 from tinker_hpc.base_models import resolve
 from tinker_hpc.checkpoints import Checkpoint, checkpoints_of_run
-from tinker_hpc.config import Config, load_config
+from tinker_hpc.config import ClusterProfile, Config, load_config
 from tinker_hpc.errors import ConfigError, JobFailedError, LoopFailedError, SlurmUnavailableError, SubmissionError
 from tinker_hpc.payload import dump_call, load_outcome
 from tinker_hpc.resources import Resources, build_job_spec, check_run_name
@@ -33,7 +34,7 @@ def submit(
     function: Callable[..., Any],
     /,
     *args: Any,
-    base_model: str,
+    base_model: str | Sequence[str],
     cluster: str | None = None,
     nodes: int | None = None,
     gpus_per_node: int | None = None,
@@ -55,7 +56,8 @@ def submit(
     of such a name takes it by position, or bound by functools.partial.
 
     Args:
-        base_model: hub name or folder of the model to serve.
+        base_model: hub name or folder of the model to serve. Several: each gets a worker, that is a job, of its own
+            and of this size; the first one's job carries the loop.
         cluster: a profile's name. None: the configuration's default; "local" means this machine.
         nodes, gpus_per_node, ranks_per_node, cpus_per_node, memory, time, tp_size: see `resources.Resources`.
         name: start of the run's id. None: the function's name.
@@ -84,7 +86,7 @@ def submit(
     payload = dump_call(function, args, kwargs)
     function_name = getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", "run")
     return submit_loop(
-        base_model=base_model,
+        base_models=[base_model] if isinstance(base_model, str) else base_model,
         cluster=cluster,
         resources=Resources(nodes, gpus_per_node, ranks_per_node, cpus_per_node, memory, time, tp_size),
         name=check_run_name(name, otherwise=function_name),
@@ -95,7 +97,7 @@ def submit(
 
 def submit_loop(
     *,
-    base_model: str,
+    base_models: Sequence[str],
     cluster: str | None,
     resources: Resources,
     name: str,
@@ -105,32 +107,77 @@ def submit_loop(
     config: Config | None = None,
 ) -> Run:
     """Submit a run whose loop is a pickled call or a command; `submit` and `tinker-hpc run` are made of it."""
+    from launch.further_workers import cancel_worker_runs
     from launch.submit import submit as submit_job
 
     config = config or load_config()
-    profile = config.profile(cluster)
-    model = resolve(base_model, config.base_models)
     folder = RunFolder.new(config.data_root, name)
     try:
-        spec = build_job_spec(
-            resources,
-            profile=profile,
-            base_model=model,
-            asked_base_model=base_model,
+        specs = job_specs(
+            base_models,
+            profile=config.profile(cluster),
+            config=config,
+            resources=resources,
             run_id=folder.run_id,
-            kind="run",
             name=name,
             command=command,
             environment=environment,
         )
         if payload is not None:
             write_bytes(folder.payload, payload)
-        submit_job(spec, folder)
+        # The run itself last: its gateway then knows all its workers, and a refusal leaves no loop without a model.
+        for index, spec in reversed(list(enumerate(specs))):
+            submit_job(spec, folder if index == 0 else folder.add_worker_run(index))
     except (ConfigError, SubmissionError, SlurmUnavailableError) as error:
         if not getattr(error, "job_may_exist", False):  # no job, so no run
-            shutil.rmtree(folder.path, ignore_errors=True)
+            cancel_worker_runs(folder)
+            for part in [*folder.worker_runs(), folder]:
+                shutil.rmtree(part.path, ignore_errors=True)
         raise
     return Run(folder.run_id, config=config)
+
+
+def job_specs(
+    base_models: Sequence[str],
+    *,
+    profile: ClusterProfile,
+    config: Config,
+    resources: Resources,
+    run_id: str,
+    name: str,
+    command: tuple[str, ...] | None = None,
+    environment: Mapping[str, str] | None = None,
+    download: bool = True,
+) -> list[JobSpec]:
+    """The jobs of a run: the first carries gateway, loop and the first model's worker, the others a worker each.
+
+    Raises: ConfigError for no or the same base model twice, or sizes that cannot go together; UnknownBaseModelError.
+    """
+    if not base_models:
+        raise ConfigError("no base model; name at least one.")
+    models = [resolve(asked, config.base_models, download=download) for asked in base_models]
+    specs: list[JobSpec] = []
+    for index, (asked, model) in enumerate(zip(base_models, models, strict=True)):
+        if model.folder in [earlier.folder for earlier in models[:index]]:
+            raise ConfigError(
+                f"base model {asked!r} is named twice (folder {model.folder}). One worker serves any number of "
+                "adapters and loops; name each base model once."
+            )
+        specs.append(
+            build_job_spec(
+                resources,
+                profile=profile,
+                base_model=model,
+                asked_base_model=asked,
+                run_id=run_id if index == 0 else f"{run_id}-w{index}",
+                kind="run" if index == 0 else "session",
+                name=name,
+                command=command if index == 0 else None,
+                environment=environment,
+                serves_run=None if index == 0 else run_id,
+            )
+        )
+    return specs
 
 
 def check_call(
@@ -250,6 +297,7 @@ class Run:
 
     def cancel(self) -> None:
         """End the job, pending or running, and all it started. Cancelling what has ended is no error."""
+        from launch.further_workers import cancel_worker_runs
         from launch.submit import cancel
         from launch.submitted import SubmittedJob
 
@@ -258,6 +306,7 @@ class Run:
         job = SubmittedJob.of(self.folder)
         if job is not None:
             cancel(job)
+        cancel_worker_runs(self.folder)
 
     def metrics(self) -> list[dict[str, Any]]:
         """One dict per optimizer step, in order: what the worker measured."""
@@ -313,7 +362,6 @@ class Run:
     def _finish(self, ended: Ended) -> Any:
         """The value, or the right error, of a run that is over."""
         from launch.failure import error_for
-        from launch.job_spec import JobSpec
         from launch.job_state import JobState, JobStatus
 
         logs = tuple(str(path) for path in self.log_paths.values())

@@ -13,7 +13,7 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tinker
@@ -101,7 +101,7 @@ for _name in (
 @contextlib.contextmanager
 def session(
     *,
-    base_model: str,
+    base_model: str | Sequence[str],
     cluster: str | None = None,
     nodes: int | None = None,
     gpus_per_node: int | None = None,
@@ -122,7 +122,8 @@ def session(
     """
     resources = Resources(nodes, gpus_per_node, ranks_per_node, cpus_per_node, memory, time, tp_size)
     with Session(cluster=cluster, resources=resources, name=name) as running:
-        running.serve(base_model)
+        for served in [base_model] if isinstance(base_model, str) else base_model:
+            running.serve(served)
         client = ServiceClient(session=running)
         ended = "errored"
         try:

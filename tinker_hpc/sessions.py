@@ -7,7 +7,6 @@ base model is named. The keeper holds one end of a pipe; when this end goes, by 
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 import threading
@@ -106,9 +105,7 @@ class Session:
                     return served.run_id
             model = resolve(base_model, self._config.base_models)
             first = not self._served
-            # The gateway looks for workers in the session's own folder. One job is one run folder, so every worker
-            # after the first has its own, and a link to it here.
-            folder = self.folder if first else RunFolder.new(self._config.data_root, self._name)
+            folder = self.folder if first else self.folder.add_worker_run(len(self._served))
             spec = build_job_spec(
                 self._resources,
                 profile=self._profile,
@@ -123,9 +120,9 @@ class Session:
             except SubmissionError:
                 folder.spec.unlink(missing_ok=True)  # refused: there is no job, so nothing to list
                 folder.worker(0).declaration.unlink(missing_ok=True)
+                if not first:
+                    self.folder.worker(len(self._served)).path.unlink()
                 raise
-            if not first:
-                os.symlink(folder.worker(0).path, self.folder.worker(len(self._served)).path)
             self._served.append(_Served(base_model, str(model.folder), folder.run_id))
             return folder.run_id
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 from slurm_machine import PROGRAMS, TINY_MODEL, SlurmCluster, until
 
@@ -23,6 +24,49 @@ def test_gpus_are_asked_for_and_shared_out(cluster: SlurmCluster) -> None:
         what="GPU-hours in accounting",
     )
     assert status["gpu_hours"] >= 2 * 2 / 3600
+
+
+TEACHER_AND_STUDENT = """
+import sys, tinker
+service = tinker.ServiceClient()
+student = service.create_lora_training_client(base_model=sys.argv[1], rank=4).result()
+teacher = service.create_sampling_client(base_model=sys.argv[2]).result()
+tokens = student.get_tokenizer().encode("What is 27 + 46? It is 73.")
+assert len(teacher.compute_logprobs(tinker.ModelInput.from_ints(tokens)).result()) == len(tokens)
+print("both answered")
+"""
+
+
+def test_two_base_models_are_two_jobs_that_end_together(cluster: SlurmCluster) -> None:
+    """Loop and gateway are on one node, the second model's worker on another; nothing but files goes between."""
+    teacher = cluster.home("alice") / "teacher"
+    shutil.copytree(TINY_MODEL, teacher, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    run = cluster.submit(
+        "python", "-c", TEACHER_AND_STUDENT, str(TINY_MODEL), str(teacher), further_base_models=[str(teacher)],
+        resources={"memory": "5G"},
+    )  # fmt: skip
+    result = cluster.act("alice", "result", run["run_id"])
+    assert result.get("error") is None, result["message"]
+    assert "both answered" in (cluster.run_folder(run["run_id"]) / "logs" / "loop.log").read_text()
+    further = f"{run['run_id']}-w1"
+    status = until(
+        lambda: (s := cluster.act("alice", "status", further))["slurm_state"] == "COMPLETED" and s,
+        timeout_s=60,
+        what="the end of the second worker's job",
+    )
+    first = cluster.act("alice", "status", run["run_id"])
+    assert status["job_id"] != first["job_id"] and status["nodes"] != first["nodes"]
+    events = (cluster.run_folder(further) / "events.jsonl").read_text()
+    assert "closed" in events, "by the run's close request, not by scancel"
+
+
+def test_a_run_cancelled_in_the_queue_takes_its_further_workers_along(cluster: SlurmCluster) -> None:
+    teacher = cluster.home("alice") / "teacher"
+    shutil.copytree(TINY_MODEL, teacher, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    run = cluster.submit("true", cluster="later", further_base_models=[str(teacher)])
+    assert len(cluster.slurm("squeue", "-h", "-o", "%j").split()) == 2
+    cluster.act("alice", "cancel", run["run_id"])
+    until(lambda: not cluster.slurm("squeue", "-h", "-o", "%j").split(), timeout_s=30, what="an empty queue")
 
 
 def test_a_dead_rank_is_replaced_in_place(cluster: SlurmCluster) -> None:

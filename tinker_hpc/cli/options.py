@@ -17,7 +17,7 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What a job needs: `base_model`, `cluster`, `name`, and its sizes as one keyword, `resources`."""
+    """What a job needs: `base_models`, `cluster`, `name`, and its sizes as one keyword, `resources`."""
     names = ("nodes", "gpus_per_node", "ranks_per_node", "cpus_per_node", "memory", "time", "tp_size")
 
     @functools.wraps(command)
@@ -26,7 +26,14 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(*args, resources=resources, **kwargs)
 
     options = (
-        click.option("--base-model", required=True, metavar="M", help="Hub name or folder of the model to serve."),
+        click.option(
+            "--base-model",
+            "base_models",
+            required=True,
+            multiple=True,
+            metavar="M",
+            help="Hub name or folder of the model to serve; given again, a further one with a job of its own.",
+        ),
         click.option("--cluster", metavar="C", help="Profile of the configuration; `local` is this machine."),
         click.option("--nodes", type=int, metavar="N", help="Number of nodes (1)."),
         click.option(

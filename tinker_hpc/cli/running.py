@@ -20,7 +20,7 @@ from tinker_hpc.resources import Resources
 @click.argument("command", nargs=-1, required=True, metavar="-- CMD...")
 def run(
     *,
-    base_model: str,
+    base_models: tuple[str, ...],
     cluster: str | None,
     name: str | None,
     resources: Resources,
@@ -41,9 +41,9 @@ def run(
     program = next((word for word in command if word.endswith(".py")), command[0])
     name = check_run_name(name, otherwise=program.removesuffix(".py"))
     if dry_run:
-        _print_script(base_model, cluster, resources, name, command, as_json=as_json)
+        _print_script(base_models, cluster, resources, name, command, as_json=as_json)
         return 0
-    submitted = submit_loop(base_model=base_model, cluster=cluster, resources=resources, name=name, command=command)
+    submitted = submit_loop(base_models=base_models, cluster=cluster, resources=resources, name=name, command=command)
     first = {"id": submitted.id, "job_id": submitted.status().job_id, "folder": str(submitted.folder.path)}
     if as_json:
         emit(first)
@@ -72,7 +72,7 @@ def run(
 
 
 def _print_script(
-    base_model: str,
+    base_models: tuple[str, ...],
     cluster: str | None,
     resources: Resources,
     name: str,
@@ -80,29 +80,29 @@ def _print_script(
     *,
     as_json: bool,
 ) -> None:
-    """The sbatch script of this run, with a stand-in for its id; nothing is written."""
+    """The sbatch scripts of this run, one a base model, with a stand-in for its id; nothing is written."""
     from launch.render import preview
-    from tinker_hpc.base_models import resolve
     from tinker_hpc.config import load_config
-    from tinker_hpc.resources import build_job_spec
+    from tinker_hpc.runs import job_specs
 
     config = load_config()
     run_id = f"{name}-{time.strftime('%Y%m%d')}-000000"
     profile = config.profile(cluster)
-    spec = build_job_spec(
-        resources,
+    specs = job_specs(
+        base_models,
         profile=profile,
-        base_model=resolve(base_model, config.base_models, download=False),
-        asked_base_model=base_model,
+        config=config,
+        resources=resources,
         run_id=run_id,
-        kind="run",
         name=name,
         command=command,
+        download=False,
     )
-    script = preview(spec, config.data_root / "runs" / run_id)
-    if as_json:
-        emit({"script": script, "spec": spec.to_json()})
-        return
-    click.echo(script, nl=not script.endswith("\n"))
-    if profile.executor == "local":
+    for spec in specs:
+        script = preview(spec, config.data_root / "runs" / spec.run_id)
+        if as_json:
+            emit({"script": script, "spec": spec.to_json()})
+        else:
+            click.echo(script, nl=not script.endswith("\n"))
+    if profile.executor == "local" and not as_json:
         click.echo(f"(cluster {profile.name} is this machine: the job runs as a process, not by this script)", err=True)

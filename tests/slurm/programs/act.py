@@ -21,7 +21,7 @@ def submit(options: str, *command: str) -> dict[str, Any]:
     asked = json.loads(options)
     started = time.monotonic()
     run = submit_loop(
-        base_model=asked["base_model"],
+        base_models=[asked["base_model"], *asked.get("further_base_models", [])],
         cluster=asked.get("cluster", "test"),
         resources=Resources(**{"gpus_per_node": 0, "time": 5, **asked.get("resources", {})}),
         name=asked.get("name", "test"),

@@ -6,7 +6,7 @@ import pytest
 
 from launch.job_state import JobState, JobStatus
 from tinker_hpc.service import bypass_proxy
-from tinker_hpc.session_keeper import phase_of
+from tinker_hpc.worker_watch import phase_of
 
 
 @pytest.mark.parametrize(

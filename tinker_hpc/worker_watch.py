@@ -1,0 +1,136 @@
+"""Keeps workers/<k>/status.json true for workers whose jobs are elsewhere, from what Slurm says.
+
+The gateway prints a status while futures wait and ends them with its error once the worker is gone. A session's keeper
+uses `WorkerWatch`; in a run with several base models the first node starts
+
+    python -m tinker_hpc.worker_watch --run-dir DIR
+
+a process of its own, because a question to Slurm may hang for a minute and the supervisor must not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.job_state import JobState, JobStatus
+from launch.submitted import SubmittedJob
+from tinker_hpc.errors import TinkerHpcError
+from tinker_hpc.job_watch import JobWatch
+from tinker_hpc.run_folder import RunFolder, WorkerFolder, write_json
+
+_TICK_S = 0.5
+_ASK_SLURM_S = 30.0
+"""Between questions to Slurm while nothing changes; CLUSTERS: no oftener, for all jobs of a user together."""
+_ASK_SLURM_FIRST_S = 3.0
+_ASK_LOCAL_S = 1.0
+
+
+@dataclass
+class WatchedWorker:
+    """One worker: its folder beside the gateway, and its job."""
+
+    folder: WorkerFolder
+    job: SubmittedJob
+    run_folder: RunFolder
+    """Of its job."""
+    first_seen: float
+    written: tuple[str, str] | None = None
+    """Phase and reason of status.json."""
+
+
+def phase_of(job: JobStatus, *, ready: bool) -> tuple[str, str, str | None]:
+    """(phase, reason, error) of status.json for a worker's job (pure). Reason is what the SDK prints while it waits."""
+    if job.state.finished:
+        said = job.reason or job.slurm_state or job.state.value
+        if job.state is JobState.COMPLETED:
+            return "ended", "closed", None
+        return "ended", said, f"job {job.job_id} of the worker ended {job.state.value}: {said}"
+    if ready:
+        return "ready", "", None
+    if job.state is JobState.RUNNING:
+        where = f" on {', '.join(job.nodes)}" if job.nodes else ""
+        return "starting", f"job {job.job_id} runs{where}, the model is loading", None
+    why = f" ({job.reason})" if job.reason else ""
+    start = (
+        f", estimated start {time.strftime('%a %H:%M', time.localtime(job.estimated_start))}"
+        if job.estimated_start
+        else ""
+    )
+    return "queued", f"Slurm {job.slurm_state or job.state.value}{why}{start}, job {job.job_id}", None
+
+
+class WorkerWatch:
+    """The workers of one gateway, found as they are declared, and their status files.
+
+    Args:
+        folder: the run or session whose gateway they serve.
+        linked_only: leave out workers whose job is `folder`'s own (a run's first worker, whose supervisor writes).
+    """
+
+    def __init__(self, folder: RunFolder, *, linked_only: bool = False) -> None:
+        self._folder = folder
+        self._linked_only = linked_only
+        self._jobs = JobWatch()
+        self._workers: dict[int, WatchedWorker] = {}
+
+    def workers(self) -> list[WatchedWorker]:
+        """Those found so far."""
+        return list(self._workers.values())
+
+    def step(self) -> None:
+        """Look once: new workers, and what became of each."""
+        self.find()
+        for worker in self._workers.values():
+            self._write_status(worker)
+
+    def find(self) -> None:
+        """Look for workers whose job has been submitted since."""
+        for folder in self._folder.workers():
+            index = int(folder.path.name)
+            if index in self._workers or (self._linked_only and not folder.path.is_symlink()):
+                continue
+            run_folder = RunFolder(folder.path.resolve().parent.parent)
+            job = SubmittedJob.of(run_folder)
+            if job is not None:
+                self._workers[index] = WatchedWorker(folder, job, run_folder, time.monotonic())
+
+    def _write_status(self, worker: WatchedWorker) -> None:
+        # The worker's first words in its result log are that it takes requests.
+        ready = any(os.listdir(worker.folder.results))
+        try:
+            status = self._jobs.status(worker.job, max_age_s=self._max_age_s(worker))
+        except TinkerHpcError as error:  # Slurm does not answer now; the last word stands
+            print(f"{worker.job.run_id}: {error}", flush=True)
+            return
+        phase, reason, error_text = phase_of(status, ready=ready)
+        if (phase, reason) != worker.written:
+            value = {"phase": phase, "reason": reason, "error": error_text, "since": time.time()}
+            write_json(worker.folder.status, value)
+            worker.written = (phase, reason)
+
+    def _max_age_s(self, worker: WatchedWorker) -> float:
+        if worker.job.executor == "local":
+            return _ASK_LOCAL_S
+        young = time.monotonic() - worker.first_seen < _ASK_SLURM_S
+        return _ASK_SLURM_FIRST_S if young else _ASK_SLURM_S
+
+
+def main() -> None:
+    """Watch the further workers of a run until killed."""
+    parser = argparse.ArgumentParser(prog="python -m tinker_hpc.worker_watch", description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True, help="the run's folder on the shared filesystem")
+    watch = WorkerWatch(RunFolder(parser.parse_args().run_dir), linked_only=True)
+    while True:
+        try:
+            watch.step()
+        except TinkerHpcError as trouble:  # a disk that is full for a moment
+            print(trouble, flush=True)
+        time.sleep(_TICK_S)
+
+
+if __name__ == "__main__":
+    main()
