@@ -23,10 +23,19 @@ from .cached_attention import DecodeAttention, mark_filled
 from .kv_cache import KvCache, Lane
 from .philox import uniform_numbers
 from .sample_ranks import SampleRanks, Shares
-from .sample_request import SampledSequence, SampleRequest, SampleResult, StopReason, most_tokens, refusal
+from .sample_request import (
+    PromptScores,
+    SampledSequence,
+    SampleRequest,
+    SampleResult,
+    StopReason,
+    TokenLogprobs,
+    most_tokens,
+    refusal,
+)
 from .stopping import DecodeText, StopRule
 from .token_forward import PrefillRow, TokenForward
-from .token_sampler import NOT_FINITE, SamplingRows, sample_tokens
+from .token_sampler import NOT_FINITE, SamplingRows, sample_tokens, top_logprobs
 
 OnFinished = Callable[[int, SampleResult], None]
 Admit = Callable[[], Sequence[SampleRequest]]
@@ -43,6 +52,7 @@ class _Live:
     lane: Lane | None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    topk: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]] = field(default_factory=list)
 
     @property
     def last_position(self) -> int:
@@ -58,7 +68,8 @@ class _Waiting:
     request: SampleRequest
     samples: deque[int]
     max_tokens: int
-    prompt_logprobs: bool
+    scored: bool
+    """Still to answer what is asked about the prompt."""
 
     @property
     def lane_tokens(self) -> int:
@@ -77,7 +88,7 @@ class _Ended:
 @dataclass(frozen=True)
 class _Scored:
     request_index: int
-    prompt_logprobs: npt.NDArray[np.float32]
+    scores: PromptScores
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ class _Open:
 
     num_samples: int
     sequences: dict[int, SampledSequence] = field(default_factory=dict)
-    prompt_logprobs: npt.NDArray[np.float32] | None = None
+    scores: PromptScores | None = None
     parts: list[tuple[int, range]] = field(default_factory=list)
 
 
@@ -189,7 +200,7 @@ class Decoder:
             max_tokens = self._max_tokens(request)
             for part, (dp_rank, samples) in enumerate(parts):
                 if dp_rank == self._ranks.dp_rank:
-                    scored = request.prompt_logprobs and part == 0
+                    scored = request.scores_prompt and part == 0
                     self._waiting.append(_Waiting(index, request, deque(samples), max_tokens, scored))
 
     def _max_tokens(self, request: SampleRequest) -> int:
@@ -233,14 +244,14 @@ class Decoder:
                 self._abandon(event.request_index, entry)
                 self._answer(event.request_index, SampleResult(error=event.message), on_finished)
             elif isinstance(event, _Scored):
-                entry.prompt_logprobs = event.prompt_logprobs
+                entry.scores = event.scores
             else:
                 entry.sequences[event.sample_index] = event.sequence
                 self._shares.done(event.dp_rank, 1)
                 if len(entry.sequences) == entry.num_samples:
                     del self._open[event.request_index]
                     sequences = [entry.sequences[sample] for sample in range(entry.num_samples)]
-                    self._answer(event.request_index, SampleResult(sequences, entry.prompt_logprobs), on_finished)
+                    self._answer(event.request_index, SampleResult(sequences, entry.scores), on_finished)
 
     def _abandon(self, index: int, entry: _Open) -> None:
         for dp_rank, samples in entry.parts:
@@ -266,8 +277,7 @@ class Decoder:
                     break
                 lanes = [sequence.lane for sequence in sequences if sequence.lane is not None]
                 request = waiting.request
-                row = PrefillRow(request.prompt, request.snapshot_id, lanes, waiting.prompt_logprobs)
-                started.append((row, sequences, waiting))
+                started.append((PrefillRow(request, lanes, waiting.scored), sequences, waiting))
                 num_tokens += len(request.prompt)
                 if waiting.samples:
                     break
@@ -297,10 +307,10 @@ class Decoder:
         sequences, logits_rows = [], []
         for place, (row, started_here, waiting) in enumerate(started):
             mark_filled(row.lanes, len(row.tokens))
-            scores = output.prompt_logprobs[place]
-            if waiting.prompt_logprobs and scores is not None:
+            scores = output.scores[place]
+            if waiting.scored and scores is not None:
                 self._events.append(_Scored(waiting.request_index, scores))
-                waiting.prompt_logprobs = False  # once is enough, should its other samples start later
+                waiting.scored = False  # once is enough, should its other samples start later
             sequences += started_here
             logits_rows += [place] * len(started_here)
         self._draw(output.logits_BV[torch.tensor(logits_rows, device=output.logits_BV.device)], sequences)
@@ -343,8 +353,24 @@ class Decoder:
             tokens_B = torch.empty(len(sequences), dtype=torch.int64, device=device)
             logprobs_B = torch.empty(len(sequences), dtype=torch.float32, device=device)
         tokens, logprobs = self._ranks.agree(tokens_B, logprobs_B)
+        self._note_topk(logits_BV, sequences)
         for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
             self._append(sequence, token, logprob)
+
+    @staticmethod
+    def _note_topk(logits_BV: Tensor, sequences: list[_Live]) -> None:
+        """The candidates of this step, for the sequences that want them."""
+        asking = [place for place, sequence in enumerate(sequences) if sequence.request.topk_sample_logprobs]
+        if not asking:
+            return
+        top = top_logprobs(
+            logits_BV[torch.tensor(asking, device=logits_BV.device)],
+            [sequences[place].request.temperature for place in asking],
+            max(sequences[place].request.topk_sample_logprobs for place in asking),
+        )
+        for row, place in enumerate(asking):
+            width = sequences[place].request.topk_sample_logprobs
+            sequences[place].topk.append((top.token_ids[row, :width], top.logprobs[row, :width]))
 
     def _append(self, sequence: _Live, token: int, logprob: float) -> None:
         if token == NOT_FINITE:
@@ -376,7 +402,10 @@ def _weights_order(snapshot_id: str | None) -> tuple[bool, str]:
 
 
 def _ended(sequence: _Live, reason: StopReason, dp_rank: int) -> _Ended:
+    topk = None
+    if sequence.request.topk_sample_logprobs and sequence.tokens:
+        topk = TokenLogprobs(*(np.stack(column) for column in zip(*sequence.topk, strict=True)))
     sampled = SampledSequence(
-        np.asarray(sequence.tokens, dtype=np.int32), np.asarray(sequence.logprobs, dtype=np.float32), reason
+        np.asarray(sequence.tokens, dtype=np.int32), np.asarray(sequence.logprobs, dtype=np.float32), reason, topk
     )
     return _Ended(sequence.request_index, sequence.sample_index, sampled, dp_rank)

@@ -41,20 +41,21 @@ def philox4x32(counter_4B: U64, key_2B: U64) -> U64:
 
 
 def uniform_numbers(
-    seeds: Sequence[int], sample_indices: Sequence[int], steps: Sequence[int]
+    seeds: Sequence[int], sample_indices: Sequence[int], steps: Sequence[int], *, stream: int = 0
 ) -> npt.NDArray[np.float64]:
     """One number in [0, 1) with 53 random bits for each row.
 
     Args:
         seeds: the request's seed, any integer (taken modulo 2**64): the key.
         sample_indices: which of the request's samples, below 2**32. steps: how many tokens came before, below 2**32.
-            Together the counter.
+            Together the counter, with `stream`: numbers for another purpose than the sampled tokens.
     Returns: float64 [B].
     """
     seed_B = np.asarray([seed % 2**64 for seed in seeds], dtype=np.uint64)
     step_B = np.asarray(steps, dtype=np.uint64)
     counter_4B = np.zeros((4, len(seed_B)), dtype=np.uint64)
     counter_4B[0], counter_4B[1] = step_B, np.asarray(sample_indices, dtype=np.uint64)
+    counter_4B[2] = stream
     words_4B = philox4x32(counter_4B, np.stack([seed_B & _LOW, seed_B >> _32]))
     high_27, low_26 = words_4B[0] >> np.uint64(5), words_4B[1] >> np.uint64(6)
     return (high_27 * 2.0**26 + low_26) * 2.0**-53

@@ -1,6 +1,6 @@
 """What a caller asks of the sampler, and what it gets. Plain numpy and Python: equal on all ranks.
 
-Shapes: P prompt tokens, N sampled tokens.
+Shapes: P prompt tokens, N sampled tokens, K candidates, C cells.
 """
 
 from __future__ import annotations
@@ -12,6 +12,30 @@ import numpy as np
 import numpy.typing as npt
 
 StopReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class PromptTargets:
+    """Tokens to score along a prompt: `ids[c]` in place of prompt token `rows[c] + 1`."""
+
+    rows: npt.NDArray[np.int64]
+    """int64 [C], 0 to P - 2."""
+    ids: npt.NDArray[np.int64]
+    """int64 [C]; -1 asks for nothing."""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Candidates at each place, and their logprobs."""
+
+    token_ids: npt.NDArray[np.int32]
+    """int32 [.., K]"""
+    logprobs: npt.NDArray[np.float32]
+    """float32 [.., K]"""
+
+
+NO_TOKEN, NO_LOGPROB = 0, -99999.0
+"""What a place without candidates holds (tinker's types/topk_logprobs.py)."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +61,26 @@ class SampleRequest:
     stop_strings: tuple[str, ...] = ()
     """Any of these in the decoded text of the sampled tokens ends the sequence; the completing token stays."""
     prompt_logprobs: bool = False
-    """Also the logprobs of the prompt's own tokens, at temperature 1."""
+    """Also the logprobs of the prompt's own tokens, at temperature 1, as all scores of a prompt."""
+    prompt_logprobs_last_n: int | None = None
+    """Only of so many tokens at its end; also of `topk_prompt_logprobs`. None: all but the first."""
+    topk_prompt_logprobs: int = 0
+    """K most probable tokens in place of each prompt token."""
+    topk_sample_logprobs: int = 0
+    """K most probable tokens in place of each sampled one, of the distribution its own logprob is of."""
+    target_prompt_logprobs: PromptTargets | None = None
+    prompt_alt_tokens_k: int = 0
+    """K tokens drawn at the request's temperature, without top-k and top-p, in place of each prompt token."""
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether anything is asked about the prompt itself."""
+        return (
+            self.prompt_logprobs
+            or self.topk_prompt_logprobs > 0
+            or self.target_prompt_logprobs is not None
+            or self.prompt_alt_tokens_k > 0
+        )
 
 
 @dataclass(frozen=True)
@@ -47,6 +90,22 @@ class SampledSequence:
     tokens: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
     stop_reason: StopReason
+    topk: TokenLogprobs | None = None
+    """[N, K], most probable first."""
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """What was asked about a prompt; None where it was not. Natural logs at temperature 1."""
+
+    logprobs: npt.NDArray[np.float32] | None = None
+    """float32 [P], NaN where not scored: the first always."""
+    topk: TokenLogprobs | None = None
+    """[P, K], most probable first; NO_TOKEN and NO_LOGPROB where not scored."""
+    targets: npt.NDArray[np.float32] | None = None
+    """float32 [C], 0 where nothing was asked."""
+    alternatives: TokenLogprobs | None = None
+    """[P - 1, K], in the order they were drawn."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +113,14 @@ class SampleResult:
     """One request's answer: `error` alone where the request cannot be served, else one sequence a sample."""
 
     sequences: list[SampledSequence] = field(default_factory=list)
-    prompt_logprobs: npt.NDArray[np.float32] | None = None
-    """float32 [P], the first NaN; None where not asked for."""
+    prompt: PromptScores | None = None
+    """None where nothing was asked about the prompt."""
     error: str | None = None
     """Only this request failed; the message says what to change."""
+
+    @property
+    def prompt_logprobs(self) -> npt.NDArray[np.float32] | None:
+        return None if self.prompt is None else self.prompt.logprobs
 
 
 def refusal(request: SampleRequest, *, vocab_size: int, max_context: int) -> str | None:
@@ -78,6 +141,22 @@ def refusal(request: SampleRequest, *, vocab_size: int, max_context: int) -> str
         return f"temperature is {request.temperature}; expected a finite number, 0 (greedy) or more"
     if not 0 < request.top_p <= 1:
         return f"top_p is {request.top_p}; expected more than 0 and at most 1 (1 is off)"
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
+        if not 0 <= getattr(request, name) <= vocab_size:
+            return f"{name} is {getattr(request, name)}; expected 0 (off) to {vocab_size}, the size of the vocabulary"
+    last_n = request.prompt_logprobs_last_n
+    if last_n is not None and not 1 <= last_n < prompt.size:
+        return f"prompt_logprobs_last_n is {last_n}; expected 1 to {prompt.size - 1} for a prompt of {prompt.size}"
+    targets = request.target_prompt_logprobs
+    if targets is not None and targets.ids.size:
+        low, high = int(targets.ids.min()), int(targets.ids.max())
+        if low < -1 or high >= vocab_size:
+            return f"target_prompt_logprobs has ids {low} to {high}; expected -1 (nothing asked) to {vocab_size - 1}"
+        if targets.rows.min() < 0 or targets.rows.max() > prompt.size - 2:
+            rows = f"rows {targets.rows.min()} to {targets.rows.max()}"
+            return (
+                f"target_prompt_logprobs has {rows}; a prompt of {prompt.size} tokens has rows 0 to {prompt.size - 2}"
+            )
     if any(not text for text in request.stop_strings):
         return "stop holds an empty string, which every text contains: remove it"
     return None

@@ -1,16 +1,15 @@
 """The decode loop's two passes over the real model: packed prompts, and one token of every live sequence.
 
-Shapes: T tokens of a pass with sequence-parallel padding, B rows (prompts, or live sequences), N tokens to score,
-D hidden size, V vocabulary.
+Shapes: T tokens of a pass with sequence-parallel padding, B rows (prompts, or live sequences), D hidden
+size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from .adapters import LoraWeights
 from .cached_attention import DecodeAttention, PrefillAttention
 from .lora_linear import Segment
 from .model import Model
+from .prompt_scores import Prompt, score_prompts
 from .token_forward import Prefilled, PrefillRow
 
 
@@ -30,7 +30,7 @@ class ModelForward:
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[PrefillRow]) -> Prefilled:
-        """Collectives: those of `Model.hidden_states`, `LmHead.logits`, and `LmHead.target_logprobs` where wanted."""
+        """Collectives: those of `Model.hidden_states`, `LmHead.logits`, and `score_prompts`."""
         device = self._model.runtime.device
         lengths = [len(row.tokens) for row in rows]
         num_tokens = sum(lengths)
@@ -49,7 +49,13 @@ class ModelForward:
         )
         last_B = torch.tensor(bounds[1 : len(rows) + 1], device=device) - 1
         logits_BV = self._model.head.logits(hidden_TD[last_B], self._segments(snapshot_ids, [1] * len(rows)))
-        return Prefilled(logits_BV, self._prompt_logprobs(rows, bounds, hidden_TD))
+        prompts = [
+            Prompt(row.request, hidden_TD[start:end], self._segments([row.snapshot_id], [1])[0].lora)
+            if row.scored
+            else None
+            for row, (start, end) in zip(rows, pairwise(bounds), strict=False)
+        ]
+        return Prefilled(logits_BV, score_prompts(self._model.head, prompts))
 
     @torch.no_grad()
     def decode(
@@ -84,24 +90,3 @@ class ModelForward:
         if padding:
             segments.append(Segment(None, start, start + padding))
         return segments
-
-    def _prompt_logprobs(
-        self, rows: Sequence[PrefillRow], bounds: Sequence[int], hidden_TD: Tensor
-    ) -> list[npt.NDArray[np.float32] | None]:
-        """log p of each prompt token after those before it, at temperature 1; the first has none: NaN."""
-        wanted = [place for place, row in enumerate(rows) if row.prompt_logprobs]
-        results: list[npt.NDArray[np.float32] | None] = [None] * len(rows)
-        if not wanted:
-            return results
-        device = hidden_TD.device
-        lengths = [len(rows[place].tokens) - 1 for place in wanted]
-        sources_N = torch.cat([torch.arange(bounds[place], bounds[place + 1] - 1, device=device) for place in wanted])
-        targets_N = np.concatenate([rows[place].tokens[1:] for place in wanted]).astype(np.int64)
-        logprobs_N = self._model.head.target_logprobs(
-            hidden_TD[sources_N],
-            torch.from_numpy(targets_N).to(device),
-            self._segments([rows[place].snapshot_id for place in wanted], lengths),
-        )
-        for place, scores in zip(wanted, logprobs_N.split(lengths), strict=True):
-            results[place] = np.concatenate([np.array([np.nan], dtype=np.float32), scores.float().cpu().numpy()])
-        return results

@@ -15,24 +15,33 @@ from torch import Tensor
 
 from .cached_attention import DecodeAttention
 from .kv_cache import Lane
+from .sample_request import PromptScores, SampleRequest
 
 
 @dataclass(frozen=True)
 class PrefillRow:
     """A prompt to compute: its keys and values go to every lane that continues it (none where one token is wanted)."""
 
-    tokens: npt.NDArray[np.int32]
-    snapshot_id: str | None
+    request: SampleRequest
     lanes: list[Lane]
-    prompt_logprobs: bool
+    scored: bool
+    """Answer what the request asks about the prompt itself."""
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int32]:
+        return self.request.prompt
+
+    @property
+    def snapshot_id(self) -> str | None:
+        return self.request.snapshot_id
 
 
 @dataclass(frozen=True)
 class Prefilled:
-    """logits_BV after each prompt's last token; prompt logprobs float32 [P] (first NaN) where asked for."""
+    """logits_BV after each prompt's last token; what was asked about the prompts."""
 
     logits_BV: Tensor
-    prompt_logprobs: list[npt.NDArray[np.float32] | None]
+    scores: list[PromptScores | None]
 
 
 class TokenForward(Protocol):

@@ -17,6 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .sample_request import TokenLogprobs
+
 NOT_FINITE = -1  # the token of a row whose logits hold a NaN or +inf: the adapter has diverged
 
 _CHUNK_WIDTH = 256
@@ -74,6 +76,23 @@ def sample_tokens(logits_BV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor
     logprobs_B = scaled_BV.gather(1, tokens_B[:, None])[:, 0] - largest_B - total_B.log().float()
     tokens_B = torch.where(total_B.isfinite() & largest_B.isfinite(), tokens_B, NOT_FINITE)
     return tokens_B, logprobs_B
+
+
+@torch.no_grad()
+def top_logprobs(logits_BV: Tensor, temperatures: Sequence[float], k: int) -> TokenLogprobs:
+    """The k most probable tokens of each row, [B, k], the lower id first among equals.
+
+    Logprobs are of the distribution that `sample_tokens` reports: scaled by the temperature, which counts as 1 where
+    it is 0.
+    """
+    scaled_BV = logits_BV.float()
+    if any(temperature not in (0, 1) for temperature in temperatures):
+        divisor = [temperature if temperature > 0 else 1.0 for temperature in temperatures]
+        scaled_BV = scaled_BV / torch.tensor(divisor, dtype=torch.float32, device=logits_BV.device)[:, None]
+    logprobs_BV = torch.log_softmax(scaled_BV, dim=1)
+    _, token_BK = _most_probable(logprobs_BV.exp(), k)
+    logprobs_BK = logprobs_BV.gather(1, token_BK)
+    return TokenLogprobs(token_BK.int().cpu().numpy(), logprobs_BK.cpu().numpy())
 
 
 def _chunked(mass_BV: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ SAMPLING: dict[str, tuple[Callable[[tinker.SamplingClient], Any], str]] = {
     "negative temperature": (asking(params={"temperature": -1.0}), "expected 0 (greedy) or more"),
     "top_p 0": (asking(params={"top_p": 0.0}), "expected 0 < top_p <= 1"),
     "top_k 0": (asking(params={"top_k": 0}), "or -1 for no limit"),
-    "top-k logprobs": (asking(topk_sample_logprobs=5), "topk_sample_logprobs is not offered"),
+    "more candidates than tokens": (asking(topk_sample_logprobs=VOCAB + 1), f"expected 0 (off) to {VOCAB}"),
 }
 
 

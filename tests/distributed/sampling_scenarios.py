@@ -10,6 +10,7 @@ from parity_reference import RANK, VOCAB, Reference
 from parity_scenarios import batch, cross_entropy
 
 from megatron_adapters.engine import AdamParams, Datum, Engine, Layout, LoraSpec, SampleRequest, SampleResult
+from megatron_adapters.sample_request import PromptTargets
 
 Outcome = dict[str, Any]
 
@@ -124,4 +125,20 @@ def arrivals(engine: Engine) -> Outcome:
     return {"results": results, "finished": finished, "alone": alone[0]}
 
 
-SCENARIOS = (seeds, mixed_weights, snapshots_are_immutable, arrivals)
+def distributions(engine: Engine) -> list[SampleResult]:
+    """All that can be asked beside the tokens, of prompts of one, some and many tokens."""
+    requests = []
+    for seed, prompt in enumerate(prompts()):
+        rows = np.arange(len(prompt) - 1)
+        asks = {
+            "prompt_logprobs": True,
+            "topk_prompt_logprobs": 4,
+            "topk_sample_logprobs": 2,
+            "prompt_alt_tokens_k": 3,
+            "target_prompt_logprobs": PromptTargets(rows, (rows * 7) % VOCAB),
+        }
+        requests.append(ask(prompt, "peft", seed=seed, num_samples=2, max_tokens=3, temperature=0.8, **asks))
+    return engine.sample(requests)
+
+
+SCENARIOS = (seeds, mixed_weights, snapshots_are_immutable, arrivals, distributions)

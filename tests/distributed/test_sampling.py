@@ -140,6 +140,26 @@ def test_mixed_weights_in_one_batch_equal_each_alone(sampled) -> None:
     assert len({tuple(tokens_of(result)[0]) for result in together}) == len(together)
 
 
+def test_distributions_are_the_same_under_every_layout(sampled, sampled_under) -> None:
+    for ours, single in zip(sampled["distributions"], sampled_under("tp1")["distributions"], strict=True):
+        assert tokens_of(ours) == tokens_of(single)
+        mine, other = ours.prompt, single.prompt
+        length = len(mine.logprobs)
+        close = {"atol": LOGPROB_TOLERANCE, "rtol": 0, "equal_nan": True}
+        np.testing.assert_allclose(mine.logprobs, other.logprobs, **close)
+        np.testing.assert_allclose(mine.targets, other.targets, **close)
+        assert mine.targets.shape == (length - 1,) and mine.topk.token_ids.shape == (length, 4)
+        pairs = [(mine.topk, other.topk), (mine.alternatives, other.alternatives)]
+        pairs += [(a.topk, b.topk) for a, b in zip(ours.sequences, single.sequences, strict=True)]
+        for one, two in pairs:
+            np.testing.assert_array_equal(one.token_ids, two.token_ids)
+            np.testing.assert_allclose(one.logprobs, two.logprobs, **close)
+        for row in range(length - 1):  # a token's logprob is one number, wherever it shows up
+            likely = dict(zip(mine.topk.token_ids[row + 1].tolist(), mine.topk.logprobs[row + 1], strict=True))
+            drawn = zip(mine.alternatives.token_ids[row].tolist(), mine.alternatives.logprobs[row], strict=True)
+            assert all(abs(likely[token] - value) <= LOGPROB_TOLERANCE for token, value in drawn if token in likely)
+
+
 def test_snapshots_do_not_move_with_their_adapter(sampled) -> None:
     outcome = sampled["snapshots_are_immutable"]
     first = outcome["before"].sequences[0]

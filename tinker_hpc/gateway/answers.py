@@ -47,8 +47,7 @@ def answer_of(result: Record, facts: Mapping[str, Any]) -> Answer:
         if op == "forward_backward":
             return Answer(PROTOBUF, encode_forward_backward_output(header, result.arrays))
         if op == "sample":
-            last_n = facts.get("prompt_logprobs_last_n")
-            return Answer(PROTOBUF, encode_sample_response(header, result.arrays, prompt_logprobs_last_n=last_n))
+            return Answer(PROTOBUF, encode_sample_response(header, result.arrays))
         return Answer(JSON, json_bytes(_json_of(str(op), header, facts)))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         return failure(
@@ -84,9 +83,7 @@ def facts_of(request: Mapping[str, Any]) -> dict[str, Any]:
     """What answering will need of a request's header, so that the header itself can be forgotten."""
     op = request["op"]
     facts: dict[str, Any] = {}
-    if op == "sample" and request.get("prompt_logprobs_last_n") is not None:
-        facts["prompt_logprobs_last_n"] = request["prompt_logprobs_last_n"]
-    elif op == "create_model" and request.get("from_state"):
+    if op == "create_model" and request.get("from_state"):
         facts["state_path"] = request["from_state"]["path"]
     elif op == "load_state":
         facts["state_path"] = request["path"]

@@ -277,10 +277,9 @@ class Desk:
         }
         arrays: dict[str, np.ndarray] = {}
         try:
-            fields, prompt = sampling.sample(payload, link.base)
+            fields, arrays = sampling.sample(payload, link.base)
             fields["seed"] = _drawn(fields["seed"])
             header.update(fields)
-            arrays["prompt"] = prompt
         except RequestError as error:
             header.update(_rejected("sample", error))
         return (await self.intake.accept(link, header, arrays)).reply

@@ -8,30 +8,21 @@ from typing import Any
 import numpy as np
 
 from tinker_hpc.base_models import BaseModel
+from tinker_hpc.gateway.prompt_asks import last_n, prompt_asks
 from tinker_hpc.gateway.validate import integer, number, refuse, seed
 from tinker_hpc.gateway.wire import prompt_tokens
 
 MAX_NUM_SAMPLES = 4096
 
-# Fields of tinker 0.38 this version does not compute, each with what to use instead. Falsy values are their defaults.
-_NOT_OFFERED = {
-    "topk_prompt_logprobs": "include_prompt_logprobs=True gives the logprob of each prompt token itself",
-    "topk_sample_logprobs": "each sampled token carries its own logprob",
-    "target_prompt_logprobs": "compute_logprobs on each candidate sequence",
-    "prompt_alt_tokens_k": "sample() with max_tokens=1 at each prefix",
-    "record_stability_info": "loss_fn='importance_sampling', which needs the sampled logprobs only",
-}
 
-
-def sample(payload: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any], np.ndarray]:
+def sample(payload: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Judge an asample body.
 
-    Returns: (header fields, prompt int32 [P]) as ARCHITECTURE.md has them; `seed` None where none was given,
-        `prompt_logprobs_last_n` beside them for the answer.
+    `record_stability_info` is let pass and nothing is recorded: what it is for, the loss stable_reinforce, is refused
+    with its own hint, and cookbook programs set it whatever their loss.
+
+    Returns: (header fields, arrays) as ARCHITECTURE.md has them; `seed` None where none was given.
     """
-    for field, instead in _NOT_OFFERED.items():
-        if payload.get(field):
-            refuse(f"sample: {field} is not offered by this version. Instead: {instead}.")
     prompt, others = prompt_tokens(payload.get("prompt"))
     if others:
         refuse(f"the prompt has a chunk of kind {others[0]!r}; {base.name} reads text only. Use ModelInput.from_ints.")
@@ -59,9 +50,11 @@ def sample(payload: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any],
         "seed": seed(params.get("seed")),
         "stop": _stop(params.get("stop"), base),
         "prompt_logprobs": bool(payload.get("prompt_logprobs")),
-        "prompt_logprobs_last_n": _last_n(payload, prompt.size),
+        "prompt_logprobs_last_n": last_n(payload, prompt.size),
     }
-    return header, prompt.astype(np.int32)
+    sampled = num_samples * header["max_tokens"]
+    fields, arrays = prompt_asks(payload, base, prompt_length=prompt.size, sampled=sampled)
+    return header | fields, {"prompt": prompt.astype(np.int32), **arrays}
 
 
 def _max_tokens(value: Any, prompt_length: int, base: BaseModel) -> int:
@@ -121,14 +114,3 @@ def _stop(value: Any, base: BaseModel) -> dict[str, Any]:
             refuse(f"stop has token id {beyond[0]}; {base.name} has ids 0 to {base.vocab_size - 1}.")
         return {"type": "tokens", "values": value}
     refuse(f"stop is {value!r}; give non-empty texts only, or token ids only.")
-
-
-def _last_n(payload: Mapping[str, Any], prompt_length: int) -> int | None:
-    value = payload.get("prompt_logprobs_last_n")
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < prompt_length:
-        refuse(
-            f"prompt_logprobs_last_n is {value!r}, expected 1 to {prompt_length - 1} for a prompt of {prompt_length}."
-        )
-    return value

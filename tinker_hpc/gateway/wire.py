@@ -229,16 +229,14 @@ def encode_forward_backward_output(header: Mapping[str, Any], arrays: Mapping[st
     return output.SerializeToString()
 
 
-def encode_sample_response(
-    header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], *, prompt_logprobs_last_n: int | None = None
-) -> bytes:
+def encode_sample_response(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
     """A sample result -> SampleResponse.
 
     Args:
-        header: `stop_reasons`, one of "stop", "length" per sequence.
-        arrays: `tokens` int32 and `logprobs` float32, flat, `offsets` int64 [n + 1]; `prompt_logprobs` float32 [P],
-            first NaN (which the SDK turns into None), if asked for.
-        prompt_logprobs_last_n: keep only that many at the end; earlier ones become NaN.
+        header: `stop_reasons`, one of "stop", "length" per sequence; K and shapes as ARCHITECTURE.md has them.
+        arrays: `tokens` int32 and `logprobs` float32, flat, `offsets` int64 [n + 1]; and what was asked beside them:
+            `prompt_logprobs` float32 [P] (NaN, which the SDK turns into None, where not scored), `topk_*`, `target_*`,
+            `alt_*`, flat.
     """
     response = messages.SampleResponse()
     offsets = arrays["offsets"]
@@ -250,10 +248,44 @@ def encode_sample_response(
         sequence.stop_reason = _STOP_REASONS[reason]
         sequence.tokens = tokens[start:end].tobytes()
         sequence.logprobs = logprobs[start:end].tobytes()
-    prompt = arrays.get("prompt_logprobs")
-    if prompt is not None:
-        kept = np.array(prompt, dtype="<f4")
-        if prompt_logprobs_last_n is not None:
-            kept[: kept.size - prompt_logprobs_last_n] = np.nan
-        response.prompt_logprobs = kept.tobytes()
+        if k := header.get("topk_sample"):
+            rows = slice(start * k, end * k)
+            topk = sequence.topk_sampled_logprobs
+            _fill_topk(topk, arrays["topk_sample_ids"][rows], arrays["topk_sample_logprobs"][rows], k)
+    if "prompt_logprobs" in arrays:
+        response.prompt_logprobs = arrays["prompt_logprobs"].astype("<f4").tobytes()
+    if k := header.get("topk_prompt"):
+        _fill_topk(response.topk_prompt_logprobs, arrays["topk_prompt_ids"], arrays["topk_prompt_logprobs"], k)
+    if "target_logprobs" in arrays:
+        _fill_targets(response.target_prompt_logprobs, arrays, header["target_shape"])
+    if k := header.get("prompt_alt_tokens_k"):
+        alternatives = response.prompt_alt_tokens
+        _fill_tensor(alternatives.tokens, arrays["alt_tokens"].astype("<i8"), [-1, k], messages.DTYPE_INT64)
+        _fill_tensor(alternatives.logprobs, arrays["alt_logprobs"].astype("<f4"), [-1, k], messages.DTYPE_FLOAT32)
     return response.SerializeToString()
+
+
+def _fill_topk(topk: Any, token_ids: np.ndarray, logprobs: np.ndarray, k: int) -> None:
+    topk.token_ids = token_ids.astype("<i4").tobytes()
+    topk.logprobs = logprobs.astype("<f4").tobytes()
+    topk.k = k
+    topk.length = token_ids.size // k
+
+
+def _fill_tensor(tensor: Any, values: np.ndarray, shape: Sequence[int], dtype: int) -> None:
+    tensor.dtype = dtype
+    tensor.shape.extend(values.reshape(shape).shape)
+    tensor.dense = values.tobytes()
+
+
+def _fill_targets(tensor: Any, arrays: Mapping[str, np.ndarray], shape: Sequence[int]) -> None:
+    """In the layout they were asked in: dense, or CSR with the request's own indices."""
+    values = arrays["target_logprobs"].astype("<f4")
+    if "target_crow" not in arrays:
+        _fill_tensor(tensor, values, shape, messages.DTYPE_FLOAT32)
+        return
+    tensor.dtype = messages.DTYPE_FLOAT32
+    tensor.shape.extend(shape)
+    tensor.sparse_csr.values = values.tobytes()
+    tensor.sparse_csr.crow_indices = arrays["target_crow"].astype("<i8").tobytes()
+    tensor.sparse_csr.col_indices = arrays["target_col"].astype("<i8").tobytes()

@@ -4,7 +4,7 @@ Records of the log <-> what the engine takes and gives. Pure. The gateway has va
 lengths and token ids once more; here it is whether the arrays fit together and are finite: NaN in one pass would spoil
 the gradients of every pass beside it. Every rank makes the same checks on the same bytes, so all refuse together.
 
-Legend: T tokens of all datums of a request, N tokens of one datum, P prompt tokens.
+Legend: T tokens of all datums of a request, N tokens of one datum, P prompt tokens, K candidates, C cells.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_adapters.interface import Datum, LoraSpec, ModelInfo, PassOutput
-from megatron_adapters.sample_request import SampleRequest, SampleResult
+from megatron_adapters.sample_request import PromptTargets, SampleRequest, SampleResult
 from tinker_hpc.errors import RequestError
 from tinker_hpc.log import Record
 from tinker_hpc.loss_table import KNOWN_LOSSES
@@ -86,17 +86,56 @@ def to_sample(request: Record, info: ModelInfo, *, snapshot_id: str | None) -> S
         stop_token_ids=frozenset(int(i) for i in token_ids),
         stop_strings=tuple(values) if kind == "strings" else (),
         prompt_logprobs=bool(header.get("prompt_logprobs")),
+        prompt_logprobs_last_n=header.get("prompt_logprobs_last_n"),
+        topk_prompt_logprobs=header.get("topk_prompt_logprobs", 0),
+        topk_sample_logprobs=header.get("topk_sample_logprobs", 0),
+        target_prompt_logprobs=_targets(request),
+        prompt_alt_tokens_k=header.get("prompt_alt_tokens_k", 0),
     )
 
 
-def sample_result(result: SampleResult) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _targets(request: Record) -> PromptTargets | None:
+    """The cells of target_prompt_logprobs, dense [P - 1, K] or sparse (CSR), one after the other."""
+    arrays = request.arrays
+    if "target_ids" not in arrays:
+        return None
+    ids = arrays["target_ids"]
+    if "target_crow" in arrays:
+        rows = np.repeat(np.arange(arrays["target_crow"].size - 1), np.diff(arrays["target_crow"]))
+    else:
+        rows = np.repeat(np.arange(request.header["target_shape"][0]), request.header["target_shape"][1])
+    return PromptTargets(rows.astype(np.int64), ids)
+
+
+def sample_result(request: Record, result: SampleResult) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(header fields, arrays) of a sample result; sequences one after the other with `offsets` int64 [n + 1]."""
+    fields: dict[str, Any] = {"stop_reasons": [s.stop_reason for s in result.sequences]}
     tokens, offsets = _flat([s.tokens for s in result.sequences], np.int32)
     logprobs, _ = _flat([s.logprobs for s in result.sequences], np.float32)
     arrays = {"tokens": tokens, "logprobs": logprobs, "offsets": offsets}
-    if result.prompt_logprobs is not None:
-        arrays["prompt_logprobs"] = np.asarray(result.prompt_logprobs, dtype=np.float32)
-    return {"stop_reasons": [s.stop_reason for s in result.sequences]}, arrays
+    if request.header.get("topk_sample_logprobs"):
+        fields["topk_sample"] = request.header["topk_sample_logprobs"]
+        pieces = [s.topk for s in result.sequences if s.topk is not None]
+        arrays["topk_sample_ids"] = _flat([p.token_ids.reshape(-1) for p in pieces], np.int32)[0]
+        arrays["topk_sample_logprobs"] = _flat([p.logprobs.reshape(-1) for p in pieces], np.float32)[0]
+    prompt = result.prompt
+    if prompt is None:
+        return fields, arrays
+    if prompt.logprobs is not None:
+        arrays["prompt_logprobs"] = prompt.logprobs
+    if prompt.topk is not None:
+        fields["topk_prompt"] = prompt.topk.token_ids.shape[1]
+        arrays["topk_prompt_ids"] = prompt.topk.token_ids.reshape(-1)
+        arrays["topk_prompt_logprobs"] = prompt.topk.logprobs.reshape(-1)
+    if prompt.targets is not None:  # in the layout they were asked in
+        fields["target_shape"] = request.header["target_shape"]
+        arrays["target_logprobs"] = prompt.targets
+        arrays |= {key: request.arrays[key] for key in ("target_crow", "target_col") if key in request.arrays}
+    if prompt.alternatives is not None:
+        fields["prompt_alt_tokens_k"] = prompt.alternatives.token_ids.shape[1]
+        arrays["alt_tokens"] = prompt.alternatives.token_ids.reshape(-1)
+        arrays["alt_logprobs"] = prompt.alternatives.logprobs.reshape(-1)
+    return fields, arrays
 
 
 def _input(request: Record, key: str, num_tokens: int) -> np.ndarray:

@@ -60,7 +60,7 @@ class SampleStep:
 
         def on_finished(index: int, result: SampleResult) -> None:
             answered.add(index)
-            outcome = sample_result(result) if result.error is None else Failure("user", result.error)
+            outcome = sample_result(arrived[index], result) if result.error is None else Failure("user", result.error)
             finish(arrived[index], outcome)
 
         failure = None

@@ -205,8 +205,8 @@ def test_a_good_sample():
         "sampling_params": {"max_tokens": 4, "seed": 9, "temperature": 0.5, "top_k": 7, "top_p": 0.9, "stop": ["\n"]},
         "prompt_logprobs": True,
     }
-    header, tokens = sampling.sample(payload, BASE)
-    assert tokens.tolist() == [1, 2] and tokens.dtype == np.int32
+    header, arrays = sampling.sample(payload, BASE)
+    assert arrays.keys() == {"prompt"} and arrays["prompt"].tolist() == [1, 2] and arrays["prompt"].dtype == np.int32
     assert header == {
         "num_samples": 3,
         "max_tokens": 4,
@@ -256,10 +256,46 @@ WRONG_SAMPLES = [
     ({"sampling_params": {"stop": [1000]}}, "stop has token id 1000"),
     ({"num_samples": 0}, "num_samples is 0, expected an integer of 1 or more"),
     ({"num_samples": 10**9}, "at most 4096 a request"),
-    ({"topk_sample_logprobs": 3}, "topk_sample_logprobs is not offered"),
-    ({"record_stability_info": True}, "loss_fn='importance_sampling'"),
+    ({"topk_sample_logprobs": 101}, "topk_sample_logprobs is 101, expected 0 (off) to 100"),
+    ({"topk_prompt_logprobs": -1}, "topk_prompt_logprobs is -1"),
+    ({"prompt_alt_tokens_k": True}, "prompt_alt_tokens_k is True"),
+    ({"topk_sample_logprobs": 100, "num_samples": 4096}, "at most 4194304. Ask for fewer"),
     ({"prompt_logprobs_last_n": 5}, "prompt_logprobs_last_n is 5"),
+    ({"prompt": prompt(1, 2), "prompt_logprobs_last_n": 1}, "set include_prompt_logprobs=True"),
 ]
+
+
+def targets(ids, shape, **more):
+    tensor = {"dtype": "int64", "data": ids, "shape": shape, **more}
+    return {"prompt": prompt(1, 2, 3), "target_prompt_logprobs": tensor}
+
+
+def test_good_targets():
+    header, arrays = sampling.sample(targets([5, -1, 7, 8], [2, 2]), BASE)
+    assert header["target_shape"] == [2, 2] and arrays["target_ids"].tolist() == [5, -1, 7, 8]
+    sparse = {"sparse_crow_indices": [0, 0, 1], "sparse_col_indices": [3]}
+    header, arrays = sampling.sample(targets([9], [2, 4], **sparse), BASE)
+    assert header["target_shape"] == [2, 4] and arrays["target_crow"].tolist() == [0, 0, 1]
+
+
+WRONG_SAMPLES += [
+    (targets([5], [1, 1]), "has 1 rows; a prompt of 3 tokens needs 2"),
+    (targets([5, 6], [2]), "has shape [2], expected [2, K]"),
+    (targets([5, 6], [2, 2]), "has 2 ids, its shape [2, 2] says 4"),
+    (targets([5, 100], [2, 1]), "has token id 100; org/tiny has ids 0 to 99"),
+    (targets([5, -2], [2, 1]), "has token id -2"),
+    (targets([-1, -1], [2, 1]), "names no token id at all"),
+    (targets([5, 2**70], [2, 1]), "beyond 64 bits"),
+    (targets([5.0, 1.0], [2, 1]), "list of integers"),
+    (targets([5], [2, 4], sparse_crow_indices=[0, 2, 1], sparse_col_indices=[0]), "no CSR tensor of shape [2, 4]"),
+    (targets([5], [2, 4], sparse_crow_indices=[0, 1, 1], sparse_col_indices=[4]), "no CSR tensor of shape [2, 4]"),
+    ({"target_prompt_logprobs": {"dtype": "float32", "data": [], "shape": [0, 0]}}, "must be an int64 tensor"),
+]
+
+
+def test_stability_info_is_let_pass():
+    header, _ = sampling.sample({"prompt": prompt(1), "record_stability_info": True}, BASE)
+    assert "record_stability_info" not in header
 
 
 @pytest.mark.parametrize(("changed", "words"), WRONG_SAMPLES)

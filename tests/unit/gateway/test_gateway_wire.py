@@ -167,16 +167,48 @@ def test_the_sdk_reads_our_sample_response(sequences, prompt):
             assert got_value is None if math.isnan(given_value) else got_value == given_value
 
 
-def test_only_the_last_prompt_logprobs_are_shown():
+def test_the_sdk_reads_what_was_asked_about_distributions():
+    header = {"stop_reasons": ["stop", "length"], "topk_sample": 2, "topk_prompt": 2, "prompt_alt_tokens_k": 3}
     arrays = {
-        "tokens": np.array([1], np.int32),
-        "logprobs": np.array([-1.0], np.float32),
-        "offsets": np.array([0, 1]),
-        "prompt_logprobs": np.array([math.nan, -1.0, -2.0, -3.0], np.float32),
+        "tokens": np.array([1, 2, 3], np.int32),
+        "logprobs": np.array([-1.0, -2.0, -3.0], np.float32),
+        "offsets": np.array([0, 1, 3]),
+        "topk_sample_ids": np.arange(6, dtype=np.int32),
+        "topk_sample_logprobs": -np.arange(6, dtype=np.float32),
+        "topk_prompt_ids": np.array([0, 0, 7, 8], np.int32),
+        "topk_prompt_logprobs": np.array([-99999.0, -99999.0, -1.0, -2.0], np.float32),
+        "alt_tokens": np.array([4, 5, 4], np.int32),
+        "alt_logprobs": np.array([-1.0, -2.0, -1.0], np.float32),
+        "target_logprobs": np.array([-5.0, 0.0], np.float32),
     }
-    body = wire.encode_sample_response({"stop_reasons": ["stop"]}, arrays, prompt_logprobs_last_n=2)
-    assert deserialize_sample_response(body).prompt_logprobs == [None, None, -2.0, -3.0]
-    assert arrays["prompt_logprobs"][1] == -1.0, "the record itself must not change"
+    response = deserialize_sample_response(wire.encode_sample_response({**header, "target_shape": [1, 2]}, arrays))
+    first, second = response.sequences
+    assert first.topk_logprobs == [[(0, 0.0), (1, -1.0)]]
+    assert second.topk_logprobs == [[(2, -2.0), (3, -3.0)], [(4, -4.0), (5, -5.0)]]
+    assert response.topk_prompt_logprobs == [None, [(7, -1.0), (8, -2.0)]], "an empty place is None for the user"
+    drawn = response.prompt_alt_tokens
+    assert drawn is not None and drawn.tokens.shape == [1, 3] and list(drawn.tokens.data) == [4, 5, 4]
+    assert drawn.tokens.dtype == "int64" and list(drawn.logprobs.data) == [-1.0, -2.0, -1.0]
+    target = response.target_prompt_logprobs
+    assert target is not None and target.shape == [1, 2] and list(target.data) == [-5.0, 0.0]
+
+    sparse = {**arrays, "target_crow": np.array([0, 2]), "target_col": np.array([1, 6])}
+    response = deserialize_sample_response(wire.encode_sample_response({**header, "target_shape": [1, 9]}, sparse))
+    target = response.target_prompt_logprobs
+    assert target is not None and target.shape == [1, 9] and list(target.data) == [-5.0, 0.0]
+    assert (target.sparse_crow_indices, target.sparse_col_indices) == ([0, 2], [1, 6])
+
+
+def test_a_prompt_of_one_token_has_no_place_for_candidates():
+    header = {"stop_reasons": ["stop"], "topk_prompt": 2, "prompt_alt_tokens_k": 3}
+    arrays = {
+        "tokens": np.array([1], np.int32), "logprobs": np.array([-1.0], np.float32), "offsets": np.array([0, 1]),
+        "topk_prompt_ids": np.zeros(2, np.int32), "topk_prompt_logprobs": np.full(2, -99999.0, np.float32),
+        "alt_tokens": np.zeros(0, np.int32), "alt_logprobs": np.zeros(0, np.float32),
+    }  # fmt: skip
+    response = deserialize_sample_response(wire.encode_sample_response(header, arrays))
+    assert response.topk_prompt_logprobs == [None]
+    assert response.prompt_alt_tokens is not None and response.prompt_alt_tokens.tokens.shape == [0, 3]
 
 
 def test_nan_in_json_survives_both_ways():

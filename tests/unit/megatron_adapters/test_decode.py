@@ -13,7 +13,7 @@ from megatron_adapters.cached_attention import DecodeAttention
 from megatron_adapters.decode import Decoder
 from megatron_adapters.kv_cache import KvCache, KvShape
 from megatron_adapters.sample_ranks import SampleRanks
-from megatron_adapters.sample_request import SampleRequest, SampleResult
+from megatron_adapters.sample_request import PromptScores, PromptTargets, SampleRequest, SampleResult
 from megatron_adapters.token_forward import Prefilled, PrefillRow
 
 VOCABULARY = 50
@@ -38,7 +38,7 @@ class Forward:
     def prefill(self, rows: Sequence[PrefillRow]) -> Prefilled:
         self.prefills.append([len(row.tokens) for row in rows])
         logits = [logits_after(row.snapshot_id, len(row.tokens) - 1, int(row.tokens[-1])) for row in rows]
-        scores = [np.arange(len(row.tokens), dtype=np.float32) if row.prompt_logprobs else None for row in rows]
+        scores = [PromptScores(np.arange(len(row.tokens), dtype=np.float32)) if row.scored else None for row in rows]
         return Prefilled(torch.stack(logits), scores)
 
     def decode(
@@ -71,6 +71,10 @@ def make_decoder(budget_tokens: int = 10_000, max_rows: int = 64) -> tuple[Decod
 def request(prompt: Sequence[int] = (3, 1), **changes) -> SampleRequest:
     fields = {"snapshot_id": None, "num_samples": 1, "max_tokens": 6, "seed": 9} | changes
     return SampleRequest(prompt=np.array(prompt, dtype=np.int32), **fields)
+
+
+def targets(rows: Sequence[int], ids: Sequence[int]) -> PromptTargets:
+    return PromptTargets(np.array(rows, np.int64), np.array(ids, np.int64))
 
 
 def tokens_of(result: SampleResult) -> list[list[int]]:
@@ -207,6 +211,28 @@ def test_prompt_logprobs_only_where_asked_for() -> None:
     assert plain.prompt_logprobs is None and len(scored.sequences) == 5
 
 
+def test_candidates_of_each_sampled_token() -> None:
+    decoder, _, _ = make_decoder()
+    asking = request([3, 1, 4], temperature=0.5, max_tokens=5, topk_sample_logprobs=3, num_samples=2)
+    wider = request([5], topk_sample_logprobs=VOCABULARY, max_tokens=2)
+    three, whole, plain = decoder.run([asking, wider, request()])
+    for sequence in three.sequences:
+        assert sequence.topk is not None and sequence.topk.token_ids.shape == (5, 3)
+        before = [4, *sequence.tokens.tolist()]
+        for step in range(5):
+            expected = torch.log_softmax(logits_after(None, 2 + step, before[step]) / 0.5, 0).topk(3)
+            assert sequence.topk.token_ids[step].tolist() == expected.indices.tolist()
+            np.testing.assert_allclose(sequence.topk.logprobs[step], expected.values, atol=1e-6)
+    assert tokens_of(three) == tokens_of(make_decoder()[0].run([request([3, 1, 4], temperature=0.5, max_tokens=5,
+        num_samples=2)])[0]), "asking changes nothing"  # fmt: skip
+    topk = whole.sequences[0].topk
+    assert topk is not None and topk.token_ids.shape == (2, VOCABULARY)
+    np.testing.assert_allclose(np.exp(topk.logprobs).sum(1), 1, atol=1e-5)
+    place = topk.token_ids[0].tolist().index(whole.sequences[0].tokens[0])
+    np.testing.assert_allclose(topk.logprobs[0, place], whole.sequences[0].logprobs[0], atol=1e-6)
+    assert plain.sequences[0].topk is None
+
+
 def test_a_bad_request_fails_alone_and_says_what_to_change() -> None:
     decoder, _, cache = make_decoder(budget_tokens=128)
     bad = {
@@ -221,6 +247,10 @@ def test_a_bad_request_fails_alone_and_says_what_to_change() -> None:
         "temperature is nan": request(temperature=float("nan")),
         "top_p is 0.0": request(top_p=0.0),
         "empty string": request(stop_strings=("",)),
+        "topk_sample_logprobs is 51; expected 0 (off) to 50": request(topk_sample_logprobs=51),
+        "prompt_logprobs_last_n is 2; expected 1 to 1": request(prompt_logprobs=True, prompt_logprobs_last_n=2),
+        "target_prompt_logprobs has ids -2 to 7": request(target_prompt_logprobs=targets([0], [-2, 7])),
+        "a prompt of 2 tokens has rows 0 to 0": request(target_prompt_logprobs=targets([0, 1], [3, 4])),
     }
     finished: list[int] = []
     results = decoder.run([*bad.values(), request()], on_finished=lambda index, _: finished.append(index))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_adapters.interface import ModelInfo, PassOutput
-from megatron_adapters.sample_request import SampledSequence, SampleResult
+from megatron_adapters.sample_request import PromptScores, SampledSequence, SampleResult, TokenLogprobs
 from tinker_hpc.errors import RequestError
 from tinker_hpc.log import Record, decode, encode
 from tinker_hpc.worker.batch import lora_spec, num_loss_tokens, pass_result, sample_result, to_data, to_sample
@@ -113,11 +113,45 @@ def test_sample_result_is_flat() -> None:
         SampledSequence(np.array([1, 2], np.int32), np.array([-1, -2], np.float32), "stop"),
         SampledSequence(np.array([], np.int32), np.array([], np.float32), "length"),
     ]
-    header, arrays = sample_result(SampleResult(sequences, np.array([np.nan, -1], np.float32)))
+    plain = Record({}, {})
+    scored = SampleResult(sequences, PromptScores(np.array([np.nan, -1], np.float32)))
+    header, arrays = sample_result(plain, scored)
     assert header == {"stop_reasons": ["stop", "length"]}
     assert arrays["tokens"].tolist() == [1, 2] and arrays["offsets"].tolist() == [0, 2, 2]
     assert np.isnan(arrays["prompt_logprobs"][0])
-    assert "prompt_logprobs" not in sample_result(SampleResult(sequences))[1]
+    assert "prompt_logprobs" not in sample_result(plain, SampleResult(sequences))[1]
+
+
+def test_what_is_asked_about_distributions_travels_there_and_back() -> None:
+    header = {
+        "num_samples": 1, "max_tokens": 1, "temperature": 1.0, "top_k": -1, "top_p": 1.0, "seed": 1,
+        "stop": {"type": "none", "values": []}, "topk_sample_logprobs": 2, "topk_prompt_logprobs": 1,
+        "prompt_alt_tokens_k": 3, "target_shape": [2, 9],
+    }  # fmt: skip
+    sparse = {
+        "target_ids": np.array([4, 5, 6]), "target_crow": np.array([0, 1, 3]), "target_col": np.array([8, 0, 1]),
+    }  # fmt: skip
+    record = Record(header, {"prompt": np.array([1, 2, 3], np.int32), **sparse})
+    request = to_sample(record, INFO, snapshot_id=None)
+    assert request.target_prompt_logprobs is not None and request.scores_prompt
+    assert request.target_prompt_logprobs.rows.tolist() == [0, 1, 1]
+    assert (request.topk_sample_logprobs, request.topk_prompt_logprobs, request.prompt_alt_tokens_k) == (2, 1, 3)
+    dense = Record({**header, "target_shape": [2, 2]}, {"prompt": record.arrays["prompt"], "target_ids": np.arange(4)})
+    asked = to_sample(dense, INFO, snapshot_id=None).target_prompt_logprobs
+    assert asked is not None and asked.rows.tolist() == [0, 0, 1, 1]
+
+    def pairs(rows: int, k: int) -> TokenLogprobs:
+        return TokenLogprobs(np.zeros((rows, k), np.int32), -np.ones((rows, k), np.float32))
+
+    sequence = SampledSequence(np.array([1], np.int32), np.array([-1], np.float32), "length", pairs(1, 2))
+    scores = PromptScores(None, pairs(3, 1), np.array([-1, -2, -3], np.float32), pairs(2, 3))
+    fields, arrays = sample_result(record, SampleResult([sequence], scores))
+    assert (fields["topk_sample"], fields["topk_prompt"], fields["prompt_alt_tokens_k"]) == (2, 1, 3)
+    assert fields["target_shape"] == [2, 9] and arrays["target_col"].tolist() == [8, 0, 1]
+    assert {name: array.size for name, array in arrays.items() if "topk" in name or "alt" in name} == {
+        "topk_sample_ids": 2, "topk_sample_logprobs": 2, "topk_prompt_ids": 3, "topk_prompt_logprobs": 3,
+        "alt_tokens": 6, "alt_logprobs": 6,
+    }  # fmt: skip
 
 
 def test_lora_spec_takes_what_is_said() -> None:
