@@ -210,7 +210,8 @@ class Engine:
         starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
         saved = adapter.grads.clone() if backward and adapter.has_gradients else None
         # Every position is written by one data-parallel rank and zero elsewhere, so the sum is a gather.
-        logprobs = torch.zeros(int(starts[-1]), dtype=torch.float32)
+        trailing = data[0].inputs["target_tokens"].shape[1:]
+        logprobs = torch.zeros(int(starts[-1]), *trailing, dtype=torch.float32)
         loss_sum = torch.zeros(1, dtype=torch.float64)
         failure: Exception | None = None
         try:
@@ -262,7 +263,7 @@ class Engine:
     def _run_micro_batch(
         self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn, backward: bool
     ) -> tuple[float, Tensor]:
-        """Loss and logprobs (float32 [tokens] on the CPU) of sequences packed into one forward."""
+        """Loss and logprobs (float32 [tokens] or [tokens, K] on the CPU) of sequences packed into one forward."""
         model, device = self.model, self.runtime.device
         lengths = [len(datum.tokens) for datum in data]
         num_tokens = sum(lengths)
@@ -275,17 +276,18 @@ class Engine:
             key: torch.from_numpy(np.concatenate([datum.inputs[key] for datum in data])).to(device)
             for key in data[0].inputs
         }
-        targets_T = torch.nn.functional.pad(inputs["target_tokens"].long(), (0, padding))
+        targets = inputs["target_tokens"].long()
+        padded_targets = torch.cat((targets, targets.new_zeros(padding, *targets.shape[1:])))
         segment_ids_T = torch.from_numpy(np.repeat(np.arange(len(data)), lengths)).to(device)
         segments = [Segment(adapter.lora, 0, len(tokens))]
         with torch.set_grad_enabled(backward):
             context = model.context(bounds, torch.from_numpy(positions).to(device))
             hidden_TD = model.hidden_states(torch.from_numpy(tokens).to(device), context, segments)
-            logprobs_T = model.head.target_logprobs(hidden_TD, targets_T, segments)[:num_tokens]
-            loss = loss_fn(logprobs_T, inputs, segment_ids_T)
+            logprobs = model.head.target_logprobs(hidden_TD, padded_targets, segments)[:num_tokens]
+            loss = loss_fn(logprobs, inputs, segment_ids_T)
             if backward and loss.requires_grad:
                 loss.backward()
-        return loss.detach().item(), logprobs_T.detach().cpu()
+        return loss.detach().item(), logprobs.detach().cpu()
 
     # ---- checks
 
@@ -328,10 +330,15 @@ class Engine:
                     f"the loss inputs {sorted(keys)} lack target_tokens: the token to score at every position."
                 )
             for key, values in datum.inputs.items():
-                if values.shape[0] != length or (key == "target_tokens" and values.ndim != 1):
+                if values.shape[0] != length or (key == "target_tokens" and values.ndim > 2):
                     raise ShapeError(
                         f"datum {index}: {key} has shape {list(values.shape)}, the datum has {length} tokens. "
-                        "Give one entry per token."
+                        "Give one entry per token, or K targets per token as [N, K]."
+                    )
+                if values.shape[1:] != data[0].inputs[key].shape[1:]:
+                    raise ShapeError(
+                        f"datum {index}: {key} has shape {list(values.shape)}, that of datum 0 is "
+                        f"{list(data[0].inputs[key].shape)}. Within one call only the number of tokens may differ."
                     )
             self._check_ids(index, "tokens", datum.tokens)
             self._check_ids(index, "target_tokens", datum.inputs["target_tokens"])

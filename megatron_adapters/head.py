@@ -4,10 +4,11 @@ Two reasons not to use GPTModel's output layer: full logits of a packed batch ar
 [T, 1, V] gradient runs as a batched matmul, 12 times slower than a 2-D one (megatron-core 0.16.1).
 
 The vocabulary is sharded over TP: every rank computes its own columns for all tokens. Of the softmax only three
-numbers a token travel: the largest logit, the sum of exponentials, the target's logit. The backward recomputes each
-chunk's logits from the saved hidden states, unless all of them together are no larger than one chunk.
+numbers a token travel: the largest logit, the sum of exponentials, the target's logit (K of them where a token has K
+targets). The backward recomputes each chunk's logits from the saved hidden states, unless all of them together are no
+larger than one chunk.
 
-Shapes: T tokens, D hidden, V this rank's vocabulary rows, R rank, C tokens of a chunk, N rows.
+Shapes: T tokens, K targets a token, D hidden, V this rank's vocabulary rows, R rank, C tokens of a chunk, N rows.
 """
 
 from __future__ import annotations
@@ -40,20 +41,22 @@ class LmHead:
     vocab_start: int
     tp_group: dist.ProcessGroup
 
-    def target_logprobs(self, hidden_TD: Tensor, targets_T: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """log p(target) of every token, float32 [T], differentiable in hidden_TD and the adapters.
+    def target_logprobs(self, hidden_TD: Tensor, targets: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """log p of every target, float32 in the shape of `targets`, differentiable in hidden_TD and the adapters.
 
         Args:
             hidden_TD: final hidden states of all tokens, equal on all TP ranks. Its gradient is this rank's part of
                 a sum over TP (the reduce-scatter behind the gather adds it up).
-            targets_T: int64 [T] global token ids.
+            targets: int64 [T] or [T, K] global token ids; K targets share one softmax, and may repeat.
             segments: must tile 0..T.
-        Collectives: forward, over the TP group: one all-reduce MAX [T], one all-reduce SUM [2, T]. Backward: none;
+        Collectives: forward, over the TP group: one all-reduce MAX [T], one all-reduce SUM [T, 1 + K]. Backward: none;
             the gradient of lm_head's A is a partial sum over TP (grad_sync.py).
         """
         check_tiling(segments, hidden_TD.shape[0])
         pieces, matrices = _pieces(segments)
-        return _TargetLogprobs.apply(hidden_TD, self, targets_T, pieces, *matrices)  # type: ignore[no-any-return]
+        targets_TK = targets.reshape(targets.shape[0], -1)
+        logprobs_TK: Tensor = _TargetLogprobs.apply(hidden_TD, self, targets_TK, pieces, *matrices)  # type: ignore[assignment]
+        return logprobs_TK.reshape(targets.shape)
 
     @torch.no_grad()
     def logits(self, hidden_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
@@ -118,39 +121,40 @@ class _TargetLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, head: LmHead, targets_T: Tensor, pieces: list[_Piece], *matrices: Tensor
+        ctx: Any, hidden_TD: Tensor, head: LmHead, targets_TK: Tensor, pieces: list[_Piece], *matrices: Tensor
     ) -> Tensor:
         num_tokens, vocab = hidden_TD.shape[0], head.weight_VD.shape[0]
-        largest_T, sum_T, target_logit_T = (
-            torch.zeros(num_tokens, dtype=_wide(hidden_TD.dtype), device=hidden_TD.device) for _ in range(3)
-        )
-        local_T, inside_T = _local_targets(targets_T, head)
+        wide = {"dtype": _wide(hidden_TD.dtype), "device": hidden_TD.device}
+        largest_T = torch.zeros(num_tokens, **wide)
+        # The sum of exponentials, then the logits of the targets: what is summed over TP, side by side.
+        sums_TK = torch.zeros(num_tokens, 1 + targets_TK.shape[1], **wide)
+        local_TK, inside_TK = _local_targets(targets_TK, head)
         kept: list[Tensor] | None = [] if num_tokens * vocab <= CHUNK_ELEMENTS and any(ctx.needs_input_grad) else None
         for piece in pieces:
             for chunk in piece.chunks(vocab):
                 here = slice(chunk.start, chunk.end)
                 logits_CV = _chunk_logits(hidden_TD, head.weight_VD, chunk, matrices)
                 largest_T[here] = logits_CV.amax(dim=-1)
-                target_logit_T[here] = logits_CV.gather(1, local_T[here, None])[:, 0] * inside_T[here]
-                sum_T[here] = logits_CV.sub_(largest_T[here, None]).exp_().sum(dim=-1)
+                sums_TK[here, 1:] = logits_CV.gather(1, local_TK[here]) * inside_TK[here]
+                sums_TK[here, 0] = logits_CV.sub_(largest_T[here, None]).exp_().sum(dim=-1)
                 if kept is not None:
                     kept.append(logits_CV)
         local_largest_T = largest_T.clone()
         if head.tp_group.size() > 1:
             dist.all_reduce(largest_T, dist.ReduceOp.MAX, group=head.tp_group)
-            both = torch.stack((sum_T * (local_largest_T - largest_T).exp(), target_logit_T))
-            dist.all_reduce(both, group=head.tp_group)
-            sum_T, target_logit_T = both
-        log_normalizer_T = largest_T + sum_T.log()
-        ctx.save_for_backward(hidden_TD, local_T, inside_T, log_normalizer_T, local_largest_T, *matrices)
+            sums_TK[:, 0] *= (local_largest_T - largest_T).exp()
+            dist.all_reduce(sums_TK, group=head.tp_group)
+        log_normalizer_T = largest_T + sums_TK[:, 0].log()
+        ctx.save_for_backward(hidden_TD, local_TK, inside_TK, log_normalizer_T, local_largest_T, *matrices)
         ctx.head, ctx.pieces, ctx.kept = head, pieces, kept
-        return target_logit_T - log_normalizer_T
+        return sums_TK[:, 1:] - log_normalizer_T[:, None]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, local_T, inside_T, log_normalizer_T, local_largest_T, *matrices = ctx.saved_tensors
+        hidden_TD, local_TK, inside_TK, log_normalizer_T, local_largest_T, *matrices = ctx.saved_tensors
         head: LmHead = ctx.head
-        grad_T = grad_outputs[0]
+        grad_TK = grad_outputs[0]
+        grad_T = grad_TK.sum(dim=1)
         hidden_grad_TD = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
         matrix_grads = [torch.zeros_like(x, dtype=_wide(x.dtype)) for x in matrices]
         kept = None if ctx.kept is None else iter(ctx.kept)
@@ -163,8 +167,7 @@ class _TargetLogprobs(torch.autograd.Function):
                 else:
                     softmax_CV = next(kept) * (local_largest_T - log_normalizer_T)[here, None].exp()
                 logit_grad_CV = softmax_CV.mul_(-grad_T[here, None])
-                onehot_grad_C = grad_T[here] * inside_T[here]
-                logit_grad_CV.scatter_add_(1, local_T[here, None], onehot_grad_C[:, None])
+                logit_grad_CV.scatter_add_(1, local_TK[here], grad_TK[here] * inside_TK[here])
                 _backward_chunk(
                     logit_grad_CV.to(hidden_TD.dtype),
                     hidden_TD,
@@ -204,11 +207,11 @@ def _backward_chunk(
         hidden_grad_TD[here] += down_grad_CR @ a_RD
 
 
-def _local_targets(targets_T: Tensor, head: LmHead) -> tuple[Tensor, Tensor]:
+def _local_targets(targets_TK: Tensor, head: LmHead) -> tuple[Tensor, Tensor]:
     """Targets as row numbers of this rank's part, and which of them it holds (others point at row 0)."""
-    local_T = targets_T - head.vocab_start
-    inside_T = (local_T >= 0) & (local_T < head.weight_VD.shape[0])
-    return torch.where(inside_T, local_T, 0), inside_T
+    local_TK = targets_TK - head.vocab_start
+    inside_TK = (local_TK >= 0) & (local_TK < head.weight_VD.shape[0])
+    return torch.where(inside_TK, local_TK, 0), inside_TK
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -56,7 +56,8 @@ class AdamParams:
 
 @dataclass(frozen=True)
 class Datum:
-    """One sequence. `inputs` must hold `target_tokens` (int64 [N]); the other keys are the loss's own."""
+    """One sequence. `inputs` must hold `target_tokens` (int64 [N], or [N, K] for K targets a token); the other keys are
+    the loss's own."""
 
     tokens: np.ndarray
     """int32 [N]"""
@@ -69,7 +70,7 @@ class PassOutput:
     """What a pass computed, in the order the data were given."""
 
     logprobs: list[np.ndarray]
-    """one float32 [N] per datum: natural log of the probability of each target token"""
+    """one float32 array per datum in the shape of its targets: natural log of the probability of each"""
     loss_sum: float
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -88,6 +89,7 @@ class ModelInfo:
 
 LossFn = Callable[[Tensor, Mapping[str, Tensor], Tensor], Tensor]
 """(logprobs_T float32, inputs_T by key, segment_ids_T int64) -> scalar: the SUM over the tokens of a micro-batch.
+With K targets a token, logprobs are [T, K].
 
 segment_ids_T numbers the sequences of the micro-batch from 0. How a batch is cut into micro-batches depends on the
 layout, so a loss must be a sum over sequences.

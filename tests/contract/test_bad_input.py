@@ -36,6 +36,13 @@ def data(n: int = 4, *, tokens: list[int] | None = None, without: str = "", **ch
     return [tinker.Datum(model_input=tinker.ModelInput.from_ints(tokens or [5] * n), loss_fn_inputs=inputs)]
 
 
+def policy(without: str = "", **changed: Any) -> list[tinker.Datum]:
+    """The same for a policy loss."""
+    inputs: dict[str, Any] = {"target_tokens": [5] * 4, "logprobs": [-1.0] * 4, "advantages": [1.0] * 4, **changed}
+    inputs.pop(without, None)
+    return [tinker.Datum(model_input=tinker.ModelInput.from_ints([5] * 4), loss_fn_inputs=inputs)]
+
+
 def floats(*values: float) -> tinker.TensorData:
     return tinker.TensorData(data=list(values), dtype="float32", shape=[len(values)])
 
@@ -50,8 +57,17 @@ def a_pass(datums: list[tinker.Datum], loss: Any = "cross_entropy", config: Any 
 TRAINING: dict[str, tuple[Train, str]] = {
     "missing loss input": (a_pass(data(without="weights")), "lacks weights: loss_fn 'cross_entropy' needs"),
     "loss input of another loss": (a_pass(data(advantages=[1.0] * 4)), "which loss_fn 'cross_entropy' does not use"),
-    "shapes that do not match": (a_pass(data(weights=[1.0] * 3)), "has shape [3] (3 values) beside a model_input of 4"),
-    "two targets a position": (a_pass(data(target_tokens=[[1, 2]] * 4)), "one target per position, shape [4]"),
+    "shapes that do not match": (a_pass(data(weights=[1.0] * 3)), "['weights'] has shape [3], expected [4]"),
+    "targets of another length": (a_pass(data(target_tokens=[1, 2, 3])), "has shape [3] beside a model_input of 4"),
+    "one weight for two targets": (a_pass(data(target_tokens=[[1, 2]] * 4)), "has shape [4], expected [4, 2]"),
+    "two targets a position, and one": (
+        a_pass(data(target_tokens=[[1, 2]] * 4, weights=[[1.0, 1.0]] * 4) + data()),
+        "every token needs as many targets",
+    ),
+    "two targets a position for a policy loss": (
+        a_pass(policy(target_tokens=[[1, 2]] * 4), "ppo"),
+        "one target per position, shape [4]",
+    ),
     "NaN in a loss input": (a_pass(data(weights=floats(1.0, math.nan, 1.0, 1.0))), "['weights'][1] is nan"),
     "infinity in a loss input": (a_pass(data(weights=floats(1.0, 1.0, 1.0, math.inf))), "['weights'][3] is inf"),
     "token id beyond the vocabulary": (a_pass(data(tokens=[1, 2, VOCAB, 3])), f"is token id {VOCAB}"),
@@ -74,9 +90,14 @@ TRAINING: dict[str, tuple[Train, str]] = {
         "reads text only",
     ),
     "unknown loss": (a_pass(data(), "crossentropy"), "unknown loss_fn 'crossentropy'"),
-    "published loss this version lacks": (a_pass(data(), "dro"), "is not computed by this version"),
+    "policy loss without sampling logprobs": (a_pass(policy(without="logprobs"), "dro"), "lacks logprobs"),
     "stable_reinforce": (a_pass(data(), "stable_reinforce"), "loss_fn='importance_sampling'"),
     "unknown loss_fn_config key": (a_pass(data(), "cross_entropy", {"beta": 0.1}), "loss_fn_config has 'beta'"),
+    "text in loss_fn_config": (a_pass(policy(), "dro", {"beta": "0.1"}), "expected a finite number (default 0.05)"),
+    "clip bounds around 0": (
+        a_pass(policy(), "ppo", {"clip_low_threshold": 0.2, "clip_high_threshold": -0.2}),
+        "they are 0.8 and 1.2",
+    ),
     "negative learning rate": (
         lambda client: client.optim_step(tinker.AdamParams(learning_rate=-1.0)),
         "AdamParams.learning_rate is -1.0",

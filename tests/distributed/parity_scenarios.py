@@ -172,6 +172,34 @@ def order_is_kept(bench: Bench) -> Outcome:
     }
 
 
+def several_targets(bench: Bench) -> Outcome:
+    """Three weighted targets a token in one pass, and the same as three passes of one target each."""
+    engine, random = bench.engine, np.random.default_rng(13)
+    for name in ("soft", "one_by_one"):
+        engine.load_adapter(name, bench.references["qwen3"].adapter_folder, optimizer=False)
+    drawn = [
+        (random.integers(0, 128, (len(d.tokens), 3)), random.normal(size=(len(d.tokens), 3)).astype(np.float32))
+        for d in batch()
+    ]
+
+    def with_targets(columns: Any) -> list[Datum]:
+        return [
+            replace(d, inputs={"target_tokens": targets[:, columns], "weights": weights[:, columns]})
+            for d, (targets, weights) in zip(batch(), drawn, strict=True)
+        ]
+
+    soft = engine.run_pass("soft", with_targets(slice(None)), cross_entropy, backward=True)
+    alone = [engine.run_pass("one_by_one", with_targets(k), cross_entropy, backward=True) for k in range(3)]
+    return {
+        "targets": [targets for targets, _ in drawn],
+        "logprobs": soft.logprobs,
+        "loss": soft.loss_sum,
+        "loss_alone": sum(out.loss_sum for out in alone),
+        "soft": bench.grads("soft"),
+        "one_by_one": bench.grads("one_by_one"),
+    }
+
+
 def save_load_step(bench: Bench) -> Outcome:
     engine, folder = bench.engine, bench.folder / "state"
     engine.create_adapter("kept", LoraSpec(RANK, seed=5))
@@ -307,6 +335,12 @@ def bad_requests(bench: Bench) -> dict[str, str]:
         "short weights": lambda: engine.run_pass(
             "ok", with_inputs(weights=np.ones(3, np.float32)), cross_entropy, backward=True
         ),
+        "targets that differ in number": lambda: engine.run_pass(
+            "ok",
+            [datum, *with_inputs(target_tokens=np.zeros((17, 2), np.int64), weights=np.ones((17, 2), np.float32))],
+            cross_entropy,
+            backward=True,
+        ),
         "token beyond vocabulary": lambda: engine.run_pass(
             "ok", [replace(datum, tokens=datum.tokens + 128)], cross_entropy, backward=True
         ),
@@ -360,6 +394,7 @@ SCENARIOS = (
     two_passes_equal_one,
     zero_weight_is_no_op,
     order_is_kept,
+    several_targets,
     save_load_step,
     adapters_are_separate,
     mixed_batch,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parity_reference import Reference
 from torch import Tensor
 
 pytestmark = pytest.mark.distributed
@@ -55,6 +56,19 @@ def test_two_passes_equal_one_joined(properties: dict[str, Any]) -> None:
     result = properties["two_passes_equal_one"]
     # Float32 sums in another order: 1e-5 of each matrix's largest entry.
     assert relative_gap(result["split"], result["joined"]) < 1e-5
+
+
+def test_several_targets_a_token_are_transformers_numbers(
+    properties: dict[str, Any], references: dict[str, Reference]
+) -> None:
+    """Logprobs of three targets a token; the gradient is that of three passes of one target each."""
+    result = properties["several_targets"]
+    for ours, targets, logits in zip(result["logprobs"], result["targets"], references["qwen3"].logits, strict=True):
+        theirs = logits.double().log_softmax(-1).gather(1, torch.from_numpy(targets))
+        assert ours.shape == targets.shape and ours.dtype == np.float32
+        assert np.abs(ours - theirs.numpy()).max() <= 2e-5
+    assert result["loss"] == pytest.approx(result["loss_alone"], rel=1e-5)
+    assert relative_gap(result["soft"], result["one_by_one"]) < 1e-5
 
 
 def test_zero_weight_data_is_a_no_op_bit_for_bit(properties: dict[str, Any]) -> None:
@@ -130,6 +144,7 @@ EXPECTED_COMPLAINTS = {
     "no targets": "RequestError: the loss inputs ['weights'] lack target_tokens",
     "keys differ": "RequestError: datum 1 has the loss inputs ['target_tokens'], datum 0 has",
     "short weights": "ShapeError: datum 0: weights has shape [3], the datum has 17 tokens",
+    "targets that differ in number": "ShapeError: datum 1: target_tokens has shape [17, 2], that of datum 0 is [17]",
     "token beyond vocabulary": "RequestError: datum 0: tokens holds the id ",
     "negative target": "RequestError: datum 0: target_tokens holds the id -",
     "over the context": "RequestError: datum 0 has 513 tokens, the model's context is 512",

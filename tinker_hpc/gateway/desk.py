@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tinker_hpc.errors import RequestError
-from tinker_hpc.gateway import checkpoints, sampling, validate
+from tinker_hpc.gateway import checkpoints, passes, sampling, validate
 from tinker_hpc.gateway.intake import Intake
 from tinker_hpc.gateway.ledger import Ledger, ModelState
 from tinker_hpc.gateway.refusals import bad_request, unknown
@@ -119,7 +119,7 @@ class Desk:
             link = self.workers.links[model.worker_index]
             header = _ordered_header("forward_backward", model, call.seq_id, forward_backward_digest(call))
             try:
-                fields, arrays = validate.forward_backward(call, link.base)
+                fields, arrays = passes.forward_backward(call, link.base)
             except RequestError as error:
                 return model, {**header, **_rejected("forward_backward", error)}, {}
             return model, {**header, **fields}, arrays

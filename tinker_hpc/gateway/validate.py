@@ -1,4 +1,4 @@
-"""Is a training request right? If not: what was given, what was expected, what to change. Pure.
+"""Is a request right? If not: what was given, what was expected, what to change. Pure. (Passes: passes.py.)
 
 Everything here raises RequestError, which reaches the user as RequestFailedError(category="user"); the model and the
 client stay usable. Order: the cheap and most likely mistakes first, so that one message names the real one.
@@ -11,12 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import numpy as np
-
 from tinker_hpc.base_models import BaseModel
 from tinker_hpc.errors import RequestError
-from tinker_hpc.gateway.wire import ForwardBackwardCall, WireDatum, WireTensor
-from tinker_hpc.loss_table import INPUT_DTYPES, KNOWN_LOSSES, LossDeclaration, offered_losses
 
 CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+@-]{0,127}")
 MIN_TTL_S, MAX_TTL_S = 3600, 10 * 365 * 24 * 3600
@@ -34,181 +30,6 @@ ADAM_DEFAULTS: Mapping[str, float] = {
 
 def refuse(message: str) -> NoReturn:
     raise RequestError(message)
-
-
-# --- forward_backward -------------------------------------------------------------------------------------------
-
-
-def forward_backward(call: ForwardBackwardCall, base: BaseModel) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Judge a forward_backward and flatten it for the log.
-
-    Returns: (header fields, arrays) as ARCHITECTURE.md has them: `tokens` int32 [T], `offsets` int64 [n + 1],
-        `input.<key>` int64 or float32 [T], datums one after the other.
-    """
-    declaration = loss_declaration(call.loss_fn)
-    config = loss_config(call.loss_fn, declaration, call.loss_fn_config)
-    if not call.data:
-        refuse("forward_backward got no data; give at least one Datum.")
-    for index, datum in enumerate(call.data):
-        _check_datum(index, datum, call.loss_fn, declaration, base)
-    keys = sorted(call.data[0].inputs)
-    for index, datum in enumerate(call.data):
-        if sorted(datum.inputs) != keys:
-            refuse(
-                f"data[{index}] has loss_fn_inputs {sorted(datum.inputs)}, data[0] has {keys}; "
-                "all datums of one call need the same keys."
-            )
-    lengths = np.array([datum.tokens.size for datum in call.data], dtype=np.int64)
-    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-    tokens = np.concatenate([datum.tokens for datum in call.data]).astype(np.int32, copy=False)
-    _check_ids(tokens, offsets, base, "model_input")
-    arrays: dict[str, np.ndarray] = {"tokens": tokens, "offsets": offsets}
-    for key in keys:
-        flat = np.concatenate([datum.inputs[key].values for datum in call.data])
-        arrays[f"input.{key}"] = _typed(key, flat, offsets)
-    _check_ids(arrays["input.target_tokens"], offsets, base, "loss_fn_inputs['target_tokens']")
-    header = {
-        "loss_fn": call.loss_fn,
-        "loss_fn_config": config,
-        "forward_only": call.forward_only,
-        "input_keys": keys,
-        "trailing_shapes": {key: [] for key in keys},
-    }
-    return header, arrays
-
-
-def loss_declaration(name: str) -> LossDeclaration:
-    """The declaration of a loss this version computes."""
-    offered = ", ".join(offered_losses())
-    if name == "stable_reinforce":
-        refuse(
-            "loss_fn 'stable_reinforce' is not offered: its formula is not published. "
-            f"Use loss_fn='importance_sampling' (same inputs, no provenance spans). This version computes: {offered}."
-        )
-    if name == "custom":
-        refuse(
-            "loss_fn 'custom' (a loss uploaded to the server) is not offered. Pass your function itself to "
-            "forward_backward_custom(data, fn): it then runs beside your loop, with the same gradients."
-        )
-    declaration = KNOWN_LOSSES.get(name)
-    if declaration is None:
-        refuse(
-            f"unknown loss_fn {name!r}. Tinker's losses are {', '.join(KNOWN_LOSSES)}; "
-            f"this version computes: {offered}."
-        )
-    if not declaration.offered:
-        refuse(
-            f"loss_fn {name!r} is not computed by this version, which has: {offered}. "
-            "Until it is, write it with forward_backward_custom(data, fn), which gives the same gradients."
-        )
-    return declaration
-
-
-def loss_config(name: str, declaration: LossDeclaration, given: Mapping[str, float | str]) -> dict[str, float]:
-    """Defaults filled in; unknown keys, texts and NaN refused."""
-    allowed = ", ".join(declaration.config) or "none"
-    config = dict(declaration.config)
-    for key, value in given.items():
-        if key not in declaration.config:
-            refuse(f"loss_fn_config has {key!r}, which loss_fn {name!r} does not know. Allowed keys: {allowed}.")
-        if isinstance(value, str) or not math.isfinite(value):
-            refuse(
-                f"loss_fn_config[{key!r}] is {value!r}, expected a finite number (default {declaration.config[key]})."
-            )
-        config[key] = float(value)
-    return config
-
-
-def _check_datum(index: int, datum: WireDatum, loss: str, declaration: LossDeclaration, base: BaseModel) -> None:
-    where = f"data[{index}]"
-    if datum.other_chunks:
-        refuse(
-            f"{where}.model_input has a chunk of kind {datum.other_chunks[0]!r}; {base.name} reads text only. "
-            "Use EncodedTextChunk (ModelInput.from_ints)."
-        )
-    length = datum.tokens.size
-    if length == 0:
-        refuse(f"{where}.model_input is empty; give at least one token.")
-    if length > base.max_context:
-        refuse(
-            f"{where}.model_input has {length} tokens, more than the context of {base.name}, {base.max_context}. "
-            "Cut the sequence or split it into several datums."
-        )
-    missing = [key for key in declaration.required if key not in datum.inputs]
-    if missing:
-        refuse(
-            f"{where}.loss_fn_inputs lacks {', '.join(missing)}: loss_fn {loss!r} needs "
-            f"{', '.join(declaration.required)}, each of shape [{length}]. "
-            f"Given: {', '.join(sorted(datum.inputs)) or 'none'}."
-        )
-    allowed = (*declaration.required, *declaration.optional)
-    for key, tensor in datum.inputs.items():
-        if key not in allowed:
-            refuse(
-                f"{where}.loss_fn_inputs has {key!r}, which loss_fn {loss!r} does not use. "
-                f"Remove it; allowed: {', '.join(allowed)}."
-            )
-        _check_shape(f"{where}.loss_fn_inputs[{key!r}]", tensor, length, base)
-
-
-def _check_shape(where: str, tensor: WireTensor, length: int, base: BaseModel) -> None:
-    if tensor.sparse or len(tensor.shape) > 1:
-        refuse(
-            f"{where} has shape {list(tensor.shape)}{' (sparse)' if tensor.sparse else ''}; this version takes one "
-            f"target per position, shape [{length}]. For [N, K] targets (top-k distillation), give K datums."
-        )
-    if tensor.shape != (length,) or tensor.values.size != length:
-        refuse(
-            f"{where} has shape {list(tensor.shape)} ({tensor.values.size} values) beside a model_input of {length} "
-            f"tokens; expected [{length}]. With model_input = tokens[:-1], use target_tokens = tokens[1:] and as many "
-            "weights."
-        )
-
-
-def _typed(key: str, flat: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """[T] in the dtype of its key; NaN, infinities and float token ids refused."""
-    dtype = np.dtype(INPUT_DTYPES[key])
-    if dtype.kind == "i":
-        if flat.dtype.kind != "i":
-            refuse(
-                f"loss_fn_inputs[{key!r}] is {flat.dtype.name}, expected int64 token ids. "
-                "Convert it with .long() or dtype='int64'."
-            )
-        return flat.astype(dtype, copy=False)
-    values = flat.astype(dtype, copy=False)
-    bad = ~np.isfinite(values)
-    if bad.any():
-        at = int(np.argmax(bad))
-        datum, position = _place(at, offsets)
-        refuse(
-            f"data[{datum}].loss_fn_inputs[{key!r}][{position}] is {values[at]} ({int(bad.sum())} such values in this "
-            "call), expected finite numbers. It would make every gradient of the model NaN; look at how it was made."
-        )
-    return values
-
-
-def _check_ids(flat: np.ndarray, offsets: np.ndarray, base: BaseModel, what: str) -> None:
-    """Token ids must be rows of the embedding."""
-    if int(flat.min()) >= 0 and int(flat.max()) < base.vocab_size:
-        return
-    bad = (flat < 0) | (flat >= base.vocab_size)
-    at = int(np.argmax(bad))
-    datum, position = _place(at, offsets)
-    hint = " To leave a position out of the loss, set its weight to 0 and keep a valid id." if flat[at] < 0 else ""
-    refuse(
-        f"data[{datum}].{what}[{position}] is token id {int(flat[at])}; {base.name} has ids 0 to "
-        f"{base.vocab_size - 1} ({int(bad.sum())} such ids in this call). "
-        f"Use the tokenizer of that model: training_client.get_tokenizer().{hint}"
-    )
-
-
-def _place(flat_index: int, offsets: np.ndarray) -> tuple[int, int]:
-    """Which datum, and which position in it, a flat index is."""
-    datum = int(np.searchsorted(offsets, flat_index, side="right")) - 1
-    return datum, flat_index - int(offsets[datum])
-
-
-# --- the others -------------------------------------------------------------------------------------------------
 
 
 def adam(payload: Mapping[str, Any]) -> dict[str, float]:

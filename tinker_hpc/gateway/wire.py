@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,11 +50,21 @@ _STOP_REASONS = {"stop": messages.STOP_REASON_STOP, "length": messages.STOP_REAS
 
 @dataclass(frozen=True)
 class WireTensor:
-    """One loss_fn_inputs entry as it came. `values` is flat; `sparse` means CSR, whose values are not positional."""
+    """One loss_fn_inputs entry as it came.
+
+    values: flat. Dense: all entries of `shape`. Sparse (CSR, 2-D): the entries listed by `rows` int64 [shape[0] + 1]
+        and `columns` int64; all others are 0.
+    """
 
     values: np.ndarray
     shape: tuple[int, ...]
-    sparse: bool = False
+    rows: np.ndarray | None = None
+    columns: np.ndarray | None = None
+
+    @property
+    def parts(self) -> tuple[np.ndarray, ...]:
+        """All the arrays that came."""
+        return tuple(part for part in (self.values, self.rows, self.columns) if part is not None)
 
 
 @dataclass(frozen=True)
@@ -127,8 +138,9 @@ def _decode_tensor(tensor: Any, where: str) -> WireTensor:
         name = messages.DType.Name(tensor.dtype) if tensor.dtype in messages.DType.values() else tensor.dtype
         raise RequestError(f"{where} has dtype {name}; the wire knows float32 and int64.")
     if tensor.HasField("sparse_csr"):
-        values = _from_bytes(tensor.sparse_csr.values, dtype, where)
-        return WireTensor(values=values, shape=tuple(tensor.shape), sparse=True)
+        csr = tensor.sparse_csr
+        rows, columns = (_from_bytes(part, np.dtype("<i8"), where) for part in (csr.crow_indices, csr.col_indices))
+        return WireTensor(_from_bytes(csr.values, dtype, where), tuple(tensor.shape), rows, columns)
     values = _from_bytes(tensor.dense, dtype, where)
     shape = tuple(tensor.shape) or (values.size,)
     return WireTensor(values=values, shape=shape)
@@ -147,12 +159,18 @@ def forward_backward_digest(call: ForwardBackwardCall) -> str:
     digest.update(json.dumps(head).encode())
     for datum in call.data:
         keys = sorted(datum.inputs)
-        shapes = [[key, datum.inputs[key].values.dtype.name, datum.inputs[key].shape] for key in keys]
+        shapes = [[key, datum.inputs[key].values.dtype.name, *_extent(datum.inputs[key])] for key in keys]
         digest.update(json.dumps([datum.tokens.size, datum.other_chunks, shapes]).encode())
         digest.update(datum.tokens.data)
         for key in keys:
-            digest.update(datum.inputs[key].values.data)
+            for part in datum.inputs[key].parts:
+                digest.update(part.data)
     return digest.hexdigest()
+
+
+def _extent(tensor: WireTensor) -> tuple[object, ...]:
+    """Where a tensor's arrays end and the next one's begin."""
+    return (tensor.shape,) if tensor.rows is None else (tensor.shape, [part.size for part in tensor.parts])
 
 
 def json_digest(payload: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
@@ -211,8 +229,9 @@ def encode_forward_backward_output(header: Mapping[str, Any], arrays: Mapping[st
     """A forward_backward result -> ForwardBackwardOutput: one ArrayRecord over all datums.
 
     Args:
-        header: `metrics` {"name:reduction": value}, `loss_fn_output_type` optional.
-        arrays: `logprobs` float32 [T] flat, `offsets` int64 [n + 1] in elements.
+        header: `metrics` {"name:reduction": value}; optional `loss_fn_output_type`, and `trailing_shape` [K] where
+            there are K targets a token.
+        arrays: `logprobs` float32 [T * K] flat, `offsets` int64 [n + 1] in tokens.
     """
     output = messages.ForwardBackwardOutput()
     output.loss_fn_output_type = header.get("loss_fn_output_type") or "ArrayRecord"
@@ -224,7 +243,9 @@ def encode_forward_backward_output(header: Mapping[str, Any], arrays: Mapping[st
     record.num_datums = offsets.size - 1
     field = record.fields["logprobs"]
     field.data = logprobs.tobytes()
-    field.offsets = (offsets * logprobs.itemsize).tobytes()  # the wire counts bytes
+    trailing = [int(n) for n in header.get("trailing_shape") or ()]
+    field.offsets = (offsets * (logprobs.itemsize * math.prod(trailing))).tobytes()  # the wire counts bytes
+    field.trailing_shape.extend(trailing)
     field.dtype = messages.DTYPE_FLOAT32
     return output.SerializeToString()
 

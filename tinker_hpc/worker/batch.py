@@ -63,10 +63,17 @@ def num_loss_tokens(request: Record) -> int:
 
 
 def pass_result(output: PassOutput) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(header fields, arrays) of a forward_backward result: `logprobs` float32 flat, `offsets` int64 [n + 1]."""
+    """(header fields, arrays) of a forward_backward result: `logprobs` float32 flat, `offsets` int64 [n + 1].
+
+    Offsets count tokens; with K targets a token, `trailing_shape` is [K] and the logprobs are K times as many.
+    """
     logprobs, offsets = _flat(output.logprobs, np.float32)
-    metrics = {"loss:sum": output.loss_sum, **output.metrics}
-    return {"metrics": metrics, "loss_fn_output_type": "ArrayRecord"}, {"logprobs": logprobs, "offsets": offsets}
+    fields = {
+        "metrics": {"loss:sum": output.loss_sum, **output.metrics},
+        "loss_fn_output_type": "ArrayRecord",
+        "trailing_shape": list(logprobs.shape[1:]),
+    }
+    return fields, {"logprobs": logprobs.reshape(-1), "offsets": offsets}
 
 
 def to_sample(request: Record, info: ModelInfo, *, snapshot_id: str | None) -> SampleRequest:

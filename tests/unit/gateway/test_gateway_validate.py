@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from tinker_hpc.base_models import BaseModel
 from tinker_hpc.errors import RequestError
 from tinker_hpc.gateway import sampling, validate
-from tinker_hpc.gateway.wire import ForwardBackwardCall, WireDatum, WireTensor
-from tinker_hpc.loss_table import KNOWN_LOSSES, offered_losses
 
 BASE = BaseModel(
     name="org/tiny",
@@ -25,100 +23,6 @@ BASE = BaseModel(
     hidden_size=48,
     model_type="qwen3",
 )
-
-
-def tensor(values, dtype: str = "float32", shape: tuple[int, ...] | None = None, *, sparse: bool = False) -> WireTensor:
-    array = np.asarray(values, dtype=dtype)
-    return WireTensor(array.reshape(-1), shape or array.shape, sparse)
-
-
-def call(*data: WireDatum, loss: str = "cross_entropy", config=None) -> ForwardBackwardCall:
-    return ForwardBackwardCall("m", 1, data, loss, config or {}, False)
-
-
-def good(n: int = 4, **changed: WireTensor) -> WireDatum:
-    inputs = {"target_tokens": tensor(range(n), "int64"), "weights": tensor([1.0] * n), **changed}
-    return WireDatum(np.arange(n, dtype=np.int32), inputs)
-
-
-@given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=16), min_size=1, max_size=6))
-def test_a_good_call_is_flattened_in_order(rows):
-    data = [
-        WireDatum(
-            np.array(row, np.int32),
-            {"weights": tensor([0.5] * len(row)), "target_tokens": tensor(row[::-1], "int64")},
-        )
-        for row in rows
-    ]
-    header, arrays = validate.forward_backward(call(*data), BASE)
-    assert header["input_keys"] == ["target_tokens", "weights"]
-    assert arrays["tokens"].dtype == np.int32
-    assert arrays["input.target_tokens"].dtype == np.int64
-    assert arrays["input.weights"].dtype == np.float32
-    for index, row in enumerate(rows):
-        start, end = arrays["offsets"][index : index + 2]
-        assert arrays["tokens"][start:end].tolist() == row
-        assert arrays["input.target_tokens"][start:end].tolist() == row[::-1]
-
-
-def test_integer_weights_are_numbers_too():
-    _, arrays = validate.forward_backward(call(good(weights=tensor([1, 0, 1, 1], "int64"))), BASE)
-    assert arrays["input.weights"].tolist() == [1.0, 0.0, 1.0, 1.0]
-
-
-WRONG_CALLS = {
-    "no data": (call(), "no data; give at least one Datum"),
-    "empty sequence": (call(good(), WireDatum(np.array([], np.int32), {})), "data[1].model_input is empty"),
-    "over the context": (call(good(17)), "17 tokens, more than the context of org/tiny, 16"),
-    "an image": (call(WireDatum(np.array([1], np.int32), {}, ("image",))), "reads text only"),
-    "missing input": (
-        call(WireDatum(np.arange(4, dtype=np.int32), {"target_tokens": tensor(range(4), "int64")})),
-        "data[0].loss_fn_inputs lacks weights: loss_fn 'cross_entropy' needs target_tokens, weights, each of shape [4]",
-    ),
-    "input of another loss": (call(good(advantages=tensor([1.0] * 4))), "has 'advantages', which loss_fn"),
-    "shape": (call(good(weights=tensor([1.0] * 3))), "has shape [3] (3 values) beside a model_input of 4 tokens"),
-    "two targets": (call(good(target_tokens=tensor(range(8), "int64", (4, 2)))), "one target per position, shape [4]"),
-    "sparse": (call(good(target_tokens=tensor([5], "int64", (4, 9), sparse=True))), "(sparse)"),
-    "shape that lies": (call(good(weights=tensor([1.0] * 3, shape=(4,)))), "has shape [4] (3 values)"),
-    "float targets": (call(good(target_tokens=tensor(range(4)))), "is float32, expected int64 token ids"),
-    "nan": (call(good(), good(weights=tensor([1, math.nan, 1, 1]))), "data[1].loss_fn_inputs['weights'][1] is nan"),
-    "infinity": (call(good(weights=tensor([1, 1, 1, -math.inf]))), "data[0].loss_fn_inputs['weights'][3] is -inf"),
-    "beyond the vocabulary": (
-        call(good(), WireDatum(np.array([1, 100], np.int32), dict(good(2).inputs))),
-        "data[1].model_input[1] is token id 100; org/tiny has ids 0 to 99",
-    ),
-    "negative target": (call(good(target_tokens=tensor([1, 2, -100, 4], "int64"))), "set its weight to 0"),
-    "int64 target": (call(good(target_tokens=tensor([1, 2, 2**40, 4], "int64"))), "is token id 1099511627776"),
-    "unknown loss": (call(good(), loss="crossentropy"), "unknown loss_fn 'crossentropy'. Tinker's losses are"),
-    "stable_reinforce": (call(good(), loss="stable_reinforce"), "loss_fn='importance_sampling'"),
-    "uploaded loss": (call(good(), loss="custom"), "forward_backward_custom(data, fn)"),
-    "config key": (call(good(), config={"beta": 1.0}), "loss_fn_config has 'beta'"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG_CALLS)
-def test_wrong_calls_are_named(name):
-    wrong, words = WRONG_CALLS[name]
-    with pytest.raises(RequestError) as caught:
-        validate.forward_backward(wrong, BASE)
-    assert words in str(caught.value)
-
-
-@pytest.mark.parametrize("name", sorted(set(KNOWN_LOSSES) - set(offered_losses())))
-def test_a_published_loss_we_lack_is_not_called_unknown(name):
-    with pytest.raises(RequestError, match=f"'{name}' is not computed by this version, which has: cross_entropy"):
-        validate.loss_declaration(name)
-
-
-def test_loss_config_defaults_and_wrong_values():
-    ppo = KNOWN_LOSSES["ppo"]
-    assert validate.loss_config("ppo", ppo, {"clip_low_threshold": 0.5}) == {
-        "clip_low_threshold": 0.5,
-        "clip_high_threshold": 1.2,
-    }
-    for value in (math.nan, math.inf, "0.5"):
-        with pytest.raises(RequestError, match="expected a finite number"):
-            validate.loss_config("ppo", ppo, {"clip_low_threshold": value})
 
 
 @pytest.mark.parametrize(

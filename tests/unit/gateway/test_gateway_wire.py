@@ -77,7 +77,8 @@ def test_an_image_is_named_and_a_sparse_tensor_marked():
     )
     got = wire.decode_forward_backward(body).data[0]
     assert got.other_chunks == ("image",)
-    assert got.inputs["target_tokens"].sparse
+    parts = got.inputs["target_tokens"].parts
+    assert [part.tolist() for part in parts] == [[5], [0, 1], [2]] and got.inputs["target_tokens"].shape == (1, 4)
 
 
 def test_text_and_numbers_in_the_loss_config():
@@ -133,6 +134,15 @@ def test_the_sdk_reads_our_forward_backward_output(rows, loss):
     for row, got in zip(rows, output.loss_fn_outputs, strict=True):
         assert got["logprobs"].shape == [len(row)]
         np.testing.assert_array_equal(got["logprobs"].to_numpy(), np.array(row, np.float32))
+
+
+def test_the_sdk_reads_several_logprobs_a_token():
+    flat = np.arange(15, dtype=np.float32)
+    header = {"metrics": {}, "trailing_shape": [3]}
+    body = wire.encode_forward_backward_output(header, {"logprobs": flat, "offsets": np.array([0, 2, 5])})
+    first, second = (got["logprobs"] for got in deserialize_forward_backward_output(body).loss_fn_outputs)
+    assert first.shape == [2, 3] and second.shape == [3, 3]
+    np.testing.assert_array_equal(second.to_numpy(), flat[6:].reshape(3, 3))
 
 
 @given(

@@ -108,6 +108,21 @@ def test_gradients_equal_autograd_through_plain_logits(case: dict[str, Any]) -> 
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("chunk_elements")
+def test_several_targets_a_token_equal_autograd_through_plain_logits(case: dict[str, Any]) -> None:
+    """K targets share one softmax; token 3 has the same target twice, as padded rows do."""
+    targets = torch.randint(0, VOCAB, (NUM_TOKENS, 4), generator=torch.Generator().manual_seed(5))
+    targets[3] = 0
+    upstream = random(NUM_TOKENS, 4, seed=6)
+    plain = full_logits(case).log_softmax(-1).gather(1, targets)
+    theirs = torch.autograd.grad(plain, leaves(case), upstream)
+    fused = case["head"].target_logprobs(case["hidden"], targets, case["segments"])
+    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-13)
+    ours = torch.autograd.grad(fused, leaves(case), upstream)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 def test_logits_of_rows_are_the_full_vocabulary(case: dict[str, Any]) -> None:
     logits = case["head"].logits(case["hidden"].detach(), case["segments"])
     torch.testing.assert_close(logits, full_logits(case).detach(), rtol=0, atol=1e-13)

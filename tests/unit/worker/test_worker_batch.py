@@ -80,6 +80,13 @@ def test_pass_result_is_flat() -> None:
     assert header["metrics"] == {"loss:sum": 2.5, "entropy:mean": 1.0}
     assert arrays["logprobs"].tolist() == [-1, -2, -3] and arrays["offsets"].tolist() == [0, 2, 3]
     assert arrays["logprobs"].dtype == np.float32 and arrays["offsets"].dtype == np.int64
+    assert header["trailing_shape"] == []
+
+
+def test_pass_result_with_several_targets_a_token() -> None:
+    header, arrays = pass_result(PassOutput([np.full((2, 3), -1.0), np.full((1, 3), -2.0)], 0.0))
+    assert header["trailing_shape"] == [3]
+    assert arrays["logprobs"].tolist() == [-1.0] * 6 + [-2.0] * 3 and arrays["offsets"].tolist() == [0, 2, 3]
 
 
 @pytest.mark.parametrize(
