@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 
-from launch import memory_kills, process_tree, scontrol
+from launch import hub_view, memory_kills, process_tree, scontrol
 from launch.children import Child, loop_argv, loop_environment
 from launch.further_workers import FurtherWorkers, ServedRun
 from launch.gateway_client import GatewayAddress, close_worker, read_address
@@ -17,6 +17,8 @@ from launch.job_spec import JobSpec
 from launch.log_tail import error_line, last_lines, last_traceback, num_failed_starts
 from launch.node import CLOSE_GRACE_S, LISTING_POLL_S, POLL_S, Node, Place
 from launch.run_record import RunRecord, claim, listed
+from tinker_hpc.config import load_config
+from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.run_folder import RunFolder, read_json, write_json
 
 _EARLY_STARTS = 2
@@ -170,6 +172,10 @@ class FirstNode(Node):
         self.record.event("gateway_ready", base_url=address.base_url)
         argv = loop_argv(self.spec, self.run_folder)
         env = loop_environment(self.spec, os.environ, base_url=address.base_url, api_key=address.api_key)
+        try:
+            env |= self._hub_environment()
+        except (TinkerHpcError, OSError) as error:
+            return self._end(1, "setup", f"cannot show the loop its base models' folders: {error}")
         folder = self.spec.working_folder or os.path.expanduser("~")
         if not os.path.isdir(folder):
             return self._end(
@@ -184,6 +190,14 @@ class FirstNode(Node):
             return self._end(127, "setup", f"cannot start {argv[0]!r} on node {self.place.hostname}: {error.strerror}")
         self.record.event("loop_started", pid=self.loop.pid)
         return None
+
+    def _hub_environment(self) -> dict[str, str]:
+        """HF_HUB_CACHE for the loop, where the configuration gives hub names folders."""
+        mapping = load_config().base_models
+        if not mapping:
+            return {}
+        view = hub_view.build(self.run_folder.path / "hub", mapping, hub_view.cache_folder(os.environ))
+        return {"HF_HUB_CACHE": str(view)}
 
     # -- the end ------------------------------------------------------------------------------------------------
 

@@ -105,7 +105,8 @@ class Config:
     clusters: Mapping[str, ClusterProfile]
     """Profiles by name. `local` and `slurm` always exist; the file may replace them."""
     base_models: Mapping[str, str]
-    """Hub name = folder, for models that are downloaded already; asked before the hub's own cache."""
+    """Hub name = folder, for models that are downloaded already; asked before the hub's own cache, by the worker and
+    (for tokenizers) by the loop."""
     state_dir: Path
     """This machine's own folder for the run index (SQLite does not belong on a shared filesystem).
     Default $XDG_STATE_HOME/tinker_hpc or ~/.local/state/tinker_hpc; TINKER_HPC_STATE_DIR."""

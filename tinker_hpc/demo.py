@@ -2,7 +2,7 @@
 
     python -m tinker_hpc.demo [--steps 100] [--out demo-output]
 
-Submits `demo_loop.train`, an ordinary Tinker program, exactly as on a cluster, with cluster="local". Ends with the
+Submits `sft.train`, an ordinary Tinker program, exactly as on a cluster, with cluster="local". Ends with the
 loss and a sample before and after, a loss curve, and a PEFT adapter that transformers + peft load and agree with.
 """
 
@@ -19,10 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 import tinker_hpc
-from tinker_hpc import demo_loop
 from tinker_hpc.checkpoints import export_peft, find_checkpoint
-from tinker_hpc.demo_loop import DemoResult
 from tinker_hpc.errors import TinkerHpcError, WeightsError
+from tinker_hpc.recipes import sft
+from tinker_hpc.recipes.sft import SftResult
 
 BASE_MODEL = Path(__file__).resolve().parent.parent / "tests" / "models" / "tiny-qwen3"
 # float32 on both sides, but other kernels and another order of summation; as in the issue's table of promises.
@@ -92,7 +92,7 @@ def peft_logprobs(base_model: Path, adapter: Path, tokens: list[int]) -> list[fl
     return logprobs_TV[:-1].gather(1, tokens_T[1:, None])[:, 0].tolist()
 
 
-def check_adapter(base_model: Path, adapter: Path, result: DemoResult) -> float:
+def check_adapter(base_model: Path, adapter: Path, result: SftResult) -> float:
     """Largest difference in logprob between peft and the trained sampler, over a held-out conversation.
 
     Raises: WeightsError if it is more than LARGEST_GAP.
@@ -107,7 +107,7 @@ def check_adapter(base_model: Path, adapter: Path, result: DemoResult) -> float:
     return gap
 
 
-def summary(result: DemoResult) -> Table:
+def summary(result: SftResult) -> Table:
     """Before and after, side by side."""
     table = Table("", "before", "after", title="sums it never trained on")
     table.add_row("loss, nats per answer token", f"{result.loss_before:.3f}", f"{result.loss_after:.3f}")
@@ -126,7 +126,7 @@ def main() -> None:
     started = time.monotonic()
     try:
         run = tinker_hpc.submit(
-            demo_loop.train,
+            sft.train,
             str(BASE_MODEL),
             num_steps=arguments.steps,
             base_model=str(BASE_MODEL),

@@ -14,7 +14,7 @@ import pytest
 import tinker
 
 import tinker_hpc
-from tinker_hpc import demo_loop
+from tinker_hpc.recipes import sft
 
 pytestmark = pytest.mark.slow
 
@@ -44,9 +44,7 @@ def new_model(service: tinker.ServiceClient, seed: int = 3) -> tinker.TrainingCl
 
 def batches(tokenizer: Any, num_batches: int, size: int = 8) -> list[list[tinker.Datum]]:
     """The demo's conversations: of several lengths, with the loss on the answers only."""
-    made = [
-        demo_loop.conversation(tokenizer, a, b) for a, b in demo_loop.pairs(num_batches * size, held_out=False, seed=9)
-    ]
+    made = [sft.conversation(tokenizer, a, b) for a, b in sft.pairs(num_batches * size, held_out=False, seed=9)]
     return [made[i * size : (i + 1) * size] for i in range(num_batches)]
 
 
@@ -56,7 +54,7 @@ def step(training: tinker.TrainingClient, batch: list[tinker.Datum]) -> tuple[fl
     training.optim_step(ADAM).result()
     output = forward_backward.result()
     logprobs = np.concatenate([one["logprobs"].to_numpy() for one in output.loss_fn_outputs])
-    return demo_loop.loss_per_token(output, batch), logprobs
+    return sft.loss_per_token(output, batch), logprobs
 
 
 def test_supervised_loss_falls(service: tinker.ServiceClient, tokenizer: Any) -> None:
@@ -92,7 +90,7 @@ def test_sampler_and_trainer_agree(service: tinker.ServiceClient, tokenizer: Any
     for batch in batches(tokenizer, 4):
         step(training, batch)
     sampling = training.save_weights_and_get_sampling_client().result()
-    prompts = [demo_loop.prompt_tokens(tokenizer, a, b) for a, b in demo_loop.pairs(6, held_out=True, seed=2)]
+    prompts = [sft.prompt_tokens(tokenizer, a, b) for a, b in sft.pairs(6, held_out=True, seed=2)]
     parameters = tinker.SamplingParams(max_tokens=20, temperature=1.0, seed=11)
     asked = [sampling.sample(tinker.ModelInput.from_ints(prompt), 4, parameters) for prompt in prompts]
 

@@ -1,15 +1,23 @@
-"""The demo's training loop: an ordinary Tinker program. It names no cluster, no file and nothing of tinker_hpc.
+"""Supervised fine-tuning, flat: batches of conversations, loss on the answers, one optimizer step each.
 
-The tiny base model answers a sum with a bare number and, sampled, is often wrong. Here it learns, by supervised
-fine-tuning on correct examples, to answer as a ship's mate: "Aye, captain: 12 + 7 makes 19!"
+    tinker-hpc run --base-model tests/models/tiny-qwen3 -- python -m tinker_hpc.recipes.sft tests/models/tiny-qwen3
 
-Legend: a *datum* is one conversation, shifted by one token; weights are 1 on the answer's tokens and 0 elsewhere.
+The tiny base model answers a sum with a bare number and, sampled, is often wrong. Here it learns from correct examples
+to answer as a ship's mate: "Aye, captain: 12 + 7 makes 19!" `make demo` is this loop.
+
+On tests/models/tiny-qwen3 with the defaults, expect: held-out loss from 5.2 to less than 0.05 nats per answer token,
+right answers in the new form from none to more than half; about a minute on two cores.
+
+Legend: B datums of a batch, T tokens of one conversation. A *datum* is a conversation shifted by one token; weights are
+1 on the answer's tokens and 0 elsewhere. Every seed is given, so on one layout two runs are equal to the bit.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import tinker
@@ -19,7 +27,7 @@ SHOWN = (27, 46)  # the sum whose answer is shown before and after; never traine
 
 
 @dataclass(frozen=True)
-class DemoResult:
+class SftResult:
     """What the loop returns; everything in it is plain data."""
 
     loss_before: float
@@ -67,19 +75,19 @@ def answer_tokens(tokenizer: Any, a: int, b: int) -> list[int]:
 
 def conversation(tokenizer: Any, a: int, b: int) -> tinker.Datum:
     """One training example: loss on the answer only."""
-    prompt, answer = prompt_tokens(tokenizer, a, b), answer_tokens(tokenizer, a, b)
-    tokens = prompt + answer
-    weights = [0.0] * len(prompt) + [1.0] * len(answer)
+    prompt_T, answer_T = prompt_tokens(tokenizer, a, b), answer_tokens(tokenizer, a, b)
+    tokens_T = prompt_T + answer_T
+    weights_T = [0.0] * len(prompt_T) + [1.0] * len(answer_T)
     return tinker.Datum(
-        model_input=tinker.ModelInput.from_ints(tokens[:-1]),
+        model_input=tinker.ModelInput.from_ints(tokens_T[:-1]),
         # The SDK makes arrays of these lists by their key, which its type does not say.
-        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights[1:]},  # pyright: ignore[reportArgumentType]
+        loss_fn_inputs={"target_tokens": tokens_T[1:], "weights": weights_T[1:]},  # pyright: ignore[reportArgumentType]
     )
 
 
-def loss_per_token(output: tinker.ForwardBackwardOutput, batch: list[tinker.Datum]) -> float:
+def loss_per_token(output: tinker.ForwardBackwardOutput, batch_B: list[tinker.Datum]) -> float:
     """Tinker's losses are sums; divide by the weights."""
-    total = sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in batch)
+    total = sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in batch_B)
     return output.metrics["loss:sum"] / total
 
 
@@ -107,7 +115,7 @@ def evaluate(training: tinker.TrainingClient, tokenizer: Any, num_sums: int) -> 
     return loss_per_token(forward.result(), batch), right, texts[0], sampling
 
 
-def train(base_model: str, num_steps: int = 100, batch_size: int = 32, learning_rate: float = 1e-2) -> DemoResult:
+def train(base_model: str, num_steps: int = 100, batch_size: int = 32, learning_rate: float = 1e-2) -> SftResult:
     """Fine-tune `base_model` with LoRA of rank 16 and say what came of it."""
     service = tinker.ServiceClient()
     training = service.create_lora_training_client(base_model=base_model, rank=16, seed=0).result()
@@ -130,7 +138,7 @@ def train(base_model: str, num_steps: int = 100, batch_size: int = 32, learning_
     loss_after, right_after, sample_after, sampling = evaluate(training, tokenizer, num_sums=64)
     check_tokens = prompt_tokens(tokenizer, *SHOWN) + answer_tokens(tokenizer, *SHOWN)
     logprobs = sampling.compute_logprobs(tinker.ModelInput.from_ints(check_tokens)).result()
-    return DemoResult(
+    return SftResult(
         loss_before=loss_before,
         loss_after=loss_after,
         right_before=right_before,
@@ -144,3 +152,16 @@ def train(base_model: str, num_steps: int = 100, batch_size: int = 32, learning_
         check_tokens=check_tokens,
         check_logprobs=[value for value in logprobs[1:] if value is not None],
     )
+
+
+def main() -> None:
+    """Command line entry: prints the result as one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base_model", help="hub name or folder, as the run or session serves it")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
+    arguments = parser.parse_args()
+    print(json.dumps(asdict(train(arguments.base_model, num_steps=arguments.steps))))
+
+
+if __name__ == "__main__":
+    main()
