@@ -30,6 +30,8 @@ class Layout:
     """Data parallel size."""
     dtype: str | None = None
     """`float32` or `bfloat16`; None: bfloat16 on CUDA, float32 on CPU."""
+    token_budget: int | None = None
+    """Tokens of a micro-batch, as planned into the memory; None: the engine's own."""
 
     @property
     def world_size(self) -> int:

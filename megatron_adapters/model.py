@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .attention import AttentionCache, PackedContext, packed_context
 from .families import Architecture
 from .head import LmHead
+from .interface import Layout
 from .layers import block_spec, transformer_config
 from .lora_linear import LoraLinear, Routing, Segment
 from .projections import layer_path
@@ -31,21 +32,27 @@ Split = Callable[[Tensor], list[Tensor]]
 """Between the outputs of several projections and their fused layout; see LoraLinear."""
 
 
+def build_gpt(arch: Architecture, layout: Layout, dtype: torch.dtype, *, on_cpu: bool) -> GPTModel:
+    """This rank's shard of the base, frozen, its weights not yet set. megatron-core's groups must exist."""
+    config = transformer_config(arch, layout, dtype, on_cpu=on_cpu)
+    gpt = GPTModel(
+        config,
+        block_spec(config),  # type: ignore[arg-type]  # a block specification is accepted, only not annotated
+        vocab_size=arch.vocab_size,
+        max_sequence_length=arch.max_context,
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+    )
+    gpt.requires_grad_(False)
+    return gpt
+
+
 class Model:
     """This rank's shard of the frozen base, its linears wrapped for LoRA."""
 
     def __init__(self, runtime: Runtime, arch: Architecture, hf_config: Any, folder: Path) -> None:
-        layout, on_cpu = runtime.layout, runtime.device.type == "cpu"
-        config = transformer_config(arch, layout, runtime.dtype, on_cpu=on_cpu)
-        gpt = GPTModel(
-            config,
-            block_spec(config),  # type: ignore[arg-type]  # a block specification is accepted, only not annotated
-            vocab_size=arch.vocab_size,
-            max_sequence_length=arch.max_context,
-            position_embedding_type="none",
-            share_embeddings_and_output_weights=arch.tied_embeddings,
-        )
-        gpt.requires_grad_(False)
+        layout = runtime.layout
+        gpt = build_gpt(arch, layout, runtime.dtype, on_cpu=runtime.device.type == "cpu")
         load_weights(gpt, folder, arch, runtime.tp_rank, layout.tp_size)
         self.gpt = gpt.to(runtime.device).eval()  # eval: dropout modules become the identity
         self.arch = arch

@@ -56,6 +56,9 @@ class ClusterProfile:
     gpus_per_node: int | None = None
     """GPUs of a node where the job does not say. None: 1 on slurm, 0 (CPU) on local. Loud beats slow: a cluster without
     GPUs refuses the 1 at once, while an 8B model on CPU would merely never finish."""
+    gpu_memory_gib: int | None = None
+    """Memory of one GPU, as it is sold: 80 for an H100. The layout is planned into it. None: known from `gpu_type`, or
+    assumed to be small."""
     cpus_per_node: int | None = None
     """CPU cores of a node where the job does not say. None: 4 for each GPU rank, 1 for each CPU rank."""
     time_limit_min: int = 60
@@ -77,7 +80,12 @@ class ClusterProfile:
             raise ConfigError(f'{where}: executor is {self.executor!r}; it must be "slurm" or "local".')
         if self.memory is not None and not _MEMORY.fullmatch(self.memory):
             raise ConfigError(f'{where}: memory is {self.memory!r}; write a number and K, M, G or T, e.g. "64G".')
-        for name, least in (("gpus_per_node", 0), ("cpus_per_node", 1), ("time_limit_min", 1)):
+        for name, least in (
+            ("gpus_per_node", 0),
+            ("gpu_memory_gib", 1),
+            ("cpus_per_node", 1),
+            ("time_limit_min", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{where}: {name} is {value}; it must be at least {least}.")
@@ -227,6 +235,7 @@ def _profile(name: str, table: Any, where: str) -> ClusterProfile:
 # What TOML gives for each key of a profile; a string where it is not listed.
 _KINDS: dict[str, type] = {
     "gpus_per_node": int,
+    "gpu_memory_gib": int,
     "cpus_per_node": int,
     "time_limit_min": int,
     "setup": list,

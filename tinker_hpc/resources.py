@@ -5,6 +5,7 @@ Shared by submit(), session() and the command line, so that `--dry-run` prints e
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -12,13 +13,20 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from launch.job_spec import JobSpec, Layout
+from launch.model_sizes import read_sizes
+from launch.plan import Machine, Plan, Wish, make_plan
 from tinker_hpc.base_models import BaseModel
 from tinker_hpc.config import ClusterProfile, parse_time_limit_min
 from tinker_hpc.errors import ConfigError
 
-# Half of a 48 GiB card: the other half is for activations, adapters, optimizer state and the KV cache.
-MAX_WEIGHTS_GIB_PER_GPU = 24.0
 CPUS_PER_GPU = 4
+GPU_MEMORY_GIB = {
+    "v100": 16, "t4": 16, "a30": 24, "l4": 24, "a100": 40, "a40": 48, "a6000": 48, "l40s": 48, "h100": 80, "h200": 141,
+    "gh200": 96, "b200": 180,
+}  # fmt: skip
+"""By the word in `gpu_type`; where one was sold in several sizes, the smallest."""
+ASSUMED_GPU_MEMORY_GIB = 40
+"""Where neither the profile nor the GPU's type says: a layout for a smaller GPU also runs on a larger one."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Resources:
     time: str | int | None = None
     """Time limit, minutes or "8:00:00". None: the profile's."""
     tp_size: int | None = None
-    """Tensor parallel size. None: the smallest with which the weights fit a GPU; the other ranks are data parallel."""
+    """Tensor parallel size. None: planned into the GPUs' memory (launch/plan.py); other ranks are data parallel."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -71,22 +79,18 @@ def build_job_spec(
     nodes = resources.nodes or 1
     gpus_per_node = profile.default_gpus_per_node if resources.gpus_per_node is None else resources.gpus_per_node
     ranks_per_node = resources.ranks_per_node or gpus_per_node or 1
-    tp_size = resources.tp_size or choose_tp_size(
-        weights_gib=weights_gib(base_model) if gpus_per_node else 0.0,
+    machine = Machine(
+        nodes=nodes,
         ranks_per_node=ranks_per_node,
-        num_heads=_num_heads(base_model),
+        memory_gib=rank_memory_gib(profile, gpus_per_node, ranks_per_node, resources.memory or profile.memory),
+        on_gpu=gpus_per_node > 0,
     )
-    world_size = nodes * ranks_per_node
-    if world_size % tp_size:
+    plan = plan_for(base_model, machine, tp_size=resources.tp_size)
+    sure = resources.tp_size is None and machine.on_gpu and known_gpu_memory_gib(profile) is not None
+    if sure and not plan.fits:
         raise ConfigError(
-            f"tp_size is {tp_size}, which does not divide the {world_size} ranks of {nodes} node(s) with "
-            f"{ranks_per_node} each. Choose a tp_size that divides {world_size}."
-        )
-    num_heads = _num_heads(base_model)
-    if num_heads % tp_size:
-        raise ConfigError(
-            f"tp_size is {tp_size}, which does not divide the {num_heads} key-value heads of {base_model.name}. "
-            f"Choose a tp_size that divides {num_heads}."
+            f"{base_model.name} does not fit {nodes} node(s) with {ranks_per_node} GPU(s) of "
+            f"{machine.memory_gib:g} GiB. {' '.join(plan.reasons)} To try all the same, give tp_size by hand."
         )
     return JobSpec(
         run_id=run_id,
@@ -103,7 +107,7 @@ def build_job_spec(
         or ranks_per_node * (CPUS_PER_GPU if gpus_per_node else 1),
         memory=resources.memory,
         time_limit_min=parse_time_limit_min(resources.time, default=profile.time_limit_min),
-        layout=Layout(tp_size=tp_size, dp_size=world_size // tp_size),
+        layout=Layout(tp_size=plan.tp_size, dp_size=plan.dp_size, token_budget=plan.token_budget),
         command=command,
         working_folder=working_folder or os.getcwd(),
         environment=dict(environment or {}),
@@ -111,29 +115,52 @@ def build_job_spec(
     )
 
 
-def choose_tp_size(*, weights_gib: float, ranks_per_node: int, num_heads: int) -> int:
-    """The smallest tensor parallel size with which a rank's weights fit, within one node (NVLink ends there).
+def plan_for(
+    base_model: BaseModel,
+    machine: Machine,
+    *,
+    tp_size: int | None = None,
+    lora_rank: int = 32,
+    num_adapters: int = 1,
+) -> Plan:
+    """The layout of this model on this machine, chosen but for what is given.
 
-    Args:
-        weights_gib: of the whole model in bf16.
-        num_heads: key-value heads; a rank holds whole ones.
-    Returns: a divisor of both; the largest there is if even that does not fit (the worker's own error says so).
+    Raises: ConfigError if the model's config.json does not say its size, or nothing divides model and machine.
     """
-    sizes = [n for n in range(1, ranks_per_node + 1) if ranks_per_node % n == 0 and num_heads % n == 0]
-    return next((n for n in sizes if weights_gib / n <= MAX_WEIGHTS_GIB_PER_GPU), sizes[-1])
+    sizes = read_sizes(base_model.config, str(base_model.folder / "config.json"))
+    wish = Wish(tp_size=tp_size, ep_size=1, pp_size=1)
+    plan = make_plan(sizes, machine, wish=wish, lora_rank=lora_rank, num_adapters=num_adapters)
+    if plan is not None:
+        return plan
+    if tp_size is not None and machine.world_size % tp_size:
+        raise ConfigError(
+            f"tp_size is {tp_size}, which does not divide the {machine.world_size} ranks of {machine.nodes} node(s) "
+            f"with {machine.ranks_per_node} each. Choose a tp_size that divides {machine.ranks_per_node}."
+        )
+    raise ConfigError(
+        f"tp_size is {tp_size}: it must divide the {machine.ranks_per_node} ranks of a node, and the "
+        f"{sizes.num_kv_heads} key-value heads, {sizes.num_heads} heads and {sizes.vocab_size} token ids of "
+        f"{base_model.name}. Choose another, or leave it out."
+    )
 
 
-def weights_gib(base_model: BaseModel) -> float:
-    """Size of the safetensors files, as they lie on disk (bf16 nearly always)."""
-    try:
-        return sum(file.stat().st_size for file in base_model.folder.glob("*.safetensors")) / 2**30
-    except OSError:
-        return 0.0
+def rank_memory_gib(profile: ClusterProfile, gpus_per_node: int, ranks_per_node: int, memory: str | None) -> float:
+    """What one rank may fill: its GPU's memory, or on a CPU its share of the node's; infinite if it is not known."""
+    if gpus_per_node:
+        return float(known_gpu_memory_gib(profile) or ASSUMED_GPU_MEMORY_GIB)
+    if memory is None:
+        return math.inf
+    units = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2.0**10}
+    unit = memory[-1] if memory[-1] in units else "M"
+    return float(memory.rstrip("KMGT")) * units[unit] / ranks_per_node
 
 
-def _num_heads(base_model: BaseModel) -> int:
-    config = base_model.config.get("text_config") or base_model.config
-    return int(config.get("num_key_value_heads") or config.get("num_attention_heads") or 1)
+def known_gpu_memory_gib(profile: ClusterProfile) -> int | None:
+    """Memory of a GPU of this cluster, from the profile or the type of its GPUs; None if neither says."""
+    if profile.gpu_memory_gib is not None:
+        return profile.gpu_memory_gib
+    words = re.split(r"[^a-z0-9]+", (profile.gpu_type or "").lower())
+    return next((GPU_MEMORY_GIB[word] for word in words if word in GPU_MEMORY_GIB), None)
 
 
 def check_run_name(name: str | None, *, otherwise: str) -> str:

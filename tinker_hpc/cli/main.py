@@ -32,6 +32,7 @@ COMMANDS = {
     "cancel": ("ending", "End runs or sessions and everything they started."),
     "checkpoints": ("saved", "List saved states and sampler weights."),
     "export": ("saved", "Copy a checkpoint out as a PEFT adapter."),
+    "plan": ("planning", "Say which layout a model would get and whether it fits."),
     "usage": ("usage", "Sum up GPU-hours by cluster."),
 }
 

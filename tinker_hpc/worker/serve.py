@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_adapters.engine import Engine, Layout
+from megatron_adapters.engine import TOKEN_BUDGET, Engine, Layout
 from tinker_hpc.errors import ConfigError
 from tinker_hpc.log import Bell, Lease, LogReader, Record, ResultLog, ResultReader
 from tinker_hpc.run_folder import WorkerFolder, read_json
@@ -38,7 +38,9 @@ def serve(folder: WorkerFolder, owner: dict[str, Any]) -> None:
     if declaration is None:
         raise ConfigError(f"{folder.declaration} does not exist: {folder.path} is not a worker's folder.")
     layout, dtype = _layout(declaration)
-    engine = Engine.start(Path(declaration["base_model_folder"]), layout, dtype=dtype)
+    token_budget = int((declaration.get("layout") or {}).get("token_budget") or TOKEN_BUDGET)
+    folder_of_model = Path(declaration["base_model_folder"])
+    engine = Engine.start(folder_of_model, layout, dtype=dtype, token_budget=token_budget)
     ranks = Ranks(engine.control_group, engine.global_rank, engine.world_size)
     metrics = MetricsFile(folder.metrics) if ranks.is_first else None
     train_step = TrainStep(engine, ranks, declaration["base_model"], metrics)

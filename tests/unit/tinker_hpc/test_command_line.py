@@ -147,6 +147,7 @@ def test_dry_run_writes_nothing(root: Path, call, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     facts = {"vocab_size": 8, "max_position_embeddings": 8, "hidden_size": 8, "num_key_value_heads": 2}
+    facts |= {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     (model / "config.json").write_text(json.dumps(facts))
     argv = ("run", "--base-model", str(model), "--cluster", "slurm", "--gpus-per-node", "4", "--time", "8:00:00")
     code, out, err = call(*argv, "--dry-run", "--", "python", "x.py", "--json")
@@ -216,3 +217,18 @@ def test_ages(seconds, text) -> None:
 
 def test_sizes() -> None:
     assert [size_text(n) for n in (812, 3_565_158, 5 * 2**40)] == ["812 B", "3.4 MiB", "5120.0 GiB"]
+
+
+def test_plan(root: Path, call, tmp_path: Path) -> None:
+    widths = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    config = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(widths | config))
+    code, out, _ = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "80", "--json")
+    made = json.loads(out)
+    assert code == 0 and made["fits"] and (made["tp_size"], made["dp_size"], made["dtype"]) == (4, 1, "bfloat16")
+    assert made["memory"]["weights"] == 35_278_831_616  # what the built model holds: tests/distributed/meta_model.py
+    code, out, _ = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "40")
+    assert code == 0 and "fits              no" in out and "It would not fit on 64 such nodes" in out
+    code, _, err = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "80", "--tp-size", "3")
+    assert code == 2 and "tp_size is 3, which does not divide the 4 ranks" in err

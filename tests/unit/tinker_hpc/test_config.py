@@ -26,6 +26,7 @@ def test_every_field_of_a_profile_arrives() -> None:
         "memory": "64G",
         "gpu_type": "a100",
         "gpus_per_node": 4,
+        "gpu_memory_gib": 80,
         "cpus_per_node": 32,
         "time_limit_min": 480,
         "setup": ["module load cuda"],

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parents[2] / "models"))
+
+from published_configs import PUBLISHED
+
 from tinker_hpc.base_models import BaseModel
 from tinker_hpc.config import ClusterProfile
 from tinker_hpc.errors import ConfigError
-from tinker_hpc.resources import Resources, build_job_spec, check_run_name, choose_tp_size, weights_gib
+from tinker_hpc.resources import Resources, build_job_spec, check_run_name, rank_memory_gib
 
 SLURM = ClusterProfile("della", partition="gpu", memory="32G", time_limit_min=90)
 
 
-def model(folder: Path = Path("/m"), heads: int = 8) -> BaseModel:
-    return BaseModel("m", folder, {"num_attention_heads": 32, "num_key_value_heads": heads}, 8, 8, 8, "qwen3")
+def model() -> BaseModel:
+    return BaseModel("m", Path("/m"), PUBLISHED["Qwen3-8B"], 8, 8, 8, "qwen3")
 
 
 def spec(resources: Resources, profile: ClusterProfile = SLURM, base_model: BaseModel | None = None):
@@ -54,7 +60,7 @@ def test_cpu_ranks() -> None:
     ("resources", "words"),
     [
         (Resources(gpus_per_node=4, tp_size=3), "tp_size is 3, which does not divide the 4 ranks"),
-        (Resources(gpus_per_node=16, tp_size=16), "does not divide the 8 key-value heads of m"),
+        (Resources(gpus_per_node=16, tp_size=16), "and the 8 key-value heads"),
     ],
 )
 def test_sizes_that_do_not_go_together(resources: Resources, words: str) -> None:
@@ -68,26 +74,52 @@ def test_sizes_are_checked(bad) -> None:
         Resources(**bad)
 
 
+def published(name: str) -> BaseModel:
+    config = PUBLISHED[name]
+    return BaseModel(name, Path("/m"), config, config["vocab_size"], 8, config["hidden_size"], config["model_type"])
+
+
 @pytest.mark.parametrize(
-    ("gib", "ranks", "heads", "expected"),
+    ("name", "gpus", "profile", "expected"),
     [
-        (16, 4, 8, 1),  # 8B in bf16: every GPU holds a copy
-        (64, 4, 8, 4),  # 32B
-        (64, 8, 8, 4),
-        (30, 8, 8, 2),
-        (140, 8, 8, 8),  # 70B
-        (64, 6, 8, 2),  # 3 and 6 would cut heads; 2 does not quite fit, and the worker says so
-        (0, 4, 8, 1),
+        ("Qwen3-8B", 4, ClusterProfile("c", gpu_memory_gib=80), (1, 4)),  # every GPU holds a copy
+        ("Qwen3-8B", 4, ClusterProfile("c", gpu_type="nvidia_h100"), (1, 4)),
+        ("Qwen3-8B", 4, ClusterProfile("c", gpu_type="a100", gpu_memory_gib=80), (1, 4)),
+        ("Qwen3-8B", 4, ClusterProfile("c", gpu_type="a100"), (2, 2)),  # 40 GiB, the smaller of the two
+        ("Qwen3-8B", 4, ClusterProfile("c"), (2, 2)),  # nothing known: assumed to be small
+        ("Qwen3-32B", 8, ClusterProfile("c", gpu_memory_gib=80), (4, 2)),
+        ("Llama-3.1-70B", 4, ClusterProfile("c", gpu_memory_gib=80), (4, 1)),
     ],
 )
-def test_tensor_parallel_size_is_the_smallest_that_fits(gib, ranks, heads, expected) -> None:
-    assert choose_tp_size(weights_gib=gib, ranks_per_node=ranks, num_heads=heads) == expected
+def test_the_layout_is_planned_into_the_gpus(name, gpus, profile, expected) -> None:
+    job = spec(Resources(gpus_per_node=gpus), profile, published(name))
+    assert (job.layout.tp_size, job.layout.dp_size) == expected
+    assert 512 <= (job.layout.token_budget or 0) <= 8192
+    assert job.from_json(job.to_json()) == job
 
 
-def test_weights_are_measured_on_disk(tmp_path: Path) -> None:
-    (tmp_path / "a.safetensors").write_bytes(b"x" * 1024)
-    (tmp_path / "other.bin").write_bytes(b"x" * 4096)
-    assert weights_gib(model(tmp_path)) == 1024 / 2**30
+def test_what_cannot_fit_is_refused_before_it_queues() -> None:
+    small = ClusterProfile("c", gpu_memory_gib=24)
+    with pytest.raises(ConfigError, match=r"Llama-3.1-70B does not fit 1 node.*It would not fit"):
+        spec(Resources(gpus_per_node=2), small, published("Llama-3.1-70B"))
+    by_hand = spec(Resources(gpus_per_node=2, tp_size=2), small, published("Llama-3.1-70B"))
+    assert by_hand.layout.tp_size == 2, "who gives a size by hand gets it"
+    assumed = spec(Resources(gpus_per_node=2), ClusterProfile("c"), published("Llama-3.1-70B"))
+    assert assumed.layout.tp_size == 2, "an assumption refuses nobody"
+
+
+@pytest.mark.parametrize(
+    ("profile", "gpus", "ranks", "memory", "expected"),
+    [
+        (ClusterProfile("c"), 1, 1, None, 40),
+        (ClusterProfile("c", gpu_type="h200"), 1, 1, "8G", 141),
+        (ClusterProfile("c"), 0, 2, "64G", 32),
+        (ClusterProfile("c"), 0, 1, "2048", 2),
+        (ClusterProfile("c"), 0, 1, None, math.inf),
+    ],
+)
+def test_memory_of_a_rank(profile, gpus, ranks, memory, expected) -> None:
+    assert rank_memory_gib(profile, gpus, ranks, memory) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+"""Memory of one rank, by part, from a model's sizes and a layout (pure).
+
+Weights, adapters and the KV cache are counted exactly (tests compare with the built model). Activations are what
+autograd keeps for the backward, added up tensor by tensor below, in the order of a decoder layer; tests compare the
+sum with the tensors that are really kept, and the whole with the measured peak of a process.
+
+T tokens of a micro-batch, H hidden, I MLP width, q and kv attention widths, K experts a token, b bytes a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launch.model_sizes import ModelSizes, Split, adapter_parameters, base_parameters
+
+GIB = 2**30
+BYTES_PER_TRAINED = 16
+"""float32 weight, gradient and both Adam moments."""
+LOGIT_CHUNK = 2**26
+"""Logits held at a time (megatron_adapters/head.py)."""
+CACHE_SHARE_GPU, CACHE_SHARE_CPU = 0.6, 0.25
+"""Of the room beside weights and adapters, what sampling may fill with keys and values (megatron_adapters/sampler.py).
+The same room holds activations while a pass runs: the cache is emptied before."""
+CUDA_CONTEXT_GIB = 1.0
+"""CUDA context, cuBLAS workspaces and kernels of one process. Assumed, not measured by us."""
+NCCL_GIB = 1.0
+"""Buffers of the communicators of a rank that is not alone. Assumed, not measured by us."""
+MARGIN = 0.1
+"""Of a GPU's memory, left free: blocks the allocator cannot reuse, and what an estimate within 15 % may miss."""
+CPU_PROCESS_GIB = 0.37
+"""Python with torch, megatron-core and transformers loaded: measured 0.368 to 0.379."""
+HEAP_ON_CPU = 1.4
+"""What tensors that come and go take in glibc's heap, as a multiple of their size: measured 1.28 to 1.56 on three
+models. With every block mapped by itself (MALLOC_MMAP_THRESHOLD_=65536, slower) the estimate without it is met within
+6 %."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, the fullest."""
+
+    weights: int
+    adapters: int
+    """With gradients and Adam moments."""
+    activations: int
+    """Of one micro-batch (of several under pipeline parallelism)."""
+    cache: int
+    """Keys and values of all samples under way. In the same room as the activations: the larger of the two counts."""
+    workspace: int
+    """The process itself, communication, a chunk of logits, and the tensors of one layer at work."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapters + self.workspace + max(self.activations, self.cache)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the ranks are to hold beside the base model."""
+
+    bytes_per_number: int
+    """Of weights and activations: 2 in bfloat16, 4 in float32."""
+    on_gpu: bool
+    lora_rank: int = 32
+    num_adapters: int = 1
+
+
+def fixed_memory(sizes: ModelSizes, split: Split, job: Job) -> tuple[int, int]:
+    """Bytes of weights, and of adapters with their optimizer state."""
+    weights = sum(base_parameters(sizes, split).values()) * job.bytes_per_number
+    trained = sum(adapter_parameters(sizes, split, job.lora_rank).values())
+    return weights, trained * BYTES_PER_TRAINED * job.num_adapters
+
+
+def activation_bytes_per_token(sizes: ModelSizes, split: Split, job: Job) -> float:
+    """Kept for the backward by one token of a micro-batch on one rank, all its layers together.
+
+    Under pipeline parallelism the first stage keeps pp_size micro-batches (1F1B), so cutting the layers saves nothing.
+    """
+    dense = attention_bytes(sizes, split, job) + mlp_bytes(sizes, split, job)
+    sparse = attention_bytes(sizes, split, job) + expert_bytes(sizes, split, job)
+    layers = sizes.num_dense_layers * dense + sizes.num_expert_layers * sparse
+    b = job.bytes_per_number
+    # Embedding and final norm on this rank's share of the tokens; the head's hidden states, and their gradient, on all.
+    ends = (b + 4) * sizes.hidden_size / split.tp_size + 2 * b * sizes.hidden_size
+    return (layers + ends) * _heap(job)
+
+
+def attention_bytes(sizes: ModelSizes, split: Split, job: Job) -> float:
+    """Of one token in one layer: both norms and the attention."""
+    b, tp = job.bytes_per_number, split.tp_size
+    hidden, q, kv = sizes.hidden_size, sizes.q_size, sizes.kv_size
+    norms = 2 * (4 + b) * hidden / tp  # float32 input, and the output as the input of A
+    qkv = b * (q + 2 * kv)  # one fused tensor; v is a view of it
+    qk_norm = 0 if not sizes.qk_norm else b * q if b == 4 else 4 * (q + kv)  # float32 inputs
+    rotated = b * (q + kv)
+    out = b * q * (1 if job.on_gpu else 2) + 4 * sizes.num_heads  # on a CPU sequences are put together by a copy
+    lora = 4 * b * job.lora_rank + 3 * b * job.lora_rank
+    return norms + (qkv + qk_norm + rotated + out) / tp + lora
+
+
+def mlp_bytes(sizes: ModelSizes, split: Split, job: Job) -> float:
+    """Of one token in one layer: gate and up, silu(gate), up again (megatron-core adds an offset of 0), the product."""
+    b = job.bytes_per_number
+    return 5 * b * sizes.ffn_size / split.tp_size + 3 * b * job.lora_rank
+
+
+def expert_bytes(sizes: ModelSizes, split: Split, job: Job) -> float:
+    """Of one token in one layer: router, copies of the token for its experts, their inner tensors and outputs.
+
+    Tokens are spread over the ranks (sequence parallelism) and routed evenly, as far as a plan can know.
+    """
+    b = job.bytes_per_number
+    router = 4 * 3 * sizes.num_experts
+    inner = b * (2 * sizes.hidden_size + 5 * sizes.expert_ffn_size + 6 * job.lora_rank)
+    return (router + sizes.experts_per_token * inner) / split.tp_size
+
+
+def workspace_bytes(sizes: ModelSizes, split: Split, job: Job, token_budget: int, *, alone: bool) -> int:
+    """The process, and what comes and goes while a micro-batch is computed."""
+    b = job.bytes_per_number
+    logits = min(LOGIT_CHUNK, token_budget * sizes.vocab_size // split.tp_size) * (8 + b)
+    layer = max(mlp_bytes(sizes, split, job), expert_bytes(sizes, split, job)) + attention_bytes(sizes, split, job)
+    process = CPU_PROCESS_GIB if not job.on_gpu else CUDA_CONTEXT_GIB + (0 if alone else NCCL_GIB)
+    return int(process * GIB + max(logits, layer * token_budget) * _heap(job))
+
+
+def _heap(job: Job) -> float:
+    return 1.0 if job.on_gpu else HEAP_ON_CPU
+
+
+def cache_bytes_per_token(sizes: ModelSizes, split: Split, job: Job) -> int:
+    """Keys and values of one cached token on one rank."""
+    heads = sizes.num_kv_heads // split.tp_size
+    return sizes.num_layers // split.pp_size * 2 * heads * sizes.head_dim * job.bytes_per_number
+
+
+def memory(sizes: ModelSizes, split: Split, job: Job, token_budget: int, cache_tokens: int, *, alone: bool) -> Memory:
+    """Everything one rank holds."""
+    weights, adapters = fixed_memory(sizes, split, job)
+    return Memory(
+        weights=weights,
+        adapters=adapters,
+        activations=int(activation_bytes_per_token(sizes, split, job) * token_budget),
+        cache=cache_bytes_per_token(sizes, split, job) * cache_tokens,
+        workspace=workspace_bytes(sizes, split, job, token_budget, alone=alone),
+    )

@@ -1,0 +1,187 @@
+"""What a model's config.json says about its size: parameters by part, and how many of them one rank holds (pure).
+
+Counted from the fields alone, with no weights and no torch, so that a login node can plan. The models themselves are
+built by megatron_adapters; tests hold the two against each other on the meta device.
+
+H hidden, I MLP width, E experts, q and kv attention widths, V vocabulary, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tinker_hpc.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Widths of one decoder, before any sharding."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    """Of a dense MLP; 0 where every layer has experts."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    num_dense_layers: int = 0
+    """Of the layers, those with a dense MLP; all of them where there are no experts."""
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def num_expert_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers
+
+    @property
+    def num_parameters(self) -> int:
+        """All weights of the base model."""
+        return sum(base_parameters(self, Split()).values())
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Weights that take part in the matrix products of one token: without the embedding lookup and idle experts."""
+        idle = (self.num_experts - self.experts_per_token) * 3 * self.hidden_size * self.expert_ffn_size
+        lookup = 0 if self.tied_embeddings else self.vocab_size * self.hidden_size
+        return self.num_parameters - lookup - self.num_expert_layers * idle
+
+
+@dataclass(frozen=True)
+class Split:
+    """Into how many parts the matrices are cut; every size 1 is the whole model."""
+
+    tp_size: int = 1
+    ep_size: int = 1
+    pp_size: int = 1
+
+
+def read_sizes(config: Mapping[str, Any], where: str = "config.json") -> ModelSizes:
+    """The sizes in a Hugging Face config.json.
+
+    Args: where: names the file in errors.
+    Raises: ConfigError naming a field that is missing or not a positive number.
+    """
+    text: Mapping[str, Any] = config.get("text_config") or config
+    model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
+
+    def number(*names: str, otherwise: int | None = None) -> int:
+        for name in names:
+            value = text.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ConfigError(f"{where}: {name} is {value!r}, expected a whole number.")
+            return value
+        if otherwise is None:
+            raise ConfigError(
+                f"{where} has no {' or '.join(names)}, so its size cannot be planned. "
+                "Is it the config.json of a Hugging Face language model?"
+            )
+        return otherwise
+
+    num_layers, hidden, heads = number("num_hidden_layers"), number("hidden_size"), number("num_attention_heads")
+    num_experts = number("num_experts", "num_local_experts", "n_routed_experts", otherwise=0)
+    return ModelSizes(
+        model_type=model_type,
+        num_layers=num_layers,
+        hidden_size=hidden,
+        ffn_size=number("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=number("num_key_value_heads", otherwise=heads),
+        head_dim=number("head_dim", otherwise=hidden // max(heads, 1)),
+        vocab_size=number("vocab_size"),
+        max_context=number("max_position_embeddings"),
+        tied_embeddings=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+        qkv_bias=model_type == "qwen2" or bool(text.get("attention_bias")),
+        qk_norm=model_type.startswith("qwen3"),
+        num_experts=num_experts,
+        experts_per_token=number("num_experts_per_tok") if num_experts else 0,
+        expert_ffn_size=number("moe_intermediate_size", "intermediate_size") if num_experts else 0,
+        num_dense_layers=_num_dense_layers(text, num_layers) if num_experts else num_layers,
+    )
+
+
+def base_parameters(sizes: ModelSizes, split: Split) -> dict[str, int]:
+    """Frozen weights of one rank, by part; for the first pipeline stage or the last, whichever holds more.
+
+    Megatron's rule: q, k, v, gate, up, embedding and unembedding by rows, o and down by columns over TP; whole experts
+    over EP; equal numbers of layers over PP; norms and router on every rank.
+    """
+    hidden, tp = sizes.hidden_size, split.tp_size
+    layers = sizes.num_layers // split.pp_size
+    dense, expert = _stage_layers(sizes, split)
+    qkv = sizes.q_size + 2 * sizes.kv_size
+    attention = hidden * (qkv + sizes.q_size) // tp + (qkv // tp if sizes.qkv_bias else 0)
+    norms = 2 * hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)
+    table = sizes.vocab_size * hidden // tp
+    tables = 1 if split.pp_size > 1 or sizes.tied_embeddings else 2
+    return {
+        "attention": layers * attention,
+        "mlp": dense * 3 * hidden * sizes.ffn_size // tp,
+        "experts": expert * (sizes.num_experts // split.ep_size) * 3 * hidden * sizes.expert_ffn_size,
+        "router": expert * sizes.num_experts * hidden,
+        "norms": layers * norms + hidden,
+        "embeddings": tables * table,
+    }
+
+
+def adapter_parameters(
+    sizes: ModelSizes,
+    split: Split,
+    rank: int,
+    *,
+    train_attn: bool = True,
+    train_mlp: bool = True,
+    train_unembed: bool = True,
+) -> dict[str, int]:
+    """Trainable numbers of one rank for an adapter of LoRA rank `rank`, by part; for the fullest pipeline stage.
+
+    A of a column-parallel matrix and B of a row-parallel one are on every TP rank. Experts are "shared-outer": the
+    factor that touches the hidden dimension is one for all experts of a matrix, the other is each expert's own.
+    With every size 1 this is the published count (Tinker's and the cookbook's table).
+    """
+    hidden, tp, q, kv = sizes.hidden_size, split.tp_size, sizes.q_size, sizes.kv_size
+    layers = sizes.num_layers // split.pp_size
+    dense, expert = _stage_layers(sizes, split)
+    attention = (3 * hidden + (q + 2 * kv) // tp) + (q // tp + hidden)
+    mlp = 3 * (hidden + sizes.ffn_size // tp)
+    experts = 3 * (hidden + sizes.num_experts // split.ep_size * sizes.expert_ffn_size)
+    return {
+        "attention": rank * layers * attention * train_attn,
+        "mlp": rank * (dense * mlp + expert * experts) * train_mlp,
+        "unembed": rank * (hidden + sizes.vocab_size // tp) * train_unembed,
+    }
+
+
+def _stage_layers(sizes: ModelSizes, split: Split) -> tuple[int, int]:
+    """Dense and expert layers of a pipeline stage: as many expert layers as a stage can have."""
+    layers = sizes.num_layers // split.pp_size
+    expert = min(layers, sizes.num_expert_layers)
+    return layers - expert, expert
+
+
+def _num_dense_layers(text: Mapping[str, Any], num_layers: int) -> int:
+    """Layers without experts, as transformers' Qwen-MoE (decoder_sparse_step, mlp_only_layers) and DeepSeek
+    (first_k_dense_replace) configurations say."""
+    step = int(text.get("decoder_sparse_step") or 1)
+    only_dense = set(text.get("mlp_only_layers") or ())
+    first = int(text.get("first_k_dense_replace") or 0)
+    sparse = [i for i in range(num_layers) if i not in only_dense and (i + 1) % step == 0 and i >= first]
+    return num_layers - len(sparse)

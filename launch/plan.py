@@ -1,0 +1,262 @@
+"""Which layout to use and whether the job fits, from config.json and the sizes of the GPUs (pure).
+
+Every layout that the model's heads, experts, layers and vocabulary allow is costed (memory_model.py). Of those with
+room for a micro-batch worth computing, the one that communicates least is taken: the fewest pipeline stages, then the
+smallest tensor parallel size, then the smallest expert parallel size; all other ranks are copies that share the batch.
+
+World size = tp_size * pp_size * dp_size. Expert parallel ranks are taken out of the tp_size * dp_size ranks of a
+pipeline stage, so ep_size divides that product (Megatron's "parallel folding", expert tensor parallel size 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from launch.memory_model import (
+    CACHE_SHARE_CPU,
+    CACHE_SHARE_GPU,
+    GIB,
+    MARGIN,
+    Job,
+    Memory,
+    activation_bytes_per_token,
+    cache_bytes_per_token,
+    fixed_memory,
+    memory,
+    workspace_bytes,
+)
+from launch.model_sizes import ModelSizes, Split
+
+GOOD_TOKENS = 4096
+"""Of a micro-batch: matrix products of this many rows keep a GPU busy; more is hardly faster."""
+LEAST_TOKENS = 512
+"""A job that cannot train this many tokens at once is said not to fit."""
+MAX_TOKENS = 8192
+"""Micro-batches are not made larger than this, whatever the room (and no larger than GOOD_TOKENS if it is unknown)."""
+MAX_ROWS = 256
+"""Samples at a time (megatron_adapters/sampler.py): more cache than they can fill is not planned."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The ranks a job has. `memory_gib`: of one rank, that is of its GPU."""
+
+    nodes: int
+    ranks_per_node: int
+    memory_gib: float
+    on_gpu: bool = True
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Sizes given by hand; None is chosen."""
+
+    tp_size: int | None = None
+    ep_size: int | None = None
+    pp_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout, and what one rank holds under it."""
+
+    tp_size: int
+    ep_size: int
+    pp_size: int
+    dp_size: int
+    dtype: str
+    token_budget: int
+    """Tokens of a micro-batch."""
+    longest_sequence: int
+    """Tokens of the longest sequence that can be trained: it would be a micro-batch of its own."""
+    cache_tokens: int
+    """Tokens of all samples under way together, in each of the dp_size copies."""
+    memory: Memory
+    capacity: float
+    """Bytes of one rank; infinite where it is not known (null in JSON)."""
+    fits: bool
+    reasons: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, memory in bytes and with its total."""
+        memory = {**asdict(self.memory), "total": self.memory.total}
+        return {**asdict(self), "memory": memory, "capacity": self.capacity if math.isfinite(self.capacity) else None}
+
+
+def make_plan(
+    sizes: ModelSizes, machine: Machine, *, wish: Wish | None = None, lora_rank: int = 32, num_adapters: int = 1
+) -> Plan | None:
+    """The best layout for this model on this machine; None if no layout divides both model and machine."""
+    wish = wish or Wish()
+    job = Job(2 if machine.on_gpu else 4, machine.on_gpu, lora_rank, num_adapters)
+    layouts = list(possible_layouts(sizes, machine, wish))
+    if not layouts:
+        return None
+    costed = [_cost(sizes, machine, split, job) for split in layouts]
+    chosen = min(costed, key=_preference)
+    reasons = _reasons(sizes, machine, wish, job, chosen=chosen, costed=costed)
+    return Plan(
+        tp_size=chosen.split.tp_size,
+        ep_size=chosen.split.ep_size,
+        pp_size=chosen.split.pp_size,
+        dp_size=machine.world_size // (chosen.split.tp_size * chosen.split.pp_size),
+        dtype="bfloat16" if machine.on_gpu else "float32",
+        token_budget=chosen.token_budget,
+        longest_sequence=chosen.longest_sequence,
+        cache_tokens=chosen.cache_tokens,
+        memory=chosen.memory,
+        capacity=machine.memory_gib * GIB,
+        fits=chosen.fits,
+        reasons=tuple(reasons),
+    )
+
+
+def possible_layouts(sizes: ModelSizes, machine: Machine, wish: Wish) -> Iterator[Split]:
+    """Every cut that divides the model and the machine, tensor parallel groups within a node."""
+    for tp_size in _divisors(machine.ranks_per_node):
+        if wish.tp_size not in (None, tp_size) or not tp_divides(sizes, tp_size):
+            continue
+        for pp_size in _divisors(machine.world_size // tp_size):
+            if wish.pp_size not in (None, pp_size) or sizes.num_layers % pp_size:
+                continue
+            stage_ranks = machine.world_size // pp_size
+            for ep_size in _divisors(stage_ranks) if sizes.num_experts else (1,):
+                if wish.ep_size in (None, ep_size) and (ep_size == 1 or sizes.num_experts % ep_size == 0):
+                    yield Split(tp_size, ep_size, pp_size)
+
+
+def tp_divides(sizes: ModelSizes, tp_size: int) -> bool:
+    """Whether every matrix and the heads can be cut into so many parts (families.check_layout's rule)."""
+    widths = (sizes.num_heads, sizes.num_kv_heads, sizes.vocab_size, sizes.ffn_size if sizes.num_dense_layers else 0)
+    return all(width % tp_size == 0 for width in widths)
+
+
+@dataclass(frozen=True)
+class _Costed:
+    split: Split
+    room: float
+    """Bytes left beside weights, adapters and workspace; negative if they do not fit, infinite if memory is."""
+    token_budget: int
+    longest_sequence: int
+    cache_tokens: int
+    memory: Memory
+    max_context: int
+
+    @property
+    def fits(self) -> bool:
+        return self.longest_sequence >= min(LEAST_TOKENS, self.max_context)
+
+    @property
+    def roomy(self) -> bool:
+        return self.longest_sequence >= min(GOOD_TOKENS, self.max_context)
+
+
+def _cost(sizes: ModelSizes, machine: Machine, split: Split, job: Job) -> _Costed:
+    alone = machine.world_size == 1
+    usable = machine.memory_gib * GIB * (1 - MARGIN)
+    fixed = sum(fixed_memory(sizes, split, job))
+    per_token = activation_bytes_per_token(sizes, split, job)
+    # The workspace grows with the micro-batch too: take it for the smallest, then for what that leaves.
+    budget = LEAST_TOKENS
+    longest, room = 0, 0.0
+    for _ in range(8):
+        room = usable - fixed - workspace_bytes(sizes, split, job, budget, alone=alone)
+        tokens = max(0.0, room / per_token)
+        most = MAX_TOKENS if math.isfinite(tokens) else GOOD_TOKENS
+        longest, budget = int(min(tokens, sizes.max_context)), int(max(1, min(tokens, most)))
+    share = CACHE_SHARE_GPU if machine.on_gpu else CACHE_SHARE_CPU
+    per_cached = max(1, cache_bytes_per_token(sizes, split, job))
+    cache_tokens = int(max(0.0, min(share * room / per_cached, MAX_ROWS * sizes.max_context)))
+    return _Costed(
+        split=split,
+        room=room,
+        token_budget=budget,
+        longest_sequence=longest,
+        cache_tokens=cache_tokens,
+        memory=memory(sizes, split, job, budget, cache_tokens, alone=alone),
+        max_context=sizes.max_context,
+    )
+
+
+def _preference(costed: _Costed) -> tuple[float, ...]:
+    """Smaller is better. Roomy layouts by what they communicate; others by their room."""
+    split = costed.split
+    cheap = (split.pp_size, split.tp_size, split.ep_size)
+    if costed.roomy:
+        return (0, 0, *cheap)
+    if costed.fits:
+        return (1, -costed.longest_sequence, *cheap)
+    return (2, -costed.room, *cheap)
+
+
+def _reasons(
+    sizes: ModelSizes, machine: Machine, wish: Wish, job: Job, *, chosen: _Costed, costed: list[_Costed]
+) -> list[str]:
+    """The plan in words, the most important first."""
+    split, capacity = chosen.split, machine.memory_gib
+    whole = sizes.num_parameters * job.bytes_per_number / GIB
+    dtype = "bfloat16" if machine.on_gpu else "float32"
+    count = f"{machine.world_size} rank" + ("s" if machine.world_size > 1 else "")
+    room = f"of {capacity:g} GiB" if math.isfinite(capacity) else "whose memory is not known"
+    words = [
+        f"The weights are {whole:.2f} GiB in {dtype} ({sizes.num_parameters / 1e9:.2f} billion parameters), "
+        f"for {count} {room}, {machine.ranks_per_node} on a node."
+    ]
+    if split.tp_size > 1:
+        words.append(_why_tp(wish, chosen, costed))
+    if sizes.num_experts:
+        words.append(
+            f"Expert parallel size {split.ep_size}: every rank holds {sizes.num_experts // split.ep_size} of the "
+            f"{sizes.num_experts} experts of a layer."
+        )
+    if split.pp_size > 1:
+        words.append(
+            f"{split.pp_size} pipeline stages: "
+            + ("as given." if wish.pp_size else "without them a rank would have no room for the weights it holds.")
+        )
+    if not chosen.fits:
+        short = chosen.memory.weights + chosen.memory.adapters + chosen.memory.workspace - capacity * GIB
+        words.append(
+            f"It does not fit: a micro-batch of {LEAST_TOKENS} tokens has no room"
+            + (f"; weights, adapter and workspace alone exceed a rank by {short / GIB:.1f} GiB." if short > 0 else ".")
+        )
+        words.append(_what_would_fit(sizes, machine, wish, job))
+    elif chosen.longest_sequence < sizes.max_context:
+        words.append(
+            f"Sequences of up to {chosen.longest_sequence} tokens can be trained; the model's context of "
+            f"{sizes.max_context} needs more memory."
+        )
+    return words
+
+
+def _why_tp(wish: Wish, chosen: _Costed, costed: list[_Costed]) -> str:
+    size = chosen.split.tp_size
+    if wish.tp_size:
+        return f"Tensor parallel size {size}, as given."
+    smaller = [c for c in costed if c.split.tp_size < size and c.split.pp_size == chosen.split.pp_size]
+    if not smaller:
+        return f"Tensor parallel size {size}."
+    best = max(smaller, key=lambda c: (c.longest_sequence, c.room))
+    left = f"room for {best.longest_sequence} tokens at a time" if best.room > 0 else "no room beside the weights"
+    would = f"{best.split.tp_size} would leave {left}"
+    return f"Tensor parallel size {size}: {would}; {size} leaves {chosen.longest_sequence}."
+
+
+def _what_would_fit(sizes: ModelSizes, machine: Machine, wish: Wish, job: Job) -> str:
+    """The smallest number of such nodes on which it would fit."""
+    for nodes in range(machine.nodes + 1, 65):
+        more = Machine(nodes, machine.ranks_per_node, machine.memory_gib, machine.on_gpu)
+        if any(_cost(sizes, more, split, job).fits for split in possible_layouts(sizes, more, wish)):
+            return f"It would fit on {nodes} such nodes."
+    return "It would not fit on 64 such nodes either: take GPUs with more memory, or a smaller model."
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,120 @@
+"""The planner's arithmetic and the oracle against real things: models built on the meta device, measured processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "models"))
+
+import random_models  # noqa: E402
+from published_configs import PUBLISHED  # noqa: E402
+
+from launch.memory_model import CPU_PROCESS_GIB, GIB, HEAP_ON_CPU, Job, memory  # noqa: E402
+from launch.model_sizes import Split, read_sizes  # noqa: E402
+from launch.plan import Machine, make_plan  # noqa: E402
+
+RANK = 32
+# Trainable parameters per unit of rank as Tinker's cookbook publishes them (hyperparam_utils.py): MLP, attention,
+# unembedding.
+ORACLE = {
+    "Llama-3.2-1B": (491_520, 212_992, 130_304),
+    "Llama-3.1-8B": (1_769_472, 851_968, 132_352),
+    "Llama-3.1-70B": (8_847_360, 4_096_000, 136_448),
+    "Qwen3-8B": (1_769_472, 958_464, 156_032),
+    "Qwen3-32B": (5_898_240, 2_490_368, 157_056),
+}
+MACHINES = {
+    "Llama-3.1-70B": Machine(1, 4, 80),
+    "Qwen3-8B": Machine(1, 1, 80),
+    "Qwen3-32B": Machine(2, 8, 80),
+}
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, int]], dict[str, Any]]:
+    """built(name, layout): what meta_model.py counted; all of it in one process, once."""
+    wanted = [[name, {"tp_size": 1, "dp_size": 1}, RANK] for name in ORACLE]
+    for name, machine in MACHINES.items():
+        wanted.append([name, layout_of(name, machine), RANK])
+    file = tmp_path_factory.mktemp("meta") / "requests.json"
+    file.write_text(json.dumps(wanted))
+    counted = json.loads(output_of("meta_model.py", str(file)))
+
+    def find(name: str, layout: dict[str, int]) -> dict[str, Any]:
+        return counted[wanted.index([name, layout, RANK])]
+
+    return find
+
+
+def layout_of(name: str, machine: Machine) -> dict[str, int]:
+    plan = make_plan(read_sizes(PUBLISHED[name]), machine, lora_rank=RANK)
+    assert plan is not None
+    return {"tp_size": plan.tp_size, "dp_size": plan.dp_size}
+
+
+def output_of(script: str, *arguments: str, **environment: str) -> str:
+    """The last line that a script of this folder prints."""
+    command = [sys.executable, str(HERE / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", list(ORACLE))
+def test_parameter_oracle(name: str, built) -> None:
+    """Our own model and adapter code, at full size: trainable parameters to the digit, for rank 32, by part."""
+    mlp, attention, unembed = ORACLE[name]
+    expected = {"mlp": RANK * mlp, "attention": RANK * attention, "unembed": RANK * unembed}
+    assert built(name, {"tp_size": 1, "dp_size": 1})["trained"] == expected
+
+
+@pytest.mark.parametrize("name", list(MACHINES))
+def test_planned_bytes_are_the_built_ones(name: str, built) -> None:
+    plan = make_plan(read_sizes(PUBLISHED[name]), MACHINES[name], lora_rank=RANK)
+    assert plan is not None and plan.fits
+    real = built(name, layout_of(name, MACHINES[name]))
+    assert plan.memory.weights == pytest.approx(real["weights"], rel=0.001)
+    assert plan.memory.adapters == pytest.approx(real["adapter"], rel=0.001)
+
+
+SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048}
+QWEN3 = SIZES | {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "head_dim": 64,
+}
+LLAMA = SIZES | {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "fields", "num_sequences"), [("qwen3", QWEN3, 6), ("llama", LLAMA, 4)])
+def test_estimate_is_the_measured_peak(family: str, fields: dict[str, Any], num_sequences: int, tmp_path: Path) -> None:
+    """A CPU-sized model's training step: estimated bytes against the kernel's high-water mark."""
+    folder, length = random_models.make(family, tmp_path, **fields), 256
+    arguments = (str(folder), str(RANK), str(num_sequences), str(length))
+    sizes, job = read_sizes(json.loads((folder / "config.json").read_text())), Job(4, on_gpu=False, lora_rank=RANK)
+    estimate = memory(sizes, Split(), job, num_sequences * length, 0, alone=True)
+    measured = json.loads(output_of("peak_memory.py", *arguments))
+    print(f"{family}: estimated {estimate.total / GIB:.3f} GiB, measured {measured['peak'] / GIB:.3f} GiB")
+    assert estimate.total == pytest.approx(measured["peak"], rel=0.15)
+
+    # Every block mapped by itself, so that the heap's habits are out of it: the tensors themselves.
+    exact = json.loads(output_of("peak_memory.py", *arguments, MALLOC_MMAP_THRESHOLD_="65536"))
+    moving = estimate.activations + estimate.workspace - CPU_PROCESS_GIB * GIB
+    tensors = estimate.weights + estimate.adapters + moving / HEAP_ON_CPU
+    grown = exact["peak"] - exact["imported"]
+    print(f"{family}: tensors estimated {tensors / GIB:.3f} GiB, measured {grown / GIB:.3f} GiB")
+    assert tensors == pytest.approx(grown, rel=0.10)

@@ -1,0 +1,107 @@
+"""config.json of models people name, as their publishers wrote them: the fields that say how large the model is.
+
+    published_configs.write("Qwen3-8B", folder)       # a folder with config.json and no weights
+
+Facts, checked by the published numbers of LoRA parameters (tests/unit/launch/test_model_sizes.py).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def _llama(
+    hidden: int, ffn: int, layers: int, heads: int, head_dim: int, *, tied: bool, factor: float
+) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": head_dim,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": tied,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def _qwen3(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "rope_theta": 1000000,
+        "rope_scaling": None,
+        "use_sliding_window": False,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "torch_dtype": "bfloat16",
+    } | more
+
+
+def _qwen3_moe(hidden: int, ffn: int, layers: int, heads: int, expert_ffn: int) -> dict[str, Any]:
+    return _qwen3(
+        hidden,
+        ffn,
+        layers,
+        heads,
+        4,
+        architectures=["Qwen3MoeForCausalLM"],
+        model_type="qwen3_moe",
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=expert_ffn,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        router_aux_loss_coef=0.001,
+    )
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama-3.2-1B": _llama(2048, 8192, 16, 32, 64, tied=True, factor=32.0),
+    "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 128, tied=False, factor=8.0),
+    "Llama-3.1-70B": _llama(8192, 28672, 80, 64, 128, tied=False, factor=8.0),
+    "Qwen3-8B": _qwen3(4096, 12288, 36, 32, 8),
+    "Qwen3-32B": _qwen3(5120, 25600, 64, 64, 8),
+    "Qwen3-30B-A3B": _qwen3_moe(2048, 6144, 48, 32, 768),
+    "Qwen3-235B-A22B": _qwen3_moe(4096, 12288, 94, 64, 1536),
+}
+
+
+def write(name: str, folder: Path) -> Path:
+    """Write the config.json of a published model into `folder` (made if need be) and return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(PUBLISHED[name], indent=2) + "\n")
+    return folder

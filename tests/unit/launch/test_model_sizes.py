@@ -1,0 +1,88 @@
+"""Sizes from config.json against the published counts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "models"))
+
+from published_configs import PUBLISHED
+
+from launch.model_sizes import Split, adapter_parameters, base_parameters, read_sizes
+from tinker_hpc.errors import ConfigError
+
+# Tinker cookbook's table (hyperparam_utils.py): trainable parameters per unit of rank.
+PER_RANK = {
+    "Llama-3.2-1B": {"mlp": 491_520, "attention": 212_992, "unembed": 130_304},
+    "Llama-3.1-8B": {"mlp": 1_769_472, "attention": 851_968, "unembed": 132_352},
+    "Llama-3.1-70B": {"mlp": 8_847_360, "attention": 4_096_000, "unembed": 136_448},
+    "Qwen3-8B": {"mlp": 1_769_472, "attention": 958_464, "unembed": 156_032},
+    "Qwen3-32B": {"mlp": 5_898_240, "attention": 2_490_368, "unembed": 157_056},
+    "Qwen3-30B-A3B": {"mlp": 14_450_688, "attention": 835_584, "unembed": 153_984},
+    "Qwen3-235B-A22B": {"mlp": 56_598_528, "attention": 3_176_448, "unembed": 156_032},
+}
+# The models' own cards: parameters in all, and active per token (with the embedding).
+BILLIONS = {
+    "Llama-3.2-1B": 1.24,
+    "Llama-3.1-8B": 8.03,
+    "Llama-3.1-70B": 70.6,
+    "Qwen3-8B": 8.19,
+    "Qwen3-32B": 32.8,
+    "Qwen3-30B-A3B": 30.5,
+    "Qwen3-235B-A22B": 235.1,
+}
+
+
+@pytest.mark.parametrize("name", list(PER_RANK))
+def test_trainable_parameters_to_the_digit(name: str) -> None:
+    sizes = read_sizes(PUBLISHED[name])
+    assert adapter_parameters(sizes, Split(), 1) == PER_RANK[name]
+    assert adapter_parameters(sizes, Split(), 32, train_mlp=False) == {
+        "attention": 32 * PER_RANK[name]["attention"],
+        "mlp": 0,
+        "unembed": 32 * PER_RANK[name]["unembed"],
+    }
+
+
+@pytest.mark.parametrize("name", list(BILLIONS))
+def test_parameters_of_the_base(name: str) -> None:
+    assert read_sizes(PUBLISHED[name]).num_parameters / 1e9 == pytest.approx(BILLIONS[name], rel=0.005)
+
+
+def test_active_parameters() -> None:
+    assert read_sizes(PUBLISHED["Qwen3-30B-A3B"]).num_active_parameters / 1e9 == pytest.approx(3.0, rel=0.03)
+    assert read_sizes(PUBLISHED["Qwen3-235B-A22B"]).num_active_parameters / 1e9 == pytest.approx(21.5, rel=0.03)
+    tied = read_sizes(PUBLISHED["Llama-3.2-1B"])
+    assert tied.num_active_parameters == tied.num_parameters
+
+
+@pytest.mark.parametrize("name", list(PER_RANK))
+def test_ranks_together_hold_the_model(name: str) -> None:
+    """Over TP and EP every weight matrix is somewhere exactly once; norms and router are on every rank."""
+    sizes = read_sizes(PUBLISHED[name])
+    whole = base_parameters(sizes, Split())
+    parts = base_parameters(sizes, Split(tp_size=4, ep_size=8 if sizes.num_experts else 1))
+    assert {key: 4 * parts[key] for key in ("attention", "mlp", "embeddings")} == {
+        key: whole[key] for key in ("attention", "mlp", "embeddings")
+    }
+    assert parts["experts"] * (8 if sizes.num_experts else 1) == whole["experts"]
+    assert (parts["norms"], parts["router"]) == (whole["norms"], whole["router"])
+
+
+def test_dense_layers_among_experts() -> None:
+    config = PUBLISHED["Qwen3-30B-A3B"] | {"decoder_sparse_step": 2, "mlp_only_layers": [1]}
+    sizes = read_sizes(config)
+    assert (sizes.num_dense_layers, sizes.num_expert_layers) == (25, 23)
+    assert base_parameters(sizes, Split())["mlp"] == 25 * 3 * 2048 * 6144
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"hidden_size": None}, "has no hidden_size"), ({"vocab_size": "many"}, "vocab_size is 'many'")],
+)
+def test_fields_that_are_missing(change, words) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read_sizes(PUBLISHED["Qwen3-8B"] | change)

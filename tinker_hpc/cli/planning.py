@@ -1,0 +1,86 @@
+"""`plan`: the layout of a model on so many GPUs, the memory of a rank, and whether it fits. Nothing is submitted."""
+
+from __future__ import annotations
+
+import math
+
+import click
+
+from launch.memory_model import GIB
+from launch.plan import Plan
+from tinker_hpc.cli.options import json_option
+from tinker_hpc.cli.output import emit, fields, table
+
+
+@click.command()
+@click.option("--base-model", required=True, metavar="M", help="Hub name or folder; only its config.json is read.")
+@click.option("--cluster", metavar="C", help="Profile of the configuration, for what is not given here.")
+@click.option("--nodes", type=click.IntRange(1), default=1, metavar="N", help="Number of nodes (1).")
+@click.option("--gpus", type=click.IntRange(0), metavar="N", help="GPUs of each node; 0 is CPU only (the profile's).")
+@click.option("--gpu-memory", type=click.FloatRange(1), metavar="GIB", help="Of one GPU, e.g. 80 (the profile's).")
+@click.option("--memory", metavar="SIZE", help="Memory of each node without GPUs, e.g. 64G (the profile's).")
+@click.option("--tp-size", type=click.IntRange(1), metavar="N", help="Tensor parallel size (chosen).")
+@click.option("--lora-rank", type=click.IntRange(1), default=32, metavar="N", help="Rank of the adapters (32).")
+@click.option("--adapters", type=click.IntRange(1), default=1, metavar="N", help="Adapters trained at a time (1).")
+@json_option
+def plan(
+    *,
+    base_model: str,
+    cluster: str | None,
+    nodes: int,
+    gpus: int | None,
+    gpu_memory: float | None,
+    memory: str | None,
+    tp_size: int | None,
+    lora_rank: int,
+    adapters: int,
+    as_json: bool,
+) -> None:
+    """Say which layout a model would get and whether it fits.
+
+    Memory is estimated for the fullest rank. No weights are read.
+    """
+    from launch.plan import Machine
+    from tinker_hpc.base_models import resolve
+    from tinker_hpc.config import load_config
+    from tinker_hpc.resources import plan_for, rank_memory_gib
+
+    config = load_config()
+    profile = config.profile(cluster)
+    gpus_per_node = profile.default_gpus_per_node if gpus is None else gpus
+    ranks_per_node = gpus_per_node or 1
+    known = rank_memory_gib(profile, gpus_per_node, ranks_per_node, memory or profile.memory)
+    machine = Machine(nodes, ranks_per_node, gpu_memory if gpu_memory and gpus_per_node else known, gpus_per_node > 0)
+    model = resolve(base_model, config.base_models, download=False)
+    made = plan_for(model, machine, tp_size=tp_size, lora_rank=lora_rank, num_adapters=adapters)
+    if as_json:
+        emit({"base_model": model.name, "nodes": nodes, "ranks_per_node": ranks_per_node, **made.to_json()})
+        return
+    _show(made)
+
+
+def _show(made: Plan) -> None:
+    sizes = f"tp {made.tp_size}, ep {made.ep_size}, pp {made.pp_size}, dp {made.dp_size}, {made.dtype}"
+    fields(
+        {
+            "layout": sizes,
+            "fits": "yes" if made.fits else "no",
+            "micro-batch": f"{made.token_budget} tokens",
+            "longest sequence": f"{made.longest_sequence} tokens in training",
+            "KV cache": f"{made.cache_tokens} tokens in each of {made.dp_size} copies",
+        }
+    )
+    click.echo()
+    held = made.memory
+    rows = [
+        ("weights", held.weights, ""),
+        ("adapters", held.adapters, "with gradients and Adam moments"),
+        ("activations", held.activations, "of a micro-batch"),
+        ("KV cache", held.cache, "in the room of the activations, while none are held"),
+        ("workspace", held.workspace, "process, communication, logits, one layer at work"),
+        ("total", held.total, f"of {made.capacity / GIB:g} GiB" if math.isfinite(made.capacity) else ""),
+    ]
+    table(("A RANK HOLDS", "GIB", ""), [(name, f"{size / GIB:.2f}", words) for name, size, words in rows])
+    click.echo()
+    for reason in made.reasons:
+        click.echo(reason)
