@@ -3,13 +3,14 @@
 adapter_model.safetensors   base_model.model.<path>.lora_{A,B}.weight, float32, exactly PEFT's names and shapes
 adapter_config.json         PEFT's LoraConfig
 optimizer.safetensors       <the same key>.exp_avg and .exp_avg_sq; metadata "step"
+gradients.safetensors       in a worker's snapshots alone, see training_state.py
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .weights import check_tensors
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+GRADIENTS_FILE = "gradients.safetensors"
 
 PREFIX, SUFFIX_A = "base_model.model.", ".lora_A.weight"
 
@@ -54,6 +56,43 @@ class AdapterConfig:
     targets: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class HostCopy:
+    """What an adapter's folder will hold: canonical full matrices in memory of rank 0's own, nothing on other ranks."""
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    """empty where the optimizer's state is not wanted"""
+    step: int
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """of passes since the last optimizer step (training_state.py); empty if there were none"""
+
+    def write(self, folder: Path) -> None:
+        """Write the files; no collective. Raises: OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+        if self.moments:
+            save_file(self.moments, folder / OPTIMIZER_FILE, metadata={"format": "pt", "step": str(self.step)})
+        if self.gradients:
+            save_file(self.gradients, folder / GRADIENTS_FILE, metadata={"format": "pt"})
+
+
+def collect(adapter: Adapter, runtime: Runtime, *, optimizer: bool, base_model: str) -> HostCopy:
+    """The adapter as it is now; what happens to it afterwards does not show in the copy.
+
+    Collectives: in the first data-parallel copy one all-gather per buffer over the TP group.
+    """
+    weights = gather(adapter.shards, adapter.weights, runtime)
+    moments: dict[str, Tensor] = {}
+    if optimizer:
+        for name, flat in (("exp_avg", adapter.exp_avg), ("exp_avg_sq", adapter.exp_avg_sq)):
+            moments |= {f"{key}.{name}": x for key, x in gather(adapter.shards, flat, runtime).items()}
+    config = peft_config(adapter.lora.rank, adapter.lora.alpha, adapter.lora.targets, base_model)
+    return HostCopy(config, weights, moments, adapter.step)
+
+
 def save(adapter: Adapter, runtime: Runtime, folder: Path, *, optimizer: bool, base_model: str) -> None:
     """Write the adapter into `folder`; rank 0 writes.
 
@@ -61,21 +100,8 @@ def save(adapter: Adapter, runtime: Runtime, folder: Path, *, optimizer: bool, b
     Collectives: in the first data-parallel copy one all-gather per buffer over the TP group; then one broadcast over
         the control group, after which the files are there.
     """
-    tensors = _gather(adapter, adapter.weights, runtime)
-    moments: dict[str, Tensor] = {}
-    if optimizer:
-        for name, flat in (("exp_avg", adapter.exp_avg), ("exp_avg_sq", adapter.exp_avg_sq)):
-            moments |= {f"{key}.{name}": x for key, x in _gather(adapter, flat, runtime).items()}
-
-    def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        config = peft_config(adapter.lora.rank, adapter.lora.alpha, adapter.lora.targets, base_model)
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        if optimizer:
-            save_file(moments, folder / OPTIMIZER_FILE, metadata={"format": "pt", "step": str(adapter.step)})
-
-    on_rank_zero(runtime, write)
+    copy = collect(adapter, runtime, optimizer=optimizer, base_model=base_model)
+    on_rank_zero(runtime, lambda: copy.write(folder))
 
 
 def peft_config(rank: int, alpha: float, targets: tuple[str, ...], base_model: str) -> dict[str, Any]:
@@ -115,7 +141,7 @@ def read_config(folder: Path, arch: Architecture) -> AdapterConfig:
         raise WeightsError(f"{folder / CONFIG_FILE} sets {', '.join(foreign)}; only plain LoRA can be loaded.")
     if not isinstance(config.get("r"), int) or config["r"] < 1 or "lora_alpha" not in config:
         raise WeightsError(f"{folder / CONFIG_FILE} has no usable r and lora_alpha. Is it a LoRA adapter?")
-    with _open(folder / WEIGHTS_FILE) as file:
+    with open_file(folder / WEIGHTS_FILE) as file:
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     paths = [key.removeprefix(PREFIX).removesuffix(SUFFIX_A) for key in found if key.endswith(SUFFIX_A)]
     present = {path.rsplit(".", 1)[-1] for path in paths}
@@ -132,26 +158,26 @@ def load(adapter: Adapter, folder: Path, *, optimizer: bool) -> None:
     Raises: WeightsError; with optimizer=True also if there is no optimizer state. Collectives: none.
     """
     if not optimizer:
-        with _open(folder / WEIGHTS_FILE) as file:
-            _read_into(adapter, adapter.weights, file, "")
+        with open_file(folder / WEIGHTS_FILE) as file:
+            read_into(adapter, adapter.weights, file, "")
         return
     # Look at the second file before the first is copied: a failed load must leave the adapter as it was.
-    with _open(folder / OPTIMIZER_FILE) as file:
+    with open_file(folder / OPTIMIZER_FILE) as file:
         expected = {f"{s.key}.{name}": s.full_shape for s in adapter.shards for name in ("exp_avg", "exp_avg_sq")}
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         check_tensors(found, expected, str(folder / OPTIMIZER_FILE))
-        _read_into(adapter, adapter.exp_avg, file, ".exp_avg")
-        _read_into(adapter, adapter.exp_avg_sq, file, ".exp_avg_sq")
+        read_into(adapter, adapter.exp_avg, file, ".exp_avg")
+        read_into(adapter, adapter.exp_avg_sq, file, ".exp_avg_sq")
         adapter.step = int((file.metadata() or {})["step"])
-    with _open(folder / WEIGHTS_FILE) as file:
-        _read_into(adapter, adapter.weights, file, "")
+    with open_file(folder / WEIGHTS_FILE) as file:
+        read_into(adapter, adapter.weights, file, "")
 
 
 def load_snapshot(folder: Path, arch: Architecture, config: AdapterConfig, runtime: Runtime) -> LoraWeights:
     """This rank's frozen copy of the adapter in `folder`, in the compute dtype; no optimizer state is allocated."""
     wanted = projections(arch, config.targets)
     shards = {shard.key: shard for shard in shard_layout(wanted, config.rank, runtime.layout.tp_size)}
-    with _open(folder / WEIGHTS_FILE) as file:
+    with open_file(folder / WEIGHTS_FILE) as file:
 
         def read(path: str, letter: str) -> Tensor:
             key = peft_key(path, letter)
@@ -172,7 +198,7 @@ def canonical(shards: list[Shard], flats: list[Tensor]) -> dict[str, Tensor]:
     return full
 
 
-def _gather(adapter: Adapter, flat: Tensor, runtime: Runtime) -> dict[str, Tensor]:
+def gather(shards: list[Shard], flat: Tensor, runtime: Runtime) -> dict[str, Tensor]:
     """The full matrices of one buffer on the CPU of global rank 0; an empty dict elsewhere."""
     if runtime.dp_rank != 0:
         return {}  # every copy is the same; the first one writes
@@ -183,10 +209,10 @@ def _gather(adapter: Adapter, flat: Tensor, runtime: Runtime) -> dict[str, Tenso
     if runtime.global_rank != 0:
         return {}
     # clone: safetensors refuses tensors that share storage, as views of one buffer do
-    return {key: x.clone() for key, x in canonical(adapter.shards, [x.cpu() for x in flats]).items()}
+    return {key: x.clone() for key, x in canonical(shards, [x.cpu() for x in flats]).items()}
 
 
-def _read_into(adapter: Adapter, flat: Tensor, file: Any, suffix: str) -> None:
+def read_into(adapter: Adapter, flat: Tensor, file: Any, suffix: str) -> None:
     for shard in adapter.shards:
         shard.view(flat).copy_(_read_shard(file, shard, shard.key + suffix, adapter.tp_rank))
 
@@ -208,7 +234,7 @@ def _expected_shapes(wanted: list[Projection], rank: int) -> Mapping[str, tuple[
     return shapes
 
 
-def _open(path: Path) -> Any:
+def open_file(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:

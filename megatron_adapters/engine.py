@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tinker_hpc.errors import RequestError, ShapeError, WeightsError
 
-from . import adapter_files, runtime
+from . import adapter_files, runtime, training_state
+from .adapter_files import HostCopy
 from .adapters import Adapter, LoraWeights
 from .decode import Admit, Decoder, OnFinished
 from .families import check_layout, read_architecture
@@ -36,6 +37,7 @@ __all__ = [
     "AdamParams",
     "Datum",
     "Engine",
+    "HostCopy",
     "Layout",
     "LoraSpec",
     "LossFn",
@@ -155,6 +157,34 @@ class Engine:
         adapter = self._new_adapter(config.rank, config.alpha, config.targets)
         adapter_files.load(adapter, folder, optimizer=optimizer)
         self.adapters[adapter_id] = adapter
+
+    # ---- the whole state, for a worker that is started again
+
+    def copy_adapter(self, adapter_id: str) -> HostCopy:
+        """Weights, optimizer state and pending gradients, on rank 0. Collectives: see training_state.copy_adapter."""
+        adapter = self._adapter(adapter_id)
+        return training_state.copy_adapter(adapter, self.runtime, base_model=str(self.base_model_folder))
+
+    def restore_adapter(self, adapter_id: str, folder: Path, *, same_layout: bool) -> None:
+        """Create the adapter from what `copy_adapter(...).write(folder)` wrote, under this layout or another.
+
+        Raises: WeightsError. Collectives: none.
+        """
+        self.load_adapter(adapter_id, folder, optimizer=True)
+        training_state.restore_gradients(self.adapters[adapter_id], folder, self.runtime, same_layout=same_layout)
+
+    def copy_snapshot(self, snapshot_id: str) -> HostCopy:
+        """A snapshot's matrices, on rank 0; written, they are a folder for `load_snapshot`. Collectives: see
+        training_state.copy_snapshot.
+        """
+        weights = self.snapshots[snapshot_id]
+        base_model = str(self.base_model_folder)
+        return training_state.copy_snapshot(weights, self.model.arch, self.runtime, base_model=base_model)
+
+    def forget(self) -> None:
+        """Drop every adapter and snapshot; the base model stays. Collectives: none."""
+        self.adapters.clear()
+        self.snapshots.clear()
 
     # ---- snapshots, for sampling
 

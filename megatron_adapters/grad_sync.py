@@ -16,15 +16,26 @@ from .adapters import Adapter
 from .runtime import Runtime
 
 
-def sum_gradients(adapter: Adapter, runtime: Runtime) -> None:
-    """Complete adapter.grads in place.
+def sum_gradients(adapter: Adapter, runtime: Runtime, grads: torch.Tensor | None = None) -> None:
+    """Complete adapter.grads, or a copy of them, in place.
 
     Collectives: all-reduce of the replicated part over the TP group, then of everything over the DP group.
     """
+    grads = adapter.grads if grads is None else grads
     if runtime.layout.tp_size > 1:
-        dist.all_reduce(adapter.grads[: adapter.num_replicated], group=runtime.tp_group)
+        dist.all_reduce(grads[: adapter.num_replicated], group=runtime.tp_group)
     if runtime.layout.dp_size > 1:
-        dist.all_reduce(adapter.grads, group=runtime.dp_group)
+        dist.all_reduce(grads, group=runtime.dp_group)
+
+
+def keep_one_share(adapter: Adapter, runtime: Runtime) -> None:
+    """The way back from a whole gradient on every rank to shares whose sum it is: the first rank of each sum has it
+    all, the others zero. No communication.
+    """
+    if runtime.dp_rank != 0:
+        adapter.grads.zero_()
+    elif runtime.tp_rank != 0:
+        adapter.grads[: adapter.num_replicated].zero_()
 
 
 def gradient_norm(adapter: Adapter, runtime: Runtime) -> float:

@@ -24,6 +24,7 @@
           requests/          request log, written by the gateway
           results/           result log, written by the worker that holds the lease
           lease/             fencing numbers
+          snapshots/         worker rank 0: its whole state now and then (worker/snapshot_files.py)
           metrics.jsonl      worker rank 0: a line per optimizer step
           poison/<seq>.json  worker, any rank but 0, once: a request that broke this rank alone (worker/poison.py)
 
@@ -168,6 +169,10 @@ class WorkerFolder:
     @property
     def lease(self) -> Path:
         return self.path / "lease"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.path / "snapshots"
 
     @property
     def metrics(self) -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 import torch.distributed as dist
 
 from tinker_hpc.log import Bell, Record, RequestLog, ResultReader
-from tinker_hpc.run_folder import WorkerFolder
+from tinker_hpc.run_folder import WorkerFolder, read_json, write_json
 
 BASE_MODEL = "random/qwen3"
 ADAM = {
@@ -44,10 +44,14 @@ class WorkerUnderTest:
     layout: dict[str, Any] = field(default_factory=lambda: {"tp_size": 1, "dp_size": 1})
     elastic: bool = False
     """Ranks started by torch's elastic agent, which restarts them."""
+    snapshot_interval_s: float | None = None
+    """0: a snapshot whenever the last one is written and something has changed."""
 
     def __post_init__(self) -> None:
         self.folder = WorkerFolder(self.path)
-        self.folder.create(base_model=BASE_MODEL, base_model_folder=str(self.base_model_folder), layout=self.layout)
+        if not self.folder.declaration.exists():  # else a later worker on the same folder
+            self.folder.create(base_model=BASE_MODEL, base_model_folder=str(self.base_model_folder))
+        self._declare()
         self.log = RequestLog(self.folder.requests)
         self.reader = ResultReader(self.path)
         self.bell = Bell(self.path, side="gateway")
@@ -56,6 +60,12 @@ class WorkerUnderTest:
         self.results: dict[int, list[Record]] = {}
         self.num_requests = 0
         self.next_seq_id: dict[str, int] = {}
+
+    def _declare(self) -> None:
+        declaration = read_json(self.folder.declaration)
+        assert declaration is not None
+        changes = {"layout": self.layout, "snapshot_interval_s": self.snapshot_interval_s}
+        write_json(self.folder.declaration, declaration | changes)
 
     @property
     def world_size(self) -> int:

@@ -41,8 +41,9 @@ class ResultLog:
         fsync_folder(results)
         if self._appender.last:
             raise LeaseLostError(f"lease {lease.fence} of {worker_folder} was used before; acquire a new one")
-        limits = _limits_below(results, lease.fence)
-        self.publish([Record({"op": "sealed", "limits": {str(f): n for f, n in limits.items()}})])
+        self.limits = _limits_below(results, lease.fence)
+        """How many records of each older fence count."""
+        self.publish([Record({"op": "sealed", "limits": {str(f): n for f, n in self.limits.items()}})])
 
     def publish(self, records: Sequence[Record]) -> None:
         """Write `records` in this order, visible together, durable on return. `fence` is put into their headers.

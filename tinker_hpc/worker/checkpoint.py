@@ -85,7 +85,7 @@ def publish(folder: Path, temporary: Path, checkpoint: Checkpoint) -> None:
     files = {}
     for file in sorted(p for p in temporary.iterdir() if p.is_file()):
         os.chmod(file, 0o600)
-        files[file.name] = {"sha256": _sha256(file, sync=True), "bytes": file.stat().st_size}
+        files[file.name] = {"sha256": sha256(file, sync=True), "bytes": file.stat().st_size}
     created_at = time.time()
     expires_at = None if checkpoint.ttl_seconds is None else created_at + checkpoint.ttl_seconds
     content = asdict(checkpoint) | {"files": files, "created_at": created_at, "expires_at": expires_at}
@@ -127,7 +127,7 @@ def verify(folder: Path, *, path: str, base_model: str) -> Checkpoint:
         file = folder / name
         if not file.exists():
             raise RequestError(f"{path} is damaged: {file} is missing. Load another checkpoint.")
-        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
             raise RequestError(f"{path} is damaged: {file} fails its checksum. Load another checkpoint.")
     return checkpoint
 
@@ -142,7 +142,8 @@ def _replaced(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.replaced"
 
 
-def _sha256(file: Path, *, sync: bool = False) -> str:
+def sha256(file: Path, *, sync: bool = False) -> str:
+    """Hex digest of a file; with `sync` its content is on the disk before."""
     with file.open("rb") as opened:
         if sync:
             os.fsync(opened.fileno())

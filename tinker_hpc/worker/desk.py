@@ -16,6 +16,8 @@ from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.ranks import EndWorker, Failure
 from tinker_hpc.worker.redo import Redo
 from tinker_hpc.worker.schedule import Batch, Refusal, Schedule
+from tinker_hpc.worker.snapshot_files import Coverage
+from tinker_hpc.worker.snapshot_step import Order, SnapshotStep
 from tinker_hpc.worker.train_step import Answer
 
 SIGN_OF_LIFE_S = 5.0
@@ -48,6 +50,7 @@ class Desk:
         lease: Lease,
         redo: Redo,
         poison: Mapping[int, Failure],
+        snapshots: SnapshotStep,
     ) -> None:
         self._requests = requests
         self._publisher = publisher
@@ -55,6 +58,8 @@ class Desk:
         self._lease = lease
         self._redo = redo
         self._poison = poison
+        self._snapshots = snapshots
+        self._open: set[int] = set()  # read from the log and not finished
         self._schedule = Schedule()
         self._backlog = 0
         self._touched: list[str] = []
@@ -71,8 +76,11 @@ class Desk:
             if self._backlog < BACKLOG_BYTES:
                 self._read()
             batch = self._next_redo() if self._redo.batches else self._next_new()
+            snapshot = self._snapshots.order()
             if batch is not None:
-                return self._orders(batch)
+                return self._orders(batch.kind, batch.requests, snapshot)
+            if snapshot is not None:
+                return self._orders("idle", (), snapshot)
             if self._read():  # over the backlog's limit, and yet nothing can run: a gap is to be closed
                 continue
             if self._schedule.closing and not self._redo.batches:
@@ -101,13 +109,18 @@ class Desk:
         if now - self._slice_started >= self._slice_s:
             training = self._next_new(sampling=False)
         samples = self._runnable(self._schedule.take_samples())
-        if not samples and training is None:
+        snapshot = self._snapshots.order()
+        if not samples and training is None and snapshot is None:
             return []
         joined = [*samples, *(training.requests if training else ())]
         for requests in (samples, training.requests if training else ()):
             if requests:
                 self._record_batch(requests)
-        return [Record({"command": "join", "num_samples": len(samples)}), *joined]
+        return [Record({"command": "join", "num_samples": len(samples), "snapshot": snapshot}), *joined]
+
+    def coverage(self) -> Coverage:
+        """What the state of this moment, between two batches, holds."""
+        return Coverage(self._requests.position, frozenset(self._open))
 
     def sampling_starts(self) -> None:
         """The slice after which training may cut in begins now."""
@@ -122,6 +135,9 @@ class Desk:
 
     def finish(self, request: Record, outcome: Answer | Failure, *, seconds: float | None = None) -> None:
         """Answer a request, unless it was answered before (redo), and release what waited for it."""
+        self._open.discard(request.header["seq"])
+        if request.header["op"] != "sample":
+            self._snapshots.changed()
         answered = self._redo.is_answered(request)
         if answered:
             lost = self._difference(request, outcome)
@@ -148,6 +164,8 @@ class Desk:
         new = self._guard(lambda: self._requests.poll(READ_BYTES))
         for request in new:
             self._backlog += _size(request)
+            if request.header["op"] not in ("rejected", "close"):
+                self._open.add(request.header["seq"])
             for refusal in self._schedule.add(request):
                 self._backlog -= _size(request)
                 self._refuse(refusal)
@@ -190,17 +208,18 @@ class Desk:
             if self._redo.must_run(request):
                 run.append(request)
                 continue
-            if request.header["op"] == "sample":
+            self._open.discard(request.header["seq"])
+            if request.header["op"] == "sample" and not self._redo.is_held(request):
                 self._touched.append(request.header["sampling_session_id"])
             for refusal in self._schedule.finish(request, error=self._redo.error_of(request)):
                 self._refuse(refusal)
         return run
 
-    def _orders(self, batch: Batch) -> Orders:
-        self._record_batch(batch.requests)
+    def _orders(self, command: str, requests: Sequence[Record], snapshot: Order | None) -> Orders:
+        self._record_batch(requests)
         # Samples that are not run again still decide which snapshot was used longest ago.
         touched, self._touched = self._touched, []
-        return [Record({"command": batch.kind, "touched": touched}), *batch.requests]
+        return [Record({"command": command, "touched": touched, "snapshot": snapshot}), *requests]
 
     def _record_batch(self, requests: Sequence[Record]) -> None:
         """Say which requests run together, before their results (nothing if it is recorded already)."""
@@ -229,6 +248,7 @@ class Desk:
             self._refuse(refusal)
 
     def _refuse(self, refusal: Refusal) -> None:
+        self._open.discard(refusal.request.header["seq"])
         if not self._redo.is_answered(refusal.request):
             self._answer(refusal.request, Failure(refusal.category, refusal.error), {}, {})
 
@@ -248,6 +268,8 @@ class Desk:
     def _check(self) -> None:
         """Whether results can still be written; the lease itself is looked at when idle and at every publication."""
         self._guard(self._publisher.check)
+        for note in self._snapshots.take_notes():
+            self._publish(Record(note))
 
     @staticmethod
     def _guard(action: Callable[[], T]) -> T:

@@ -16,6 +16,7 @@ from tinker_hpc.worker.desk import Desk
 from tinker_hpc.worker.poison import leave_note
 from tinker_hpc.worker.ranks import EndWorker, Failure, Ranks, describe
 from tinker_hpc.worker.sample_step import SampleStep
+from tinker_hpc.worker.snapshot_step import Order, SnapshotStep
 from tinker_hpc.worker.train_step import Answer, TrainStep
 
 
@@ -23,12 +24,20 @@ class Loop:
     """Runs until `close`. `folder` is the worker's; `desk` is rank 0's, None on the others."""
 
     def __init__(
-        self, folder: Path, ranks: Ranks, train_step: TrainStep, sample_step: SampleStep, *, desk: Desk | None
+        self,
+        folder: Path,
+        ranks: Ranks,
+        train_step: TrainStep,
+        sample_step: SampleStep,
+        snapshots: SnapshotStep,
+        *,
+        desk: Desk | None,
     ) -> None:
         self._folder = folder
         self._ranks = ranks
         self._train_step = train_step
         self._sample_step = sample_step
+        self._snapshots = snapshots
         self._desk = desk
 
     def run(self) -> None:
@@ -45,6 +54,9 @@ class Loop:
             if command == "close":
                 return
             self._train_step.touch(orders[0].header["touched"])
+            self._take_snapshot(orders[0].header["snapshot"])
+            if command == "idle":
+                continue
             if command == "train":
                 self._train(requests)
             else:
@@ -57,6 +69,7 @@ class Loop:
         orders = self._ranks.broadcast(self._desk.orders_while_sampling() if self._desk else None)
         if not orders:
             return []
+        self._take_snapshot(orders[0].header["snapshot"])
         num_samples = orders[0].header["num_samples"]
         training = orders[1 + num_samples :]
         if training:
@@ -65,6 +78,10 @@ class Loop:
             if self._desk:
                 self._desk.training_done(time.monotonic() - started)
         return orders[1 : 1 + num_samples]
+
+    def _take_snapshot(self, order: Order | None) -> None:
+        if order is not None:
+            self._snapshots.take(order, self._desk.coverage() if self._desk else None)
 
     def _train(self, requests: Sequence[Record]) -> None:
         for request in requests:

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +34,24 @@ class StepMetrics:
         self.pass_seconds += seconds
 
     def line(
-        self, model_id: str, step: int, optimizer: Mapping[str, float], learning_rate: float, seconds: float
+        self,
+        model_id: str,
+        step: int,
+        optimizer: Mapping[str, float],
+        learning_rate: float,
+        seconds: float,
+        *,
+        seq: int,
     ) -> dict[str, Any]:
-        """The line for optimizer step number `step` (from 1). `loss_per_token` is None without loss tokens."""
+        """The line for optimizer step number `step` (from 1), request `seq`.
+
+        `loss_per_token` is None without loss tokens.
+        """
         return {
             "time": time.time(),
             "model_id": model_id,
             "step": step,
+            "seq": seq,
             "loss_per_token": self.loss_sum / self.num_loss_tokens if self.num_loss_tokens else None,
             "loss_sum": self.loss_sum,
             "num_loss_tokens": self.num_loss_tokens,
@@ -58,13 +68,15 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._already = Counter(line["model_id"] for line in read_metrics(path))
+        self._already = {line.get("seq") for line in read_metrics(path)}
         self._cut_short = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line. A disk that refuses costs the line, not the step: the same numbers are in the result log."""
-        if self._already[line["model_id"]] > 0:
-            self._already[line["model_id"]] -= 1
+        """Add the line of request `seq`.
+
+        A disk that refuses costs the line, not the step: the same numbers are in the result log.
+        """
+        if line["seq"] in self._already:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         text = ("\n" if self._cut_short else "") + json.dumps(finite) + "\n"

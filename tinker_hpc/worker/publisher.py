@@ -31,6 +31,9 @@ class Publisher:
         self._writing = False
         self._closing = False
         self._error: Exception | None = None
+        self.num_handed = 0
+        """Records that `publish` took so far."""
+        self._num_durable = 0
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
 
@@ -41,6 +44,7 @@ class Publisher:
             self._raise()
             self._queue.append(record)
             self._num_bytes += _size(record)
+            self.num_handed += 1
             self._condition.notify_all()
 
     def check(self) -> None:
@@ -52,6 +56,12 @@ class Publisher:
         """Wait until everything is durable. Raises: as `check`."""
         with self._condition:
             self._condition.wait_for(lambda: (not self._queue and not self._writing) or self._error is not None)
+            self._raise()
+
+    def wait_durable(self, num_records: int) -> None:
+        """Wait until the first `num_records` that `publish` took are durable. From any thread. Raises: as `check`."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._num_durable >= num_records or self._error is not None)
             self._raise()
 
     def close(self) -> None:
@@ -86,6 +96,8 @@ class Publisher:
                     self._error = error
                     self._condition.notify_all()
                 return
+            with self._condition:
+                self._num_durable += len(records)
 
     def _write(self, records: list[Record]) -> None:
         complained_at = -COMPLAIN_EVERY_S

@@ -1,11 +1,12 @@
 """What a restarted worker does with the log before anything new. Pure.
 
-A worker that starts finds the results of its predecessors (other fencing numbers). Its models are gone with them, so it
-runs the log again from its start state, in the recorded batches, and says nothing about what was answered already. What
-has no effect on later requests (samples, forward passes, saved folders) is not run again.
+A worker that starts finds the results of its predecessors (other fencing numbers). Their models are gone with them but
+for the newest snapshot, so it runs what that does not hold again, in the recorded batches, and says nothing about what
+was answered already. What has no effect on later requests (samples, forward passes, saved folders) is not run again.
 
-The start state is the beginning of the log today; a snapshot of all models would only move it (`Redo.batches` from
-there on). The same requests in the same order on the same layout give the same bits.
+The whole log is walked either way: what the snapshot holds is only not computed, so that the schedule (which model
+exists, which seq_id is next, which sampler failed to open) comes out of the same code as ever. The same requests in the
+same order on the same layout give the same bits.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinker_hpc.log import Record
+from tinker_hpc.worker.snapshot_files import Coverage
 
 _ALWAYS = frozenset({"create_model", "optim_step", "load_state", "open_sampler"})
 
@@ -28,6 +30,8 @@ class Redo:
     """`seqs` of each, in the order they ran; taken from the left as they are run again."""
     answered: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Result headers by `seq` of the request."""
+    held: Coverage = field(default_factory=Coverage)
+    """The requests whose effects the state holds that this worker started from."""
     _batched: set[int] = field(default_factory=set)
 
     def learn(self, records: Iterable[Record]) -> None:
@@ -51,10 +55,16 @@ class Redo:
     def is_answered(self, request: Record) -> bool:
         return request.header["seq"] in self.answered
 
+    def is_held(self, request: Record) -> bool:
+        """Whether its effect is in the snapshot this worker started from."""
+        return request.header["seq"] in self.held
+
     def must_run(self, request: Record) -> bool:
         """Whether to compute this request (again)."""
         if not self.is_answered(request):
             return True
+        if self.is_held(request):
+            return False
         if self.error_of(request) is not None:
             return False  # it failed then and left its model as it was
         header = request.header

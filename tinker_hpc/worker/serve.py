@@ -23,6 +23,9 @@ from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.ranks import Ranks
 from tinker_hpc.worker.redo import Redo
 from tinker_hpc.worker.sample_step import SampleStep
+from tinker_hpc.worker.snapshot_files import Snapshot
+from tinker_hpc.worker.snapshot_step import SnapshotStep
+from tinker_hpc.worker.snapshot_writer import SnapshotWriter, newest_good
 from tinker_hpc.worker.train_step import TrainStep
 
 
@@ -45,21 +48,66 @@ def serve(folder: WorkerFolder, owner: dict[str, Any]) -> None:
     metrics = MetricsFile(folder.metrics) if ranks.is_first else None
     train_step = TrainStep(engine, ranks, declaration["base_model"], metrics)
     sample_step = SampleStep(engine, ranks, train_step)
-    if ranks.is_first:
-        lease = Lease.acquire(folder.lease, owner)
-        log = ResultLog(folder.path, lease)
-        redo = _redo(folder, log)
-        bell = Bell(folder.path, side="worker")
-        publisher = Publisher(log, bell)
-        started = {"op": "worker_started", **owner, "layout": asdict(layout), "num_redo_batches": len(redo.batches)}
-        publisher.publish(Record(started))
-        desk = Desk(LogReader(folder.requests), publisher, bell, lease=lease, redo=redo, poison=read_notes(folder.path))
-        Loop(folder.path, ranks, train_step, sample_step, desk=desk).run()
-        publisher.close()
-        bell.close()
-    else:
-        Loop(folder.path, ranks, train_step, sample_step, desk=None).run()
+    first = _FirstRank(folder, owner, declaration) if ranks.is_first else None
+    snapshots = SnapshotStep(engine, layout, train_step, folder.snapshots, writer=first.writer if first else None)
+    for record in ranks.broadcast(first.start_state() if first else None):
+        snapshots.restore(Snapshot(**record.header))
+    desk = first.desk(layout, snapshots) if first else None
+    Loop(folder.path, ranks, train_step, sample_step, snapshots, desk=desk).run()
+    if first is not None:
+        first.close()
     engine.stop()
+
+
+class _FirstRank:
+    """What rank 0 alone has: the lease, both logs, what older workers left, and the writing of snapshots."""
+
+    def __init__(self, folder: WorkerFolder, owner: dict[str, Any], declaration: dict[str, Any]) -> None:
+        self._folder = folder
+        self._owner = owner
+        self._lease = Lease.acquire(folder.lease, owner)
+        log = ResultLog(folder.path, self._lease)
+        self._redo = _redo(folder, log)
+        base_model = declaration["base_model"]
+        self._started_from = newest_good(folder.snapshots, base_model=base_model, counted=log.limits)
+        if self._started_from is not None:
+            self._redo.held = self._started_from[1].coverage
+        self._bell = Bell(folder.path, side="worker")
+        self._publisher = Publisher(log, self._bell)
+        self.writer = SnapshotWriter(
+            folder.snapshots,
+            self._lease,
+            self._publisher,
+            base_model=base_model,
+            started_from=self._started_from,
+            interval_s=declaration.get("snapshot_interval_s"),
+        )
+
+    def start_state(self) -> list[Record]:
+        """The snapshot every rank is to start from; none: from nothing."""
+        return [Record(asdict(self._started_from[1]))] if self._started_from else []
+
+    def desk(self, layout: Layout, snapshots: SnapshotStep) -> Desk:
+        """Say that this worker takes requests, and take them."""
+        started = {"op": "worker_started", **self._owner, "layout": asdict(layout)}
+        started |= {"num_redo_batches": len(self._redo.batches)}
+        started |= {"snapshot": self._started_from[0] if self._started_from else None}
+        self._publisher.publish(Record(started))
+        return Desk(
+            LogReader(self._folder.requests),
+            self._publisher,
+            self._bell,
+            lease=self._lease,
+            redo=self._redo,
+            poison=read_notes(self._folder.path),
+            snapshots=snapshots,
+        )
+
+    def close(self) -> None:
+        """Everything durable, all threads ended."""
+        self.writer.close()
+        self._publisher.close()
+        self._bell.close()
 
 
 def _layout(declaration: dict[str, Any]) -> tuple[Layout, str | None]:

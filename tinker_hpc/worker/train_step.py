@@ -86,6 +86,25 @@ class TrainStep:
         self.samplers.move_to_end(sampling_session_id)
         return self.samplers[sampling_session_id]
 
+    def state(self) -> dict[str, Any]:
+        """What of this a snapshot must hold beside the engine's tensors, as JSON values."""
+        return {
+            "models": {model_id: asdict(model) for model_id, model in self._models.items()},
+            "samplers": [[sampler, used, self._snapshot_of.get(sampler)] for sampler, used in self.samplers.items()],
+            "evicted": dict(self._evicted),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave; the engine's tensors are there already."""
+        for model_id, model in state["models"].items():
+            since_step = StepMetrics(**model["since_step"])
+            self._models[model_id] = ModelState(LoraSpec(**model["lora"]), model["step"], since_step)
+        for sampler, used, owner in state["samplers"]:
+            self.samplers[sampler] = used
+            if owner is not None:
+                self._snapshot_of[sampler] = owner
+        self._evicted.update(state["evicted"])
+
     def touch(self, sampling_session_ids: Iterable[str]) -> None:
         """These samplers were used, in this order."""
         for sampler in sampling_session_ids:
@@ -130,7 +149,8 @@ class TrainStep:
         model.step += 1
         if self._metrics is not None:
             seconds = time.monotonic() - started
-            line = model.since_step.line(model_id, model.step, metrics, adam.learning_rate, seconds)
+            seq = request.header["seq"]
+            line = model.since_step.line(model_id, model.step, metrics, adam.learning_rate, seconds, seq=seq)
             self._metrics.append(line)
         model.since_step = StepMetrics()
         return {"metrics": metrics}, {}

@@ -65,20 +65,20 @@ def test_a_load_from_another_checkpoint_is_noticed() -> None:
     assert "overwritten" in (redo.difference(request("load_state"), {"checkpoint": ["r2", 6.0]}) or "")
 
 
-def line(model_id: str, step: int) -> dict[str, Any]:
-    return StepMetrics().line(model_id, step, {"grad_norm:mean": 1.0}, 0.1, 0.5)
+def line(model_id: str, step: int, *, seq: int) -> dict[str, Any]:
+    return StepMetrics().line(model_id, step, {"grad_norm:mean": 1.0}, 0.1, 0.5, seq=seq)
 
 
 def test_metrics_lines_are_not_repeated_on_redo(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = MetricsFile(path)
-    for step in (1, 2, 3, 2):  # a load went back to step 1
-        first.append(line("a", step))
-    first.append(line("b", 1))
+    for seq, step in ((3, 1), (5, 2), (9, 3), (13, 2)):  # a load went back to step 1
+        first.append(line("a", step, seq=seq))
+    first.append(line("b", 1, seq=7))
     again = MetricsFile(path)
-    for step in (1, 2, 3, 2, 3):
-        again.append(line("a", step))
-    again.append(line("b", 1)), again.append(line("b", 2))
+    for seq, step in ((9, 3), (13, 2), (15, 3)):  # from a snapshot on, which held the first two
+        again.append(line("a", step, seq=seq))
+    again.append(line("b", 1, seq=7)), again.append(line("b", 2, seq=17))
     assert [(x["model_id"], x["step"]) for x in read_metrics(path)] == [
         ("a", 1), ("a", 2), ("a", 3), ("a", 2), ("b", 1), ("a", 3), ("b", 2)
     ]  # fmt: skip
@@ -87,9 +87,9 @@ def test_metrics_lines_are_not_repeated_on_redo(tmp_path: Path) -> None:
 
 def test_a_line_cut_short_by_a_kill_is_skipped_and_ended(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    MetricsFile(path).append(line("a", 1))
+    MetricsFile(path).append(line("a", 1, seq=1))
     path.write_bytes(path.read_bytes() + b'{"model_id": "a", "st')
-    MetricsFile(path).append(line("b", 1))
+    MetricsFile(path).append(line("b", 1, seq=2))
     assert [x["model_id"] for x in read_metrics(path)] == ["a", "b"]
 
 
@@ -97,10 +97,10 @@ def test_sums_and_per_token_loss(tmp_path: Path) -> None:
     sums = StepMetrics()
     sums.add(loss_sum=6.0, num_loss_tokens=3, num_tokens=10, seconds=0.1)
     sums.add(loss_sum=2.0, num_loss_tokens=1, num_tokens=5, seconds=0.2)
-    made = sums.line("a", 4, {"grad_norm:mean": float("nan")}, 0.1, 0.5)
+    made = sums.line("a", 4, {"grad_norm:mean": float("nan")}, 0.1, 0.5, seq=9)
     assert (made["loss_per_token"], made["loss_sum"], made["num_tokens"], made["step"]) == (2.0, 8.0, 15, 4)
     assert made["pass_time_s"] == pytest.approx(0.3)
-    assert StepMetrics().line("a", 1, {}, 0.1, 0.0)["loss_per_token"] is None
+    assert StepMetrics().line("a", 1, {}, 0.1, 0.0, seq=1)["loss_per_token"] is None
     MetricsFile(tmp_path / "m").append(made)
     assert json.loads((tmp_path / "m").read_text())["grad_norm"] is None, "plain JSON, for any reader"
 
