@@ -17,7 +17,7 @@ from tinker_hpc.errors import ConfigError, DataRootError
 from tinker_hpc.run_folder import RunFolder, checkpoint_folder, read_json
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_PATH = re.compile(r"tinker://(?P<model_id>[^/]+)/(?P<kind>weights|sampler_weights)/(?P<name>[^/]+)")
+_PATH = re.compile(r"tinker://(?P<model_id>[^/]+)/(?P<kind>weights|sampler_weights|external_weights)/(?P<name>[^/]+)")
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Checkpoint:
     """One saved state or one set of sampler weights."""
 
     path: str
-    """`tinker://<model id>/<weights | sampler_weights>/<name>`, what the SDK loads."""
+    """`tinker://<model id>/<kind>/<name>`, what the SDK loads."""
     kind: str
-    """`weights` (a state: adapter and optimizer, resumable) or `sampler_weights` (the adapter)."""
+    """`weights` (a state: adapter and optimizer, resumable), `sampler_weights` or `external_weights` (the adapter)."""
     name: str
     model_id: str
     base_model: str

@@ -1,7 +1,8 @@
 """Where everything of a run lies on the shared filesystem, and who may write it.
 
-    <data root>/                       0700
-      checkpoints/<model id>/{weights,sampler_weights}/<name>/   adapter, optimizer, checkpoint.json
+    <data root>/                       0700 (0710 once something is published: gateway/publishing.py)
+      checkpoints/<model id>/{weights,sampler_weights,external_weights}/<name>/   adapter, optimizer, checkpoint.json
+                                 .<name>.retention.json   gateway: how long it is kept, where that was changed
       runs/<run id>/
         run.json             client, once: the job spec
         submitted.json       client, once: job id, cluster, time
@@ -12,6 +13,9 @@
         result.pkl           loop process, once: its return value or exception
         gateway.json         gateway: base_url, api_key (0600)
         sessions.json        gateway: the SDK sessions it opened
+        reads.json           gateway: the checkpoints it has read; they are kept while it goes on (gateway/retention.py)
+        exports/             gateway: archives for download, emptied when it starts
+        traces/              gateway: timelines of sessions
         slurm/               submitit's own folder: scripts, pickles, job logs
         logs/                gateway.log, loop.log, worker-<node rank>.log
         hub/                 supervisor: the loop's Hugging Face cache, links only (launch/hub_view.py)
@@ -91,9 +95,11 @@ def fsync_folder(folder: Path) -> None:
 
 
 def make_private(folder: Path) -> Path:
-    """Create `folder` (and its parents) with mode 0700 and return it."""
+    """Create `folder`, and its parents where they are missing, with mode 0700 and return it."""
     try:
-        folder.mkdir(mode=PRIVATE_DIR, parents=True, exist_ok=True)
+        for missing in [path for path in reversed(folder.parents) if not path.exists()]:
+            missing.mkdir(mode=PRIVATE_DIR, exist_ok=True)
+        folder.mkdir(mode=PRIVATE_DIR, exist_ok=True)
         os.chmod(folder, PRIVATE_DIR)
     except OSError as error:
         raise DataRootError(
@@ -119,7 +125,7 @@ def check_data_root(root: Path) -> Path:
             "Set TINKER_HPC_DATA_ROOT to a folder of your own.",
             path=str(root),
         )
-    if info.st_mode & 0o077:
+    if info.st_mode & 0o067:  # the group may pass through (published checkpoints), not look around
         raise DataRootError(
             f"data root {root} has mode {stat.S_IMODE(info.st_mode):04o}: others on this cluster could read your "
             f"data and key. Run: chmod 700 {root}",
@@ -274,6 +280,18 @@ class RunFolder:
     @property
     def sessions(self) -> Path:
         return self.path / "sessions.json"
+
+    @property
+    def reads(self) -> Path:
+        return self.path / "reads.json"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    @property
+    def traces(self) -> Path:
+        return self.path / "traces"
 
     @property
     def slurm(self) -> Path:

@@ -9,6 +9,9 @@ By default a gateway and a one-rank worker on this machine, started once. The sa
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,19 +31,34 @@ def sdk_environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Service]:
+def service() -> Iterator[serving.Service]:
     """A gateway with a real worker behind it."""
     base_url = os.environ.get("TINKER_HPC_CONTRACT_BASE_URL")
     if base_url:
         key = os.environ["TINKER_HPC_CONTRACT_API_KEY"]
         yield serving.Service(base_url, key, os.environ["TINKER_HPC_CONTRACT_BASE_MODEL"])
         return
-    folder = tmp_path_factory.mktemp("contract")
-    run, worker = serving.new_run(folder / "root")
-    with serving.processes_in(folder) as processes:
-        started = serving.start_gateway(processes, run)
-        serving.start_worker(processes, worker)
-        yield started
+    # Not below pytest's own folders: nobody else may pass those, and publishing refuses where nobody could come.
+    with tempfile.TemporaryDirectory(prefix="tinker_hpc-contract-") as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        run, worker = serving.new_run(folder / "root")
+        with serving.processes_in(folder) as processes:
+            started = serving.start_gateway(processes, run)
+            serving.start_worker(processes, worker)
+            yield started
+
+
+@pytest.fixture(scope="session")
+def oldest_sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the oldest supported SDK, for PYTHONPATH of a subprocess."""
+    target = tmp_path_factory.mktemp("oldest_sdk")
+    wanted = f"tinker=={serving.OLDEST_SDK}"
+    argv = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), wanted]
+    installed = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if installed.returncode:
+        pytest.skip(f"needs the package index: {' '.join(argv[1:])}: {installed.stderr.strip()[-300:]}")
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "models" / "tiny-qwen3"
 START_S = 60.0
 WORKER_START_S = 180.0
+OLDEST_SDK = "0.25.0"
 
 
 @dataclass

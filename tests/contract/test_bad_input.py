@@ -113,7 +113,10 @@ TRAINING: dict[str, tuple[Train, str]] = {
     ),
     "path as checkpoint name": (lambda client: client.save_state("../../escape"), "no slashes"),
     "ttl of a minute": (lambda client: client.save_state("short", ttl_seconds=60), "ttl_seconds is 60"),
-    "save_weights_external": (lambda client: client.save_weights_external("x"), "tinker-hpc export"),
+    "age encryption": (
+        lambda client: client.save_weights_external("x", age_encryption_recipients=["age1x"]),
+        "age_encryption_recipients is not offered",
+    ),
 }
 
 Serve = Callable[[tinker.ServiceClient, serving.Service], Any]

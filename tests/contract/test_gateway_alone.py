@@ -82,8 +82,8 @@ def test_it_listens_on_loopback_only(alone):
 
 
 def test_unknown_routes_and_wrong_bodies_get_one_clear_sentence(alone):
-    missing = alone.post("billing/usage/events", {})
-    assert missing.status == 404 and "POST /api/v1/billing/usage/events is not offered" in missing.json["error"]
+    missing = alone.post("no/such/route", {})
+    assert missing.status == 404 and "POST /api/v1/no/such/route is not offered" in missing.json["error"]
     wrong_method = alone.get("create_session")
     assert wrong_method.status == 405 and "is not offered" in wrong_method.json["error"]
     torn = alone.http("POST", "/api/v1/optim_step", b"{")
@@ -140,13 +140,14 @@ def test_a_refused_request_has_its_place_in_the_log_and_the_model_goes_on(alone,
     serving.start_responder(processes, alone.run.worker(0))
     model = new_model(alone)
     wrong = step(alone, model, 1, beta1=2.0)
-    external = alone.post("save_weights_external", {"model_id": model, "seq_id": 2, "path": "x"})
+    external_ask = {"model_id": model, "seq_id": 2, "path": "x"}
+    external = alone.post("save_weights_external", {**external_ask, "age_encryption_recipients": ["age1"]})
     right = step(alone, model, 3)
     for reply in (wrong, external, right):
         assert reply.status == 200, "a place in the order is always taken"
     failed = retrieve(alone, wrong.json["request_id"]).json
     assert failed["category"] == "user" and "AdamParams.beta1 is 2.0, expected 0 <= beta1 < 1" in failed["error"]
-    assert "tinker-hpc export" in retrieve(alone, external.json["request_id"]).json["error"]
+    assert "age_encryption_recipients is not offered" in retrieve(alone, external.json["request_id"]).json["error"]
     assert retrieve(alone, right.json["request_id"]).json["metrics"] == {"grad_norm:mean": ADAM["learning_rate"]}
     assert [(h["op"], h["seq_id"]) for h in logged(alone)][1:] == [("rejected", 1), ("rejected", 2), ("optim_step", 3)]
 

@@ -14,7 +14,6 @@ import tinker
 
 pytestmark = pytest.mark.slow
 
-OLDEST = "0.25.0"
 PROGRAM = Path(__file__).with_name("any_sdk_program.py")
 
 
@@ -28,20 +27,9 @@ def run_program(service: serving.Service, packages: Path | None) -> dict:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def oldest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("oldest_sdk")
-    wanted = f"tinker=={OLDEST}"
-    argv = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), wanted]
-    installed = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if installed.returncode:
-        pytest.skip(f"needs the package index: {' '.join(argv[1:])}: {installed.stderr.strip()[-300:]}")
-    return target
-
-
-def test_the_oldest_and_the_newest_sdk(service, oldest):
-    old, new = run_program(service, oldest), run_program(service, None)
-    assert (old.pop("version"), new.pop("version")) == (OLDEST, tinker.__version__)
+def test_the_oldest_and_the_newest_sdk(service, oldest_sdk):
+    old, new = run_program(service, oldest_sdk), run_program(service, None)
+    assert (old.pop("version"), new.pop("version")) == (serving.OLDEST_SDK, tinker.__version__)
     for result in (old, new):
         assert result["losses"][-1] < result["losses"][0]
         assert result["again"] == result["now"], "a state resumes where it was saved"

@@ -1,8 +1,10 @@
 """Step 3 of a request: Tinker's wire protocol on 127.0.0.1, in its own process, never waiting for a GPU.
 
     __main__.py     the process: port, key, gateway.json, uvicorn; after a restart everything from the logs
-    app.py          routes, thin: HTTP in, a call below, HTTP out
-    guard.py        who may ask at all: key, Host header, body size
+    app.py          routes that ask for work and fetch results, thin: HTTP in, a call below, HTTP out
+    rest.py         routes that need no worker, as thin; absent.py: what a cluster cannot have, one sentence each
+    http.py         what every route shares
+    guard.py        who may ask at all: key, Host header, body size; identity.py: tokens, and who that is
     refusals.py     answers that are not a result: a status and one clear sentence
     wire.py         protobuf and JSON <-> plain values (pure)
     desk.py         one method an endpoint that asks for work: judges, makes the record, accepts it
@@ -13,7 +15,10 @@
     ledger.py       futures, models and samplers, built from request headers alone
     futures.py      what became of each request; wakes the long polls
     sessions.py     SDK sessions
-    lookup.py       questions that need no worker
+    lookup.py       questions that need no worker; search.py: searching sessions (pure)
+    shelf.py        saved checkpoints: delete, TTL, publish, copy, hand out files
+    retention.py    when a checkpoint's files are removed; publishing.py: modes of what the group may read
+    trace.py        a session's timeline
 
 and step 7, the way back:
 

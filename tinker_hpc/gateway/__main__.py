@@ -27,8 +27,10 @@ from tinker_hpc.gateway import app
 from tinker_hpc.gateway.desk import Desk
 from tinker_hpc.gateway.ledger import Ledger
 from tinker_hpc.gateway.lookup import Lookup
+from tinker_hpc.gateway.retention import Reads
 from tinker_hpc.gateway.retrieval import HOLD_S, Retrieval
 from tinker_hpc.gateway.sessions import Sessions
+from tinker_hpc.gateway.shelf import Shelf
 from tinker_hpc.gateway.workers import Workers
 from tinker_hpc.run_folder import RunFolder, read_json, write_json
 
@@ -74,9 +76,11 @@ def serve(run: RunFolder, *, hold_s: float = HOLD_S) -> None:
     ledger = Ledger()
     workers = Workers(run, load_config().base_models)
     sessions = Sessions(run.sessions)
-    desk = Desk(run.data_root, workers, ledger, sessions)
+    desk = Desk(run.data_root, workers, ledger, sessions, Reads(run.reads))
     lookup = Lookup(run.data_root, ledger, workers, sessions)
-    application = app.build(desk, lookup, Retrieval(ledger, workers, hold_s=hold_s), api_key)
+    shelf = Shelf(run.data_root, run.exports)
+    retrieval = Retrieval(ledger, workers, hold_s=hold_s)
+    application = app.build(desk, lookup, retrieval, shelf, run=run, api_key=api_key)
     for link in workers.scan():  # before gateway.json: what is wrong with one ends this process, with words
         ledger.replay(link.requests(), link.index)
 

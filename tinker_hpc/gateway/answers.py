@@ -73,7 +73,8 @@ def _json_of(op: str, header: Mapping[str, Any], facts: Mapping[str, Any]) -> di
         # Exactly one of the two: the SDK asserts on the one it asked for.
         if facts.get("sampling_session_id"):
             return {"type": "save_weights_for_sampler", "sampling_session_id": facts["sampling_session_id"]}
-        return {"type": "save_weights_for_sampler", "path": header["path"]}
+        kind = "save_weights_external" if "/external_weights/" in header["path"] else "save_weights_for_sampler"
+        return {"type": kind, "path": header["path"]}
     if op == "open_sampler":
         return {"type": "create_sampling_session", "sampling_session_id": facts["sampling_session_id"]}
     raise ValueError(f"no answer is known for op {op!r}")

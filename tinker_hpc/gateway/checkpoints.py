@@ -1,7 +1,9 @@
 """tinker:// paths and the checkpoint folders behind them.
 
-The worker writes a folder whole (checkpoint.json last); the gateway only reads. A path is
-`tinker://<model id>/<weights | sampler_weights>/<name>`, its folder `<data root>/checkpoints/<model>/<kind>/<name>`.
+The worker writes a folder whole (checkpoint.json last). A path is `tinker://<model id>/<kind>/<name>`, its folder
+`<data root>/checkpoints/<model>/<kind>/<name>`. How long it is kept may change later: that is a file beside the folder,
+`.<name>.retention.json`, written by gateways; it speaks of one checkpoint only, so that one saved over it starts anew.
+Whether it is published is the folder's own mode (publishing.py).
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,12 +21,12 @@ from typing import Any
 
 from tinker_hpc.errors import RequestError
 from tinker_hpc.gateway.validate import CHECKPOINT_NAME
-from tinker_hpc.run_folder import checkpoint_folder, model_folder_name
+from tinker_hpc.run_folder import checkpoint_folder, model_folder_name, read_json, write_json
 
-KINDS = ("weights", "sampler_weights")
+KINDS = ("weights", "sampler_weights", "external_weights")
 METADATA = "checkpoint.json"
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*:train:[0-9]+")
-_CHECKPOINT_TYPES = {"weights": "training", "sampler_weights": "sampler"}
+_CHECKPOINT_TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,15 @@ class TinkerPath:
             raise RequestError(f"path is {path!r}; {expected}: three parts, this has {len(parts)}.")
         model_id, kind, name = parts
         if kind not in KINDS:
-            raise RequestError(f"path {path!r} has kind {kind!r}; this version keeps {' and '.join(KINDS)}.")
+            raise RequestError(f"path {path!r} has kind {kind!r}; kinds are {', '.join(KINDS)}.")
         if not MODEL_ID.fullmatch(model_id) or not CHECKPOINT_NAME.fullmatch(name):
             raise RequestError(f"path is {path!r}; {expected}, and neither part may have other characters.")
         return cls(model_id, kind, name)
+
+    @classmethod
+    def of_parts(cls, model_id: str, kind: str, name: str) -> TinkerPath:
+        """Of a URL's parts. Raises: as `parse`."""
+        return cls.parse(f"tinker://{model_id}/{kind}/{name}")
 
     def folder(self, root: Path) -> Path:
         return checkpoint_folder(root, self.model_id, self.kind, self.name)
@@ -58,11 +67,21 @@ class TinkerPath:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk. `metadata` is its checkpoint.json."""
+    """A complete checkpoint on disk.
+
+    Attributes:
+        metadata: its checkpoint.json.
+        expires_at: unix seconds; None keeps it.
+        deleted_at: unix seconds, where somebody deleted it while a run still needs its files (retention.py).
+        public: its group may read it.
+    """
 
     path: TinkerPath
     folder: Path
     metadata: dict[str, Any]
+    expires_at: float | None = None
+    deleted_at: float | None = None
+    public: bool = False
 
     @property
     def base_model(self) -> str:
@@ -76,19 +95,33 @@ class Checkpoint:
     def has_optimizer(self) -> bool:
         return bool(self.metadata.get("optimizer"))
 
+    @property
+    def created_at(self) -> float:
+        return float(self.metadata.get("created_at") or 0.0)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(int(entry["bytes"]) for entry in self.metadata.get("files", {}).values())
+
+    def why_gone(self, now: float) -> str | None:
+        """Why it may not be used any more, None while it may. Its files may still be there."""
+        if self.deleted_at is not None:
+            return f"it was deleted at {iso_time(self.deleted_at)}"
+        if self.expires_at is not None and self.expires_at <= now:
+            return f"it expired at {iso_time(self.expires_at)} (its ttl_seconds were over)"
+        return None
+
     def listing(self) -> dict[str, Any]:
         """The SDK's `Checkpoint`."""
-        created = float(self.metadata.get("created_at") or 0.0)
-        ttl = self.metadata.get("ttl_seconds")
         return {
             "checkpoint_id": f"{self.path.kind}/{self.path.name}",
             "checkpoint_type": _CHECKPOINT_TYPES[self.path.kind],
-            "time": iso_time(created),
+            "time": iso_time(self.created_at),
             "tinker_path": str(self.path),
-            "size_bytes": sum(int(entry["bytes"]) for entry in self.metadata.get("files", {}).values()),
-            "public": False,
+            "size_bytes": self.size_bytes,
+            "public": self.public,
             "user_metadata": self.metadata.get("user_metadata"),
-            "expires_at": iso_time(created + ttl) if ttl else None,
+            "expires_at": None if self.expires_at is None else iso_time(self.expires_at),
         }
 
 
@@ -110,7 +143,11 @@ def load(root: Path, path: Any) -> Checkpoint:
             f"no checkpoint {parsed}: there is no folder {folder}. Saved by that model: {others}. "
             "A checkpoint exists once the future of save_state or save_weights_for_sampler has its result."
         )
-    return read(parsed, folder)
+    found = read(parsed, folder)
+    why = found.why_gone(time.time())
+    if why is not None:
+        raise RequestError(f"no checkpoint {parsed}: {why}. Save with a longer ttl_seconds, or with None to keep it.")
+    return found
 
 
 def read(path: TinkerPath, folder: Path) -> Checkpoint:
@@ -125,26 +162,62 @@ def read(path: TinkerPath, folder: Path) -> Checkpoint:
             size = (folder / name).stat().st_size
             if size != entry["bytes"]:
                 raise ValueError(f"{name} has {size} bytes, was written with {entry['bytes']}")
+        mode = folder.stat().st_mode
     except FileNotFoundError as error:
         raise RequestError(f"checkpoint {path}: {error.filename} is missing. {again}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         words = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise RequestError(f"checkpoint {path}: {folder / METADATA}: {words}. {again}") from error
-    return Checkpoint(path, folder, metadata)
+    created_at, ttl = float(metadata.get("created_at") or 0.0), metadata.get("ttl_seconds")
+    kept = {"expires_at": created_at + ttl if ttl else None, "deleted_at": None, **_retention(folder, created_at)}
+    return Checkpoint(path, folder, metadata, **kept, public=bool(mode & stat.S_IXGRP))
 
 
-def of_model(root: Path, model_id: str) -> Iterator[Checkpoint]:
-    """Every readable checkpoint of a model, oldest first."""
+def retention_file(folder: Path) -> Path:
+    """Where it is written how long the checkpoint in `folder` is kept, once that was changed."""
+    return folder.parent / f".{folder.name}.retention.json"
+
+
+def write_retention(checkpoint: Checkpoint, *, expires_at: float | None, deleted_at: float | None = None) -> None:
+    """Change how long it is kept. Raises: DataRootError."""
+    kept = {"created_at": checkpoint.created_at, "expires_at": expires_at, "deleted_at": deleted_at}
+    write_json(retention_file(checkpoint.folder), kept)
+
+
+def _retention(folder: Path, created_at: float) -> dict[str, float | None]:
+    """What a retention file says of the checkpoint created at that time; {} if there is none or it means another."""
+    try:
+        kept = read_json(retention_file(folder))
+        if not isinstance(kept, dict) or kept["created_at"] != created_at:
+            return {}
+        return {key: None if kept[key] is None else float(kept[key]) for key in ("expires_at", "deleted_at")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def of_model(root: Path, model_id: str, *, gone: bool = False) -> Iterator[Checkpoint]:
+    """Every readable checkpoint of a model, oldest first; with `gone` also the expired and deleted ones."""
+    now = time.time()
     found = []
     for kind in KINDS:
         parent = root / "checkpoints" / model_folder_name(model_id) / kind
         for name in _names(parent):
             if CHECKPOINT_NAME.fullmatch(name):
                 try:
-                    found.append(read(TinkerPath(model_id, kind, name), parent / name))
+                    checkpoint = read(TinkerPath(model_id, kind, name), parent / name)
                 except RequestError:
                     continue  # being written, or damaged: loading it says so
-    yield from sorted(found, key=lambda checkpoint: float(checkpoint.metadata.get("created_at") or 0.0))
+                if gone or checkpoint.why_gone(now) is None:
+                    found.append(checkpoint)
+    yield from sorted(found, key=lambda checkpoint: checkpoint.created_at)
+
+
+def is_gone(root: Path, path: TinkerPath) -> bool:
+    """Whether a checkpoint of that path is still on the disk but may not be used any more."""
+    try:
+        return read(path, path.folder(root)).why_gone(time.time()) is not None
+    except RequestError:
+        return False
 
 
 def all_models(root: Path) -> list[str]:
@@ -155,6 +228,11 @@ def all_models(root: Path) -> list[str]:
         if MODEL_ID.fullmatch(f"{session}:train:{number}"):
             found.append(f"{session}:train:{number}")
     return found
+
+
+def all_of(root: Path, *, gone: bool = False) -> list[Checkpoint]:
+    """Every readable checkpoint under the data root."""
+    return [checkpoint for model_id in all_models(root) for checkpoint in of_model(root, model_id, gone=gone)]
 
 
 def _names(folder: Path) -> list[str]:

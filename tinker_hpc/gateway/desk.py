@@ -21,6 +21,7 @@ from tinker_hpc.gateway import checkpoints, passes, sampling, validate
 from tinker_hpc.gateway.intake import Intake
 from tinker_hpc.gateway.ledger import Ledger, ModelState
 from tinker_hpc.gateway.refusals import bad_request, unknown
+from tinker_hpc.gateway.retention import Reads
 from tinker_hpc.gateway.sessions import Sessions
 from tinker_hpc.gateway.wire import decode_forward_backward, forward_backward_digest, json_digest
 from tinker_hpc.gateway.workers import WorkerLink, Workers
@@ -35,11 +36,12 @@ INLINE_BYTES = 64 * 2**10
 class Desk:
     """Takes requests in."""
 
-    def __init__(self, root: Path, workers: Workers, ledger: Ledger, sessions: Sessions) -> None:
+    def __init__(self, root: Path, workers: Workers, ledger: Ledger, sessions: Sessions, reads: Reads) -> None:
         self.root = root
         self.workers = workers
         self.ledger = ledger
         self.sessions = sessions
+        self.reads = reads
         self.intake = Intake(ledger)
         self.on_new_worker: Callable[[WorkerLink], None] = lambda link: None
 
@@ -66,7 +68,7 @@ class Desk:
         session_id, model_id = self._new_model(payload)
 
         async def judge() -> tuple[WorkerLink, Judged]:
-            checkpoint = await asyncio.to_thread(checkpoints.load, self.root, payload.get("path"))
+            checkpoint = await self._checkpoint(payload, "path")
             link = await self._serving(payload.get("base_model") or checkpoint.base_model)
             validate.optimizer_config(payload.get("optimizer_config"))
             with_optimizer = _with_optimizer(payload, checkpoint)
@@ -138,9 +140,9 @@ class Desk:
         def judge(model: ModelState) -> Payload:
             name = validate.checkpoint_name(payload.get("path"))
             return {
+                "overwrite": bool(payload.get("overwrite")),
                 **self._target(model, "weights", name),
                 "ttl_seconds": validate.ttl_seconds(payload.get("ttl_seconds")),
-                "overwrite": bool(payload.get("overwrite")),
                 "user_metadata": _metadata(payload),
             }
 
@@ -161,18 +163,24 @@ class Desk:
         return await self._ordered("save_sampler_weights", payload, judge, free=("sampling_session_seq_id",))
 
     async def save_weights_external(self, payload: Payload) -> Payload:
-        def judge(model: ModelState) -> Payload:
-            raise RequestError(
-                "save_weights_external is not offered: the checkpoints are files you can read yourself. Use "
-                "save_weights_for_sampler(name) and then `tinker-hpc export PATH` for a PEFT adapter."
-            )
+        """The adapter in the format peft, transformers and vLLM load: that of every checkpoint here."""
 
-        return await self._ordered("save_weights_external", payload, judge)
+        def judge(model: ModelState) -> Payload:
+            if payload.get("age_encryption_recipients"):
+                raise RequestError(
+                    "age_encryption_recipients is not offered: the files stay on your cluster, readable by you alone. "
+                    "Leave it out, and encrypt what leaves the cluster: age -r RECIPIENT FILE."
+                )
+            ttl = validate.ttl_seconds(payload.get("ttl_seconds"))
+            name = validate.checkpoint_name(payload.get("path"))
+            return {**self._target(model, "external_weights", name), "ttl_seconds": ttl}
+
+        return await self._ordered("save_sampler_weights", payload, judge)
 
     async def _load_into_model(self, payload: Payload) -> Payload:
         # Outside judge: reading a checkpoint's metadata may wait for the disk.
         try:
-            found = await asyncio.to_thread(checkpoints.load, self.root, payload.get("path"))
+            found = await self._checkpoint(payload, "path")
         except RequestError as error:
             found = error
 
@@ -222,7 +230,21 @@ class Desk:
 
     def _target(self, model: ModelState, kind: str, name: str) -> Payload:
         path = checkpoints.TinkerPath(model.model_id, kind, name)
-        return {"name": name, "path": str(path), "folder": str(path.folder(self.root))}
+        target: Payload = {"name": name, "path": str(path), "folder": str(path.folder(self.root))}
+        if checkpoints.is_gone(self.root, path):  # expired or deleted, its files not removed yet: the name is free
+            target["overwrite"] = True
+        return target
+
+    async def _checkpoint(self, payload: Payload, key: str) -> checkpoints.Checkpoint:
+        """A checkpoint to read, noted as read by this run. Raises: RequestError; Refusal 503."""
+        if payload.get("weights_access_token") is not None:
+            raise RequestError(
+                "weights_access_token is not offered: there are no accounts here, who may read a checkpoint is what "
+                "its files say. Leave it out."
+            )
+        checkpoint = await asyncio.to_thread(checkpoints.load, self.root, payload.get(key))
+        await self.reads.note(checkpoint)
+        return checkpoint
 
     # --- samplers -----------------------------------------------------------------------------------------------
 
@@ -233,7 +255,7 @@ class Desk:
             self.sessions.active(session_id)
             number = validate.integer(payload, "sampling_session_seq_id")
             if payload.get("model_path") is not None:
-                checkpoint = await asyncio.to_thread(checkpoints.load, self.root, payload["model_path"])
+                checkpoint = await self._checkpoint(payload, "model_path")
                 link = await self._serving(checkpoint.base_model)
                 source = {"type": "folder", "folder": str(checkpoint.folder), "path": str(checkpoint.path)}
             else:

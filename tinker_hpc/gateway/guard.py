@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hmac
+import time
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tinker_hpc.gateway.identity import may_ask
 from tinker_hpc.gateway.refusals import Refusal, bad_request
 from tinker_hpc.gateway.wire import JSON, json_bytes
 
@@ -20,11 +21,11 @@ MAX_FORWARD_BACKWARD_BYTES = 256 * 2**20
 
 
 class Guard:
-    """Refuses foreign Host headers (403) and wrong keys (401); everything else goes on to `app`."""
+    """Refuses foreign Host headers (403), wrong keys and old tokens (401); everything else goes on to `app`."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self.app = app
-        self._key = api_key.encode()
+        self._api_key = api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -37,7 +38,8 @@ class Guard:
                 send, 403, f"Host {host!r} is not this machine. Use the base_url in gateway.json, or an ssh -L."
             )
             return
-        if scope["path"] not in OPEN_PATHS and not hmac.compare_digest(headers.get(b"x-api-key", b""), self._key):
+        presented = headers.get(b"x-api-key", b"").decode("latin-1")
+        if scope["path"] not in OPEN_PATHS and not may_ask(self._api_key, presented, time.time()):
             await _answer(
                 send,
                 401,
@@ -87,5 +89,7 @@ async def _answer(send: Send, status: int, message: str) -> None:
         (b"content-length", str(len(body)).encode()),
         (b"connection", b"close"),  # nobody we want to keep waiting for
     ]
+    if status == 401:
+        headers.append((b"www-authenticate", b'Bearer error="invalid_token"'))  # the SDK then asks for a fresh token
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

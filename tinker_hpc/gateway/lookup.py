@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tinker_hpc.errors import RequestError
 from tinker_hpc.gateway import checkpoints
 from tinker_hpc.gateway.checkpoints import Checkpoint, iso_time
+from tinker_hpc.gateway.identity import user_name, user_urn
 from tinker_hpc.gateway.ledger import Ledger
 from tinker_hpc.gateway.refusals import bad_request, unknown
-from tinker_hpc.gateway.sessions import Sessions
+from tinker_hpc.gateway.search import search, status_of
+from tinker_hpc.gateway.sessions import Session, Sessions
 from tinker_hpc.gateway.workers import Workers
-
-OWNER = "you"
 
 
 class Lookup:
@@ -75,6 +76,9 @@ class Lookup:
 
     async def training_run(self, model_id: str) -> dict[str, Any]:
         """A model of this gateway, or one of an earlier run that left checkpoints."""
+        return (await self._with_checkpoints(model_id))[0]
+
+    async def _with_checkpoints(self, model_id: str) -> tuple[dict[str, Any], list[Checkpoint]]:
         if not checkpoints.MODEL_ID.fullmatch(model_id):
             raise bad_request(f"training run id is {model_id!r}, expected <session>:train:<number>.")
         found = await asyncio.to_thread(lambda: list(checkpoints.of_model(self.root, model_id)))
@@ -83,30 +87,59 @@ class Lookup:
             raise unknown(
                 f"unknown training run {model_id!r}: no such model here, and no checkpoints under {self.root}."
             )
-        return run
+        return run, found
 
-    async def training_runs(self, limit: int, offset: int) -> dict[str, Any]:
+    async def training_runs(self, limit: int, offset: int, project_id: str | None = None) -> dict[str, Any]:
+        """Models of this gateway and of earlier runs that left checkpoints, newest first."""
+
         def read() -> list[dict[str, Any]]:
-            ids = dict.fromkeys([*self.ledger.models, *checkpoints.all_models(self.root)])
+            ids = dict.fromkeys([*known, *checkpoints.all_models(self.root)])
+            if project_id is not None:
+                ids = [i for i in ids if self.sessions.project_of(i.partition(":")[0]) == project_id]
             runs = [self._training_run(model_id, list(checkpoints.of_model(self.root, model_id))) for model_id in ids]
             return [run for run in runs if run is not None]
 
+        known = list(self.ledger.models)
         runs = sorted(await asyncio.to_thread(read), key=lambda run: run["last_request_time"], reverse=True)
         return {"training_runs": runs[offset : offset + limit], "cursor": _cursor(limit, offset, len(runs))}
 
-    async def checkpoints_of(self, model_id: str) -> dict[str, Any]:
-        found = await asyncio.to_thread(lambda: list(checkpoints.of_model(self.root, model_id)))
+    async def checkpoints_of(self, model_id: str, kinds: Sequence[str] = checkpoints.KINDS) -> dict[str, Any]:
+        """Of one model; none for a model that has not saved. Raises: Refusal 404 for one that never was."""
+        found = [c for c in (await self._with_checkpoints(model_id))[1] if c.path.kind in kinds]
         return {"checkpoints": [checkpoint.listing() for checkpoint in found]}
 
-    async def all_checkpoints(self, limit: int, offset: int) -> dict[str, Any]:
-        def read() -> list[Checkpoint]:
-            return [
-                c for model_id in checkpoints.all_models(self.root) for c in checkpoints.of_model(self.root, model_id)
-            ]
+    async def all_checkpoints(
+        self, limit: int, offset: int, kinds: Sequence[str] = checkpoints.KINDS
+    ) -> dict[str, Any]:
+        """Of every run under the data root, newest first."""
+        found = [c for c in await asyncio.to_thread(checkpoints.all_of, self.root) if c.path.kind in kinds]
+        found.sort(key=lambda checkpoint: checkpoint.created_at, reverse=True)
+        shown = [checkpoint.listing() for checkpoint in found[offset : offset + limit]]
+        return {"checkpoints": shown, "cursor": _cursor(limit, offset, len(found))}
 
-        found = [checkpoint.listing() for checkpoint in await asyncio.to_thread(read)]
-        found.sort(key=lambda listing: listing["time"], reverse=True)
-        return {"checkpoints": found[offset : offset + limit], "cursor": _cursor(limit, offset, len(found))}
+    async def search_sessions(self, query: dict[str, Any]) -> dict[str, Any]:
+        """The SDK's SessionSearchResponse."""
+        try:
+            found, cursor = search(self.sessions.all(), query, user_urn())
+        except RequestError as error:
+            raise bad_request(str(error)) from error
+        saved = await asyncio.to_thread(checkpoints.all_of, self.root)
+
+        def summary(session: Session) -> dict[str, Any]:
+            own = [c for c in saved if c.path.model_id.startswith(f"{session.session_id}:")]
+            return {
+                "session_id": session.session_id,
+                "created_at": iso_time(session.created_at),
+                "owner": user_urn(),
+                "project_id": session.project_id,
+                "status": status_of(session),
+                "checkpoints_count": len(own),
+                "display_name": session.display_name,
+                "user_metadata": session.user_metadata or None,
+                "checkpoint_storage_bytes": sum(checkpoint.size_bytes for checkpoint in own),
+            }
+
+        return {"sessions": [summary(session) for session in found], "next_cursor": cursor}
 
     def session(self, session_id: str) -> dict[str, Any]:
         session = self.sessions.get(session_id)
@@ -128,7 +161,7 @@ class Lookup:
         return {
             "training_run_id": model_id,
             "base_model": self.workers.links[model.worker_index].base.name if model else found[-1].base_model,
-            "model_owner": OWNER,
+            "model_owner": user_name(),
             "is_lora": True,
             "corrupted": False,
             "lora_rank": model.lora["rank"] if model else found[-1].lora["rank"],

@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from tinker_hpc.errors import DataRootError
-from tinker_hpc.gateway.refusals import Refusal, try_again, unknown
+from tinker_hpc.gateway.refusals import Refusal, bad_request, try_again, unknown
 from tinker_hpc.run_folder import read_json, write_json
+
+DEFAULT_PROJECT = "default"
 
 
 @dataclass
 class Session:
-    """One ServiceClient. `finished` is {reason, detail, at} once the client said so (first one wins)."""
+    """One ServiceClient.
+
+    Attributes:
+        project_id: a label: sessions, and through them models and checkpoints, can be listed by it.
+        finished: {reason, detail, at} once the client said so (first one wins).
+        made_for: the idempotency key of the copy_weights this session was made for.
+    """
 
     session_id: str
     created_at: float
@@ -29,6 +37,8 @@ class Session:
     user_metadata: dict[str, Any] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
     finished: dict[str, Any] | None = None
+    project_id: str = DEFAULT_PROJECT
+    made_for: str | None = None
 
 
 class Sessions:
@@ -41,25 +51,52 @@ class Sessions:
         self._sessions = {session_id: Session(**fields) for session_id, fields in known.items()}
 
     async def create(self, payload: dict[str, Any]) -> Session:
-        """Open a session. Raises: Refusal 503 if it cannot be written."""
-        # The date makes a checkpoint folder's name tell people something; 48 random bits make it unique.
-        session_id = f"s-{time.strftime('%Y%m%d')}-{secrets.token_hex(6)}"
+        """Open a session. Raises: Refusal 400 for fields of the wrong type, 503 if it cannot be written."""
         metadata, tags = payload.get("user_metadata"), payload.get("tags")
-        session = Session(
-            session_id=session_id,
-            created_at=time.time(),
-            sdk_version=str(payload.get("sdk_version", "")),
-            display_name=payload.get("display_name"),
-            user_metadata=metadata if isinstance(metadata, dict) else {},
-            tags=tags if isinstance(tags, list) else [],
+        return await self._add(
+            Session(
+                session_id=_new_id(),
+                created_at=time.time(),
+                sdk_version=str(payload.get("sdk_version", "")),
+                display_name=_text_or_none(payload, "display_name"),
+                user_metadata=metadata if isinstance(metadata, dict) else {},
+                tags=tags if isinstance(tags, list) else [],
+                project_id=_text_or_none(payload, "project_id") or DEFAULT_PROJECT,
+            )
         )
-        self._sessions[session_id] = session
+
+    async def for_copy(self, project_id: str, source: str, idempotency_key: str | None) -> Session:
+        """The finished session that holds a copy: a new one, or that of the same request before."""
+        for session in self._sessions.values():
+            if idempotency_key is not None and session.made_for == idempotency_key:
+                return session
+        now = time.time()
+        finished = {"reason": "success", "detail": "made to hold a copy", "at": now}
+        name = f"copy of {source}"
+        fields = {"project_id": project_id, "finished": finished, "made_for": idempotency_key}
+        return await self._add(Session(_new_id(), now, display_name=name, **fields))
+
+    async def _add(self, session: Session) -> Session:
+        self._sessions[session.session_id] = session
         try:
             await self._save()
         except Refusal:
-            del self._sessions[session_id]
+            del self._sessions[session.session_id]
             raise
         return session
+
+    async def assign_project(self, session_id: str, payload: dict[str, Any]) -> None:
+        """Move a session into a project. Raises: Refusal 404, 400."""
+        session = self.get(session_id)
+        project_id = _text_or_none(payload, "project_id")
+        if not project_id:
+            raise bad_request("project_id is missing; give the name of the project the session moves to.")
+        before, session.project_id = session.project_id, project_id
+        try:
+            await self._save()
+        except Refusal:
+            session.project_id = before
+            raise
 
     async def finish(self, session_id: str, payload: dict[str, Any]) -> None:
         """The client says it is done."""
@@ -98,10 +135,31 @@ class Sessions:
         """Newest first."""
         return list(reversed(self._sessions))
 
+    def all(self) -> list[Session]:
+        """Newest first."""
+        return list(reversed(self._sessions.values()))
+
+    def project_of(self, session_id: str) -> str | None:
+        """Its project; None for a session of another run."""
+        session = self._sessions.get(session_id)
+        return None if session is None else session.project_id
+
     async def _save(self) -> None:
         async with self._lock:
             value = {session_id: asdict(session) for session_id, session in self._sessions.items()}
             try:
                 await asyncio.to_thread(write_json, self._path, value)
             except DataRootError as error:
-                raise try_again(f"the session was not opened: {error} The SDK tries again.") from error
+                raise try_again(f"the session was not written: {error} The SDK tries again.") from error
+
+
+def _new_id() -> str:
+    # The date makes a checkpoint folder's name tell people something; 48 random bits make it unique.
+    return f"s-{time.strftime('%Y%m%d')}-{secrets.token_hex(6)}"
+
+
+def _text_or_none(payload: dict[str, Any], key: str) -> str | None:
+    value = payload.get(key)
+    if value is not None and not isinstance(value, str):
+        raise bad_request(f"{key} is {value!r}, expected a text.")
+    return value

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinker_hpc import base_models
-from tinker_hpc.base_models import BaseModel
+from tinker_hpc.base_models import BaseModel, public_name, same_model
+from tinker_hpc.base_models import read as read_base_model
 from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.gateway.answers import Answer, answer_of
 from tinker_hpc.gateway.futures import FutureTable
@@ -63,7 +63,7 @@ class WorkerLink:
         self.declared = str(declaration["base_model"])
         self._mapping = mapping
         model_folder = Path(declaration["base_model_folder"])
-        self.base: BaseModel = base_models.read(base_models.public_name(self.declared, model_folder), model_folder)
+        self.base: BaseModel = read_base_model(public_name(self.declared, model_folder), model_folder)
         self.log = RequestLog(folder.requests)
         self.bell = Bell(folder.path, side="gateway")
         self.status = Status.read(folder.status)
@@ -73,7 +73,7 @@ class WorkerLink:
 
     def serves(self, name: str) -> bool:
         """Whether `name` means this worker's base model."""
-        return name == self.base.name or base_models.same_model(name, self.declared, self.base.folder, self._mapping)
+        return name == self.base.name or same_model(name, self.declared, self.base.folder, self._mapping)
 
     def requests(self) -> Iterator[dict[str, Any]]:
         """Headers of every request in the log, in order."""

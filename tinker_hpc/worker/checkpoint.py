@@ -72,7 +72,8 @@ def prepare(folder: Path, temporary: Path, *, request_id: str, overwrite: bool) 
     if existing is None and folder.exists():
         raise RequestError(f"{folder} exists and is not a checkpoint ({METADATA} is missing). Save under another name.")
     discard(temporary)
-    make_private(folder.parent)
+    if not folder.parent.exists():  # its mode may let the group through to a published checkpoint
+        make_private(folder.parent)
     make_private(temporary)
     return True
 

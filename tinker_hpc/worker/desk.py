@@ -257,7 +257,7 @@ class Desk:
     ) -> None:
         asked = request.header
         header = {key: asked.get(key) for key in ("request_id", "seq", "op", "model_id")}
-        header |= {"ok": failure is None, **fields}
+        header |= {"ok": failure is None, "finished_at": time.time(), **fields}
         if failure is not None:
             header |= {"error": failure.message, "category": failure.category}
         self._publish(Record(header, arrays))

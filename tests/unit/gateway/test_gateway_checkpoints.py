@@ -13,9 +13,10 @@ from tinker_hpc.errors import RequestError
 from tinker_hpc.gateway import checkpoints
 
 PATH = "tinker://s-1:train:0/weights/a"
+LATER = 4e9  # unix seconds: the year 2096
 
 
-def write(root: Path, path: str = PATH, *, created_at: float = 1.0) -> Path:
+def write(root: Path, path: str = PATH, *, created_at: float = LATER) -> Path:
     folder = checkpoints.TinkerPath.parse(path).folder(root)
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(b"12345")
@@ -38,13 +39,13 @@ def test_a_whole_checkpoint(tmp_path):
     listing = found.listing()
     assert listing["checkpoint_id"] == "weights/a" and listing["checkpoint_type"] == "training"
     assert listing["size_bytes"] == 5 and listing["tinker_path"] == PATH
-    assert listing["expires_at"] == checkpoints.iso_time(3601.0)
+    assert listing["expires_at"] == checkpoints.iso_time(LATER + 3600)
 
 
 def test_listing_is_by_time_and_skips_what_is_being_written(tmp_path):
-    write(tmp_path, "tinker://s-1:train:0/weights/b", created_at=2.0)
-    write(tmp_path, PATH, created_at=1.0)
-    write(tmp_path, "tinker://s-1:train:0/sampler_weights/c", created_at=3.0)
+    write(tmp_path, "tinker://s-1:train:0/weights/b", created_at=LATER + 2)
+    write(tmp_path, PATH, created_at=LATER + 1)
+    write(tmp_path, "tinker://s-1:train:0/sampler_weights/c", created_at=LATER + 3)
     (tmp_path / "checkpoints" / "s-1_train_0" / "weights" / ".d.writing-4").mkdir()
     found = list(checkpoints.of_model(tmp_path, "s-1:train:0"))
     assert [c.path.name for c in found] == ["a", "b", "c"]
