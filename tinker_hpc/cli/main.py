@@ -31,7 +31,7 @@ COMMANDS = {
     "plot": ("numbers", "Draw a run's metrics as a PNG."),
     "cancel": ("ending", "End runs or sessions and everything they started."),
     "checkpoints": ("saved", "List saved states and sampler weights."),
-    "export": ("saved", "Copy a checkpoint out as a PEFT adapter."),
+    "export": ("saved", "Copy a checkpoint out as a PEFT adapter, or merged into its base model."),
     "plan": ("planning", "Say which layout a model would get and whether it fits."),
     "usage": ("usage", "Sum up GPU-hours by cluster."),
 }

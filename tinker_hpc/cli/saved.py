@@ -1,4 +1,4 @@
-"""`checkpoints` and `export`: what was saved, and one of them as a folder peft loads."""
+"""`checkpoints` and `export`: what was saved, and one of them as a folder that peft or transformers loads."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ def checkpoints(run_id: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.option("--to", "target", type=click.Path(path_type=Path), metavar="FOLDER", help="New folder (./NAME).")
+@click.option("--merged", is_flag=True, help="The whole model, the adapter added into its weights.")
 @json_option
 @click.argument("path", metavar="PATH")
-def export(path: str, target: Path | None, as_json: bool) -> None:
-    """Copy a checkpoint out as a PEFT adapter.
+def export(path: str, target: Path | None, merged: bool, as_json: bool) -> None:
+    """Copy a checkpoint out as a PEFT adapter, or merged into its base model.
 
-    PATH is a tinker:// path, or a run's id for its newest checkpoint.
+    PATH is a tinker:// path, or a run's id for its newest checkpoint. What is merged is a Hugging Face model folder; it
+    takes as much room on the disk as the base model, and hardly any memory.
     """
     from tinker_hpc.checkpoints import export_peft, find_checkpoint
     from tinker_hpc.config import load_config
@@ -52,7 +54,15 @@ def export(path: str, target: Path | None, as_json: bool) -> None:
                 f"run {path} has saved no checkpoint; save_state() or save_weights_for_sampler() makes one."
             )
         checkpoint = saved[-1]
-    folder = export_peft(checkpoint, target or Path(checkpoint.name)).resolve()
+    target = target or Path(checkpoint.name)
+    if merged:
+        from tinker_hpc.base_models import resolve
+        from tinker_hpc.merged_export import export_merged
+
+        base = resolve(checkpoint.base_model, load_config().base_models, download=False)
+        folder = export_merged(base.folder, checkpoint.folder, target).resolve()
+    else:
+        folder = export_peft(checkpoint, target).resolve()
     if as_json:
         emit({"path": checkpoint.path, "folder": str(folder), "base_model": checkpoint.base_model})
     else:

@@ -1,0 +1,187 @@
+"""A base model and an adapter -> one Hugging Face model folder with the adapter added into the weights.
+
+W + (alpha / rank) * B A for every adapted matrix, in float32, then rounded to the dtype the base is stored in; every
+other tensor is copied byte for byte. Shards keep their names. A block of rows is in memory at a time, whatever the
+model's size, and neither torch nor a GPU is needed.
+
+Experts: each is a matrix of its own in the base, as transformers stores them; the adapter may hold them one by one
+(experts.7.gate_proj) or stacked (experts.w1: gate, w3: up, w2: down), where a stack of one is shared by all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tinker_hpc.base_models import HUB_FILES
+from tinker_hpc.errors import ConfigError, DataRootError, WeightsError
+from tinker_hpc.safetensors_file import TensorFile, TensorInfo, as_bytes, write_tensors
+
+INDEX = "model.safetensors.index.json"
+EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
+_STACKS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_EXPERT = re.compile(r"(?P<block>.*\.experts)\.(?P<expert>\d+)\.(?P<name>gate_proj|up_proj|down_proj)")
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Names of a matrix's A and B in the adapter's file, and the expert's place in a stack (None: not stacked)."""
+
+    a: str
+    b: str
+    expert: int | None = None
+
+
+class AdapterFile:
+    """The matrices of an adapter's folder (PEFT's names)."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: WeightsError if the folder holds no plain LoRA adapter."""
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text())
+            self.scaling = config["lora_alpha"] / config["r"]
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            raise WeightsError(f"{folder / 'adapter_config.json'} is not a LoRA configuration: {error!r}.") from error
+        self._file = TensorFile(folder / "adapter_model.safetensors")
+        self.unused = {name for name in self._file.tensors if name.endswith(".lora_A.weight")}
+        """A matrices that no tensor of the base has asked for yet."""
+
+    def close(self) -> None:
+        self._file.__exit__()
+
+    def factors(self, tensor_name: str) -> _Factors | None:
+        """The A and B of the base's tensor of that name; None if it is not adapted."""
+        path = tensor_name.removesuffix(".weight")
+        expert = _EXPERT.fullmatch(path)
+        candidates = [_Factors(_key(path, "A"), _key(path, "B"))]
+        if expert:
+            stack = f"{expert['block']}.{_STACKS[expert['name']]}"
+            candidates.append(_Factors(_key(stack, "A"), _key(stack, "B"), int(expert["expert"])))
+        found = next((c for c in candidates if c.a in self._file.tensors and c.b in self._file.tensors), None)
+        if found:
+            self.unused.discard(found.a)
+        return found
+
+    def check(self, factors: _Factors, name: str, shape: tuple[int, ...]) -> None:
+        """Raises: WeightsError if A and B do not make a matrix of this shape."""
+        a, b = (self._file.tensors[key].shape[-2:] for key in (factors.a, factors.b))
+        if len(shape) != 2 or (b[0], a[1]) != shape or a[0] != b[1]:
+            raise WeightsError(
+                f"{name} is {list(shape)}, but the adapter's A is {list(a)} and B {list(b)}. Is it another base model?"
+            )
+
+    def whole(self, factors: _Factors) -> tuple[np.ndarray, np.ndarray]:
+        """(scaling * A, B) in float32."""
+        a, b = (self._matrix(key, factors.expert) for key in (factors.a, factors.b))
+        return a * np.float32(self.scaling), b
+
+    def _matrix(self, key: str, expert: int | None) -> np.ndarray:
+        if expert is None:
+            return self._file.read(key)
+        place = 0 if self._file.tensors[key].shape[0] == 1 else expert
+        return self._file.read(key, slice(place, place + 1))[0]
+
+
+def export_merged(base_folder: Path, adapter_folder: Path, target: Path) -> Path:
+    """Write the merged model to `target`, a new folder that transformers and vLLM load as it is.
+
+    A base whose unembedding is its embedding gets one of its own where the adapter trains it.
+
+    Raises: ConfigError if `target` exists; WeightsError if base and adapter do not belong together; DataRootError if
+        the disk refuses. Nothing is left behind.
+    """
+    if target.exists():
+        raise ConfigError(f"{target} exists already; name a folder that does not, nothing is overwritten.")
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        _merge_into(unfinished, base_folder, adapter_folder)
+        unfinished.rename(target)
+    except OSError as error:
+        raise DataRootError(
+            f"cannot write {target}: {error.strerror}. Choose a folder with room that you may write to.",
+            path=str(target),
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+def _merge_into(folder: Path, base_folder: Path, adapter_folder: Path) -> None:
+    with ExitStack() as stack:
+        adapter = AdapterFile(adapter_folder)
+        stack.callback(adapter.close)
+        shards = [stack.enter_context(TensorFile(path)) for path in _shards(base_folder)]
+        names = {name for shard in shards for name in shard.tensors}
+        untied = UNEMBEDDING not in names and adapter.factors(UNEMBEDDING) is not None
+        sources = {name: name for name in names} | ({UNEMBEDDING: EMBEDDING} if untied else {})
+        for shard in shards:  # before anything is written
+            for name, source in sources.items():
+                if source in shard.tensors and (factors := adapter.factors(name)):
+                    adapter.check(factors, name, shard.tensors[source].shape)
+        if adapter.unused:
+            some = ", ".join(sorted(adapter.unused)[:4])
+            raise WeightsError(
+                f"the adapter has matrices for which {base_folder} has none, {len(adapter.unused)} in all: {some}. "
+                "Give the base model it was trained on."
+            )
+        where: dict[str, str] = {}
+        total = 0
+        for shard in shards:
+            here = {name: source for name, source in sources.items() if source in shard.tensors}
+            entries = {}
+            for name in sorted(here, key=lambda n: (shard.tensors[here[n]].begin, n)):
+                info = shard.tensors[here[name]]
+                entries[name] = (info.dtype, info.shape, _pieces(shard, here[name], info, adapter, name))
+                where[name] = shard.path.name
+                total += info.end - info.begin
+            write_tensors(folder / shard.path.name, entries, shard.metadata or {"format": "pt"})
+    _copy_other_files(base_folder, folder, untied=untied)
+    if (base_folder / INDEX).exists():
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _pieces(shard: TensorFile, source: str, info: TensorInfo, adapter: AdapterFile, name: str) -> Iterator[bytes]:
+    """The bytes of one tensor of the merged model."""
+    factors = adapter.factors(name)
+    if factors is None:
+        yield from shard.blocks(source)
+        return
+    scaled_a, b = adapter.whole(factors)
+    for rows in shard.row_blocks(source):
+        values = shard.read(source, rows)
+        values += b[rows] @ scaled_a
+        yield as_bytes(values, info.dtype)
+
+
+def _copy_other_files(base_folder: Path, folder: Path, *, untied: bool) -> None:
+    """Configuration and tokenizer."""
+    for pattern in HUB_FILES:
+        for path in base_folder.glob(pattern):
+            if path.suffix != ".safetensors" and path.name != INDEX:
+                shutil.copyfile(path, folder / path.name)
+    if untied:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}, indent=2) + "\n")
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files of the weights. Raises: WeightsError if there are none."""
+    if (folder / INDEX).exists():
+        return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    raise WeightsError(f"{folder} holds neither model.safetensors nor {INDEX}: there is nothing to merge into.")
+
+
+def _key(path: str, letter: str) -> str:
+    return f"base_model.model.{path}.lora_{letter}.weight"
