@@ -7,11 +7,9 @@ the call of sbatch (a lost answer is looked up, a refusal explained), and how a 
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,11 @@ from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from launch import process_tree
-from launch.host import CommandResult, Host
+from launch.host import Host
 from launch.job_spec import JobSpec
-from launch.refusals import Verdict, explain_refusal, verdict
 from launch.render import python_of, sbatch_text
-from tinker_hpc.errors import SlurmUnavailableError
+from launch.sbatch import sbatch
 
-_LOOKUP_WAITS_S = (0.0, 1.0, 2.0, 4.0, 8.0)
 _STARTED: list[subprocess.Popen[bytes]] = []
 """Controllers of this client: kept so that a finished one is reaped, and never waited for."""
 
@@ -33,76 +29,23 @@ _STARTED: list[subprocess.Popen[bytes]] = []
 class SlurmJobExecutor(SlurmExecutor):
     """submitit for Slurm, with our script and a submission that happens at most once."""
 
-    def __init__(self, spec: JobSpec, slurm_folder: Path, host: Host) -> None:
+    def __init__(self, spec: JobSpec, slurm_folder: Path, host: Host, *, requeue: bool = False) -> None:
         # Not SlurmExecutor's own __init__: it looks for srun here, but the commands run on `host`.
         super(SlurmExecutor, self).__init__(slurm_folder)
         self.python = python_of(spec)
         self.spec = spec
         self.host = host
+        self.requeue = requeue
         self.parameters = {"nodes": spec.nodes, "ntasks_per_node": 1, "time": spec.time_limit_min}
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
-        return sbatch_text(self.spec, command, self.folder)
+        return sbatch_text(self.spec, command, self.folder, requeue=self.requeue)
 
     def _submit_command(self, command: str) -> SlurmJob[Any]:
         script = self.folder / "job.sbatch"
         script.write_text(self._make_submission_file_text(command, uid=""))
         job_id = sbatch(self.spec, script, self.host)
         return SlurmJob(folder=self.folder, job_id=job_id, tasks=list(range(self.spec.nodes)))
-
-
-def sbatch(spec: JobSpec, script: Path, host: Host) -> str:
-    """Submit a script and return the job id.
-
-    An answer that got lost does not mean a job that got lost: a hung controller creates it when it wakes. So after
-    anything but a refusal the job is looked for by its name, and never submitted again from here.
-
-    Raises:
-        SubmissionError: refused.
-        SlurmUnavailableError: not reached, or no answer and no such job in the queue; `job_may_exist` tells which.
-    """
-    argv = ["sbatch", "--parsable", str(script)]
-    try:
-        result = host.run(argv)
-    except SlurmUnavailableError as error:
-        if not getattr(error, "timed_out", False):
-            raise
-        result = CommandResult(tuple(argv), 1, "", str(error))
-    if result.ok and (match := re.search(r"^(\d+)(;.*)?$", result.stdout, re.MULTILINE)):
-        return match.group(1)
-    meaning = verdict(result)
-    if meaning is Verdict.REFUSED:
-        raise explain_refusal(result, spec)
-    if meaning is Verdict.UNREACHED:
-        raise SlurmUnavailableError(
-            f"run {spec.run_id} was not submitted, Slurm cannot be reached: {result.words} Nothing is in the queue; "
-            "submit again when `scontrol ping` says UP.",
-            command="sbatch",
-            job_may_exist=False,
-        )
-    found = find_by_name(spec.run_id, host)
-    if found is not None:
-        return found
-    raise SlurmUnavailableError(
-        f"sbatch gave no job id for run {spec.run_id}: {result.words}. No job of that name is in the queue now. "
-        f"`scontrol ping` tells whether Slurm answers; before you submit again, see that "
-        f"`squeue --me --name={spec.run_id}` is still empty.",
-        command="sbatch",
-        job_may_exist=True,
-    )
-
-
-def find_by_name(run_id: str, host: Host) -> str | None:
-    """The id of the job with that name, or None if Slurm does not (come to) know it within a quarter of a minute."""
-    for wait_s in _LOOKUP_WAITS_S:
-        time.sleep(wait_s)
-        try:
-            result = host.run(["squeue", "--me", "-h", "-t", "all", f"--name={run_id}", "-o", "%A"])
-        except SlurmUnavailableError:
-            continue
-        if result.ok and result.stdout.split():
-            return result.stdout.split()[0]
-    return None
 
 
 class LocalJobExecutor(LocalExecutor):

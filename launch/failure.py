@@ -48,6 +48,8 @@ def error_for(
     if state in (JobState.FAILED, JobState.RUNNING, JobState.UNKNOWN, JobState.COMPLETED):
         # Slurm has no word yet, or none that says more than our supervisor's.
         state = OUTCOME_STATES.get(str(outcome.get("reason")), state)
+    if state is JobState.COMPLETED and outcome.get("state") == "failed":
+        state = JobState.FAILED  # the last job of the run found that it should not go on, and ended well
     never_started = state.finished and status.start is None and not outcome and state is not JobState.LOST
     if spec.cluster.executor == "local":
         never_started = False  # it has no queue; without a start it fell over at once

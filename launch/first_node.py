@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import socket
 import time
+from typing import Any
 
-from launch import hub_view, memory_kills, process_tree, scontrol
+from launch import hub_view, memory_kills, process_tree, progress, scontrol
+from launch.chain import MAX_IN_VAIN, SCANCELLED
 from launch.children import Child, loop_argv, loop_environment
 from launch.further_workers import FurtherWorkers, ServedRun
 from launch.gateway_client import GatewayAddress, close_worker, read_address
 from launch.gateway_keeper import GatewayKeeper
 from launch.job_spec import JobSpec
-from launch.log_tail import error_line, last_lines, last_traceback, num_failed_starts
+from launch.log_tail import error_line, last_lines, last_traceback
 from launch.node import CLOSE_GRACE_S, LISTING_POLL_S, POLL_S, Node, Place
-from launch.run_record import RunRecord, claim, listed
+from launch.ranks_keeper import RanksKeeper
+from launch.run_record import RunRecord
+from launch.tenure import Tenure
 from tinker_hpc.config import load_config
 from tinker_hpc.errors import TinkerHpcError
-from tinker_hpc.run_folder import RunFolder, read_json, write_json
+from tinker_hpc.run_folder import RunFolder
 
-_EARLY_STARTS = 2
-"""Ranks that fail before they are ready get one more chance (a port taken, a filesystem that lags), not three."""
 TERM_GRACE_S = 4.0
 """Between TERM and KILL. Slurm itself kills KillWait after its TERM (default 30 s)."""
+_SIGNAL_LAG_S = 0.3
+_HANDED_OVER = 75
+"""Exit code of a job that stopped before its time limit (sysexits.h: try again later): not 0, or its successor, which
+waits for a bad end, would not start."""
 
 
 class FirstNode(Node):
@@ -37,26 +41,28 @@ class FirstNode(Node):
         self.gateway = GatewayKeeper(spec, run_folder, self.record)
         self.further = FurtherWorkers(run_folder)
         self.served = ServedRun(run_folder, spec.serves_run) if spec.serves_run else None
-        self.loop: Child | None = None
-        self._next_listing = 0.0
         self._next_look = 0.0
         self._leave_at: float | None = None
-        self._worker_error: str | None = None
+        self.tenure = Tenure(spec, run_folder, place, self.record)
+        self.ranks: RanksKeeper | None = None
+        self.loop: Child | None = None
+        self._loop_since: dict[str, Any] = {}
+        self._num_loops_in_vain = 0
+        self._seen_ended: set[int] = set()
 
     def run(self) -> int:
+        exit_code = self.tenure.take()
+        if exit_code is not None:
+            return exit_code
         job = {"job_id": self.place.job_id, "host": self.place.hostname, "pid": os.getpid()}
-        first = claim(self.run_folder, job)
-        if first is not None:
-            self.say(
-                f"run {self.spec.run_id} was begun by job {first.get('job_id')} on {first.get('host')} already; this "
-                f"job ({self.place.job_id}) leaves it alone."
-            )
-            return 1
-        self.record.event("started", nodes=self.spec.nodes, executor=self.place.executor, **job)
-        self.record.worker_status("starting", f"loading {self.spec.base_model} on {self.spec.world_size} ranks")
+        self.record.event(
+            "started", attempt=self.tenure.number, nodes=self.spec.nodes, executor=self.place.executor, **job
+        )
+        self.ranks = RanksKeeper(self, self.record, attempt=self.tenure.number, has_loop=self.has_loop)
         if self.has_loop:
+            self.record.worker_status("starting", "its job has begun")  # before a gateway reads what the last job left
             self.gateway.start()
-        self.start_agent(self._open_rendezvous())
+        self.ranks.start()
         while True:
             exit_code = self._step()
             if exit_code is not None:
@@ -69,13 +75,28 @@ class FirstNode(Node):
             self.record.event("signal", signal=signal.Signals(number).name)
             if number != signal.SIGUSR2:  # USR2 announces; there may be a minute of work left
                 return self._stopped(number)
+        self.tenure.step()
+        if self.tenure.lost_to is not None:
+            return self._superseded(self.tenure.lost_to)
+        if self.tenure.cancelled:
+            return self._end(128 + signal.SIGTERM, "cancelled", "cancelled on request", orderly=False)
+        if self.tenure.must_hand_over():
+            return self._hand_over(
+                _HANDED_OVER, "time_limit", f"the time limit of {self.spec.time_limit_min} min is near"
+            )
         if self.place.executor == "local" and time.time() - self.started_at > 60 * self.spec.time_limit_min:
             return self._end(
                 128 + signal.SIGTERM,
                 "time_limit",
                 f"the time limit of {self.spec.time_limit_min} min is over (`time` sets it)",
             )
-        self._watch_worker()
+        if self._just_ended():
+            # Slurm signals every process of the job, and a child may be gone before our own signal is handled: whether
+            # it ended by itself is known a moment later.
+            time.sleep(_SIGNAL_LAG_S)
+            return None
+        assert self.ranks is not None
+        self.ranks.step()
         if not self.has_loop:
             return self._session_step()
         self.further.step()
@@ -83,57 +104,17 @@ class FirstNode(Node):
             return self._end(1, "gateway", failure)
         return self._watch_loop()
 
-    # -- the worker ---------------------------------------------------------------------------------------------
-
-    def _open_rendezvous(self) -> tuple[str, int] | None:
-        """Where the nodes' agents meet; published for the other nodes."""
-        if self.spec.nodes == 1:
-            return None
-        endpoint = {"host": self.place.hostname, "port": _free_port()}
-        write_json(self.run_folder.worker(0).rendezvous, endpoint)
-        return self.place.hostname, endpoint["port"]
-
-    def _watch_worker(self) -> None:
-        """Follow the ranks: `ready` once they say so, `ended` when an agent gave up."""
-        assert self.agent is not None
-        if self._worker_error is not None:
-            return
-        code = self.agent.exit_code()
-        if code is not None and code != 0:
-            self._worker_gone(self.agent_failure(code))
-        elif code == 0 and self.has_loop:
-            self._worker_gone("the worker ended by itself, without a close request from this run")
-        if time.monotonic() < self._next_listing:
-            return
-        if self.record.worker_phase == "starting" and num_failed_starts(self.agent.log_text()) >= _EARLY_STARTS:
-            # Ranks that were never ready have nothing to resume, and loading a large model takes minutes each time.
-            why = self.agent_failure(1)
-            self.agent.kill()
-            self._worker_gone(why)
-            return
-        self._next_listing = time.monotonic() + (LISTING_POLL_S if self.record.worker_phase == "ready" else POLL_S)
-        for node_rank in range(1, self.spec.nodes):
-            if listed(path := self.failure_file(node_rank)):
-                failure = read_json(path) or {}
-                self._kills_elsewhere += int(failure.get("memory_kills", 0))
-                self._worker_gone(str(failure.get("error")))
-        # The worker's first words in the result log are that it takes requests. Whether there are any is enough here.
-        if self.record.worker_phase == "starting" and os.listdir(self.run_folder.worker(0).results):
-            self.record.worker_status("ready", "")
-            self.record.event("worker_ready")
-
-    def _worker_gone(self, why: str) -> None:
-        """From here on the gateway answers every open future with this error."""
-        if self._worker_error is None:
-            self._worker_error = why
-            self.record.worker_status("ended", "the worker failed", error=why)
-            self.record.event("worker_ended", error=why)
-            self.say(why)
+    def _just_ended(self) -> bool:
+        """Whether the ranks' agent or the loop ended since the last look."""
+        ended = {child.pid for child in (self.agent, self.loop) if child is not None and child.exit_code() is not None}
+        fresh = ended - self._seen_ended
+        self._seen_ended |= ended
+        return bool(fresh)
 
     def _session_step(self) -> int | None:
-        assert self.agent is not None
-        if self._worker_error is not None:
-            return self._end(1, "worker", self._worker_error)
+        assert self.agent is not None and self.ranks is not None
+        if self.ranks.error is not None:
+            return self._end(1, "worker", self.ranks.error)
         if self.agent.exit_code() == 0:
             return self._end(0, "closed", None)
         if self.served is not None and time.monotonic() >= self._next_look:
@@ -162,14 +143,33 @@ class FirstNode(Node):
         self.record.event("loop_ended", exit_code=code)
         if code == 0:
             return self._end(0, "loop", None)
+        if self._loop_goes_on(code):
+            return None
         text = self.loop.log_text()
         error = error_line(text) or last_lines(text, 3) or f"the loop ended with exit code {code} and printed nothing"
-        if self._worker_error is not None:
-            error = f"{error} (before that, {self._worker_error})"
+        if self.ranks is not None and self.ranks.error is not None:
+            error = f"{error} (before that, {self.ranks.error})"
         return self._end(code, "loop", error, traceback=last_traceback(text))
+
+    def _loop_goes_on(self, code: int) -> bool:
+        """Whether a loop that was killed is started again, from its beginning, as after the loss of its node.
+
+        One that raised is not: it would raise again. Nor one killed for want of memory, or thrice without asking
+        anything new in between.
+        """
+        if code not in (128 + signal.SIGKILL, 128 + signal.SIGTERM) or memory_kills.count() > self._kills_before:
+            return False
+        asked = progress.marks(self.run_folder)["requests"] != self._loop_since.get("requests")
+        self._num_loops_in_vain = 0 if asked else self._num_loops_in_vain + 1
+        if self._num_loops_in_vain >= MAX_IN_VAIN:
+            return False
+        self.record.event("loop_restarted", exit_code=code)
+        self.loop = None
+        return True
 
     def _start_loop(self, address: GatewayAddress) -> int | None:
         self.record.event("gateway_ready", base_url=address.base_url)
+        self._loop_since = progress.marks(self.run_folder)
         argv = loop_argv(self.spec, self.run_folder)
         env = loop_environment(self.spec, os.environ, base_url=address.base_url, api_key=address.api_key)
         try:
@@ -205,21 +205,45 @@ class FirstNode(Node):
         """TERM or INT: somebody wants this job to end. Ask Slurm who; where it does not say, guess."""
         limit = f"the time limit of {self.spec.time_limit_min} min is over (`time` sets it)"
         near_limit = time.time() > self.started_at + 60 * self.spec.time_limit_min - 60
+        asked = self.run_folder.cancel.exists()
         errors = {
-            "cancelled": "cancelled on request" if self.run_folder.cancel.exists() else "cancelled with scancel",
+            "cancelled": "cancelled on request" if asked else "cancelled with scancel",
             "time_limit": limit,
             "preempted": "preempted by a job of higher priority",
             "signal": f"ended by {signal.Signals(number).name}",
         }
-        guess = "cancelled" if self.run_folder.cancel.exists() else "time_limit" if near_limit else "signal"
+        guess = "cancelled" if asked else "time_limit" if near_limit else "signal"
         reason = (scontrol.why_ending(self.place.job_id) if self.place.executor == "slurm" else None) or guess
-        return self._end(128 + number, reason, errors[reason], orderly=False)
+        error = errors[reason]
+        if reason == "cancelled" and not asked:
+            reason = SCANCELLED  # by whom, the next job asks accounting
+        return self._hand_over(128 + number, "cancelled" if asked else reason, error)
+
+    def _hand_over(self, exit_code: int, reason: str, error: str) -> int:
+        """End this job for something that is not the run's own doing. The next job goes on, if the rule says so."""
+        ruling = self.tenure.after(reason, error, exit_code)
+        if not ruling.goes_on:
+            return self._end(exit_code, ruling.reason, ruling.why, orderly=False)
+        self.record.event("handed_over", reason=reason, error=error)
+        self.record.worker_status("queued", f"{error}; the run goes on in its next job")
+        process_tree.end_below(os.getpid(), grace_s=TERM_GRACE_S)
+        self.tenure.leave(reason, error, exit_code, goes_on=True)
+        return exit_code
+
+    def _superseded(self, by: int) -> int:
+        """Another job works on the run: end everything at once, and write nothing that is not ours alone."""
+        process_tree.end_below(os.getpid(), grace_s=0.0)
+        self.record.event("superseded", by=by, attempt=self.tenure.number)
+        self.say(f"attempt {by} works on the run now; this job ({self.place.job_id}) ended everything it had started.")
+        self.tenure.give_way(by)
+        return 1
 
     def _end(
         self, exit_code: int, reason: str, error: str | None, *, traceback: str | None = None, orderly: bool = True
     ) -> int:
         """Write the outcome, then take everything down: ask, TERM, KILL."""
-        kills = memory_kills.count() - self._kills_before + self._kills_elsewhere
+        elsewhere = self.ranks.kills_elsewhere if self.ranks else 0
+        kills = memory_kills.count() - self._kills_before + elsewhere
         if exit_code and kills and reason not in ("cancelled", "time_limit", "preempted"):
             asked = self.spec.memory_per_node or "the cluster's default"
             reason = "out_of_memory"
@@ -234,6 +258,7 @@ class FirstNode(Node):
             self.further.end(deadline=close_deadline if orderly else 0.0)
         self.record.worker_status("ended", ending, error=None if exit_code == 0 else error)
         process_tree.end_below(os.getpid(), grace_s=TERM_GRACE_S)
+        self.tenure.leave(reason, error, exit_code, goes_on=False)
         return exit_code
 
     def _close_worker(self) -> None:
@@ -247,16 +272,3 @@ class FirstNode(Node):
             if any(number != signal.SIGUSR2 for number in self.take_signals()):
                 return
             time.sleep(POLL_S)
-
-
-def _free_port() -> int:
-    """A port nobody listens on, from below the range the kernel gives to outgoing connections."""
-    for _ in range(100):
-        port = random.randrange(20_000, 30_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            return port
-    raise OSError("no free port between 20000 and 30000 on this node")

@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import time
 
-from launch import process_tree
+from launch import attempts, lineage, process_tree
 from launch.children import Child, worker_watch_argv
 from launch.monitor import job_statuses
-from launch.run_record import listed, read_claim
+from launch.run_record import listed
 from launch.submit import cancel
-from launch.submitted import SubmittedJob
 from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.run_folder import RunFolder, write_json
 
@@ -44,7 +43,7 @@ class FurtherWorkers:
     def end(self, *, deadline: float) -> None:
         """End their jobs: those that run get until `deadline` (monotonic) to go by themselves."""
         for folder in self._folders:
-            while read_claim(folder) and not listed(folder.outcome) and time.monotonic() < deadline:
+            while attempts.holder(folder) and not listed(folder.outcome) and time.monotonic() < deadline:
                 time.sleep(0.1)
         cancel_worker_runs(self._run_folder)
 
@@ -52,13 +51,13 @@ class FurtherWorkers:
 def cancel_worker_runs(run_folder: RunFolder) -> None:
     """End the jobs of a run's further workers, pending or running. What cannot be reached is said, not raised."""
     for folder in run_folder.worker_runs():
-        job = SubmittedJob.of(folder)
-        if job is None or listed(folder.outcome):
+        jobs = lineage.jobs_of(folder)
+        if not jobs or listed(folder.outcome):
             continue
         try:
             if not listed(folder.cancel):
                 write_json(folder.cancel, {"requested_at": time.time(), "host": process_tree.this_host()})
-            cancel(job)
+            cancel(jobs)
         except TinkerHpcError as error:
             print(f"tinker_hpc: {error}", flush=True)
 
@@ -81,13 +80,13 @@ class ServedRun:
             return f"run {self._folder.run_id} was never submitted"
         if time.monotonic() < self._next_question:
             return None
-        job = SubmittedJob.of(self._folder)
-        if job is None:
+        jobs = lineage.jobs_of(self._folder)
+        if not jobs:
             self._next_question = time.monotonic() + _ASK_LOCAL_S
             waited = time.monotonic() - self._began > _UNSUBMITTED_PATIENCE_S
-            return f"run {self._folder.run_id} never began" if waited and not read_claim(self._folder) else None
-        self._next_question = time.monotonic() + (_ASK_LOCAL_S if job.executor == "local" else _ASK_SLURM_S)
-        state = job_statuses([job])[job.job_id].state
-        if not state.finished or self.in_order():
+            return f"run {self._folder.run_id} never began" if waited and not attempts.holder(self._folder) else None
+        self._next_question = time.monotonic() + (_ASK_LOCAL_S if jobs[-1].executor == "local" else _ASK_SLURM_S)
+        now = lineage.current(jobs, job_statuses(jobs))
+        if now is None or not now.state.finished or self.in_order():
             return None
-        return f"job {job.job_id} of run {self._folder.run_id} ended {state.value}"
+        return f"job {now.job_id} of run {self._folder.run_id} ended {now.state.value}"

@@ -96,6 +96,9 @@ class LocalHost:
         shutil.copyfile(remote, local)
 
 
+_OF_ONE_JOB = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "TMPDIR")
+
+
 def scrubbed(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without what an enclosing Slurm job or a user's profile would leak into a command (pure).
 
@@ -103,7 +106,22 @@ def scrubbed(environ: Mapping[str, str]) -> dict[str, str]:
     one (an inherited SLURM_CPU_BIND pins every rank to the same core; two SLURM_MEM_PER_* make srun refuse).
     SLURM_CONF stays: some clusters are found by it alone. Slurm's time format is reset to the one we parse.
     """
-    leaks = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SACCT_", "SCANCEL_", "PMIX_", "PMI_")
+    leaks = (
+        "TINKER_HPC_RUN_ID",
+        "SUBMITIT_",
+        "SLURM_",
+        "SLURMD_",
+        "SBATCH_",
+        "SRUN_",
+        "SALLOC_",
+        "SQUEUE_",
+        "SACCT_",
+        "SCANCEL_",
+        "PMIX_",
+        "PMI_",
+    )
+    if "SLURM_JOB_ID" in environ:  # a job that submits another: its GPUs and its scratch are its own
+        environ = {name: value for name, value in environ.items() if name not in _OF_ONE_JOB}
     kept = {name: value for name, value in environ.items() if not name.startswith(leaks) or name == "SLURM_CONF"}
     kept["LC_ALL"] = "C"  # Slurm's messages are matched by their English words
     kept["SLURM_TIME_FORMAT"] = "%s"  # unix seconds: no time zone, no locale

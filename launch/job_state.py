@@ -27,7 +27,7 @@ class JobState(enum.Enum):
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     NODE_FAIL = "NODE_FAIL"
     PREEMPTED = "PREEMPTED"
-    """Ended for a job of higher priority. Our jobs are submitted with --no-requeue, so it is an end."""
+    """Ended for a job of higher priority. With --no-requeue it is the end of this job; a run has further ones."""
     UNKNOWN = "UNKNOWN"
     """Slurm cannot be asked, does not know the job (yet, or any more), or says a word we do not know."""
     LOST = "LOST"
@@ -80,6 +80,7 @@ OUTCOME_STATES: dict[str, JobState] = {
     "time_limit": JobState.TIMEOUT,
     "preempted": JobState.PREEMPTED,  # Slurm 22.05 says FAILED if the job ends within its grace time
     "out_of_memory": JobState.OUT_OF_MEMORY,
+    "node_fail": JobState.NODE_FAIL,
 }
 
 

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch import process_tree
+from launch import attempts, process_tree
 from launch.job_state import OUTCOME_STATES, JobState, JobStatus
-from launch.run_record import read_claim
 from launch.submitted import SubmittedJob
 from tinker_hpc.run_folder import RunFolder, read_json
 
@@ -34,7 +33,7 @@ def status(job: SubmittedJob) -> JobStatus:
         job,
         alive=alive,
         outcome=read_json(folder.outcome),
-        claim=read_claim(folder),
+        claim=attempts.newest_claim(folder),
         cancel_requested=folder.cancel.exists(),
         now=time.time(),
     )

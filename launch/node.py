@@ -35,17 +35,22 @@ class Place:
     node_rank: int
     hostname: str
     executor: str
+    start: str = ""
+    """Which start of the job this is: a requeued job has its id again, and its other nodes must not take the meeting
+    point of the time before for theirs."""
 
     @classmethod
     def here(cls) -> Place:
         """Read from the environment that srun or submitit's local controller made."""
         executor = os.environ.get("SUBMITIT_EXECUTOR", "local")
         slurm = executor == "slurm"
+        job_id = os.environ["SLURM_JOB_ID" if slurm else "SUBMITIT_LOCAL_JOB_ID"]
         return cls(
-            job_id=os.environ["SLURM_JOB_ID" if slurm else "SUBMITIT_LOCAL_JOB_ID"],
+            job_id=job_id,
             node_rank=int(os.environ.get("SLURM_NODEID", "0")) if slurm else 0,
             hostname=socket.gethostname(),
             executor=executor,
+            start=f"{job_id}.{os.environ.get('SLURM_RESTART_COUNT', '0')}",
         )
 
 
@@ -100,9 +105,9 @@ class Node:
         """A line in this node's own log."""
         print(f"tinker_hpc {time.strftime('%H:%M:%S')} {self.place.hostname}: {text}", flush=True)
 
-    def failure_file(self, node_rank: int) -> Path:
-        """Where a node without a gateway reports that its ranks are gone for good."""
-        return self.run_folder.slurm / f"node-{node_rank}-failed.json"
+    def failure_file(self, node_rank: int, number: int) -> Path:
+        """Where a node without a gateway reports that its agent ended in that round."""
+        return self.run_folder.slurm / f"node-{node_rank}-failed-{self.place.start}-{number}.json"
 
 
 class OtherNode(Node):
@@ -112,43 +117,61 @@ class OtherNode(Node):
         rendezvous = self._rendezvous()
         if rendezvous is None:
             return 1
-        agent = self.start_agent((rendezvous["host"], rendezvous["port"]))
         next_listing = 0.0
         deadline: float | None = None
-        reported = False
-        while True:
-            if self.take_signals_to_stop():
-                return 1
-            code = agent.exit_code()
-            if code == 0:
-                return 0
-            if code is not None and not reported:
-                # Not an exit of ours: srun would kill the first node before the loop heard why.
-                why = self.agent_failure(code)
-                kills = memory_kills.count() - self._kills_before
-                write_json(self.failure_file(self.place.node_rank), {"error": why, "memory_kills": kills})
-                self.say(why)
-                reported = True
-            if time.monotonic() >= next_listing:
-                next_listing = time.monotonic() + LISTING_POLL_S
-                if deadline is None and listed(self.run_folder.outcome):
-                    deadline = time.monotonic() + (0 if reported else CLOSE_GRACE_S)
-            if deadline is not None and time.monotonic() >= deadline:
-                return 0
-            time.sleep(POLL_S)
+        while rendezvous is not None:
+            agent = self.start_agent((rendezvous["host"], rendezvous["port"]))
+            reported, following = False, None
+            while following is None:
+                if self.take_signals_to_stop():
+                    return 1
+                code = agent.exit_code()
+                if code == 0:
+                    return 0
+                if code is not None and not reported:
+                    # Not an exit of ours: srun would kill the first node before the loop heard why.
+                    self._report(code, rendezvous["round"])
+                    reported = True
+                if time.monotonic() >= next_listing:
+                    next_listing = time.monotonic() + LISTING_POLL_S
+                    if deadline is None and listed(self.run_folder.outcome):
+                        deadline = time.monotonic() + (0 if reported else CLOSE_GRACE_S)
+                    following = self._meeting_after(rendezvous)
+                if deadline is not None and time.monotonic() >= deadline:
+                    return 0
+                time.sleep(POLL_S)
+            agent.kill()
+            rendezvous = following
+        return 1
+
+    def _report(self, code: int, number: int) -> None:
+        why = self.agent_failure(code)
+        kills = memory_kills.count() - self._kills_before
+        failure = {"error": why, "memory_kills": kills, "killed": code > 128}
+        write_json(self.failure_file(self.place.node_rank, number), failure)
+        self.say(why)
 
     def take_signals_to_stop(self) -> bool:
         """Whether a signal asks for the end (USR2 only announces it)."""
         return any(number in (signal.SIGTERM, signal.SIGINT) for number in self.take_signals())
 
     def _rendezvous(self) -> dict[str, Any] | None:
-        path = self.run_folder.worker(0).rendezvous
+        """The first meeting point of this start of the job."""
         deadline = time.monotonic() + _RENDEZVOUS_PATIENCE_S
-        while not listed(path):
+        while (found := self._meeting_after(None)) is None:
             if self.take_signals_to_stop():
                 return None
             if time.monotonic() > deadline:
+                path = self.run_folder.worker(0).rendezvous
                 self.say(f"no {path} after {_RENDEZVOUS_PATIENCE_S:.0f} s: did the first node start?")
                 return None
             time.sleep(POLL_S)
-        return read_json(path)
+        return found
+
+    def _meeting_after(self, known: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The meeting point of this start of the job, if it is another one than `known`."""
+        path = self.run_folder.worker(0).rendezvous
+        if not listed(path):
+            return None
+        found = read_json(path)
+        return found if found and found.get("start") == self.place.start and found != known else None

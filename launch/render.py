@@ -30,13 +30,14 @@ def template_name(spec: JobSpec) -> str:
     return "one_node_gpu.sbatch.j2" if spec.nodes == 1 else "multi_node_gpu.sbatch.j2"
 
 
-def sbatch_text(spec: JobSpec, command: str, log_folder: Path) -> str:
+def sbatch_text(spec: JobSpec, command: str, log_folder: Path, *, requeue: bool = False) -> str:
     """The whole script.
 
     Args:
         spec: what to ask for.
         command: a shell command, already quoted; srun starts it once per node.
         log_folder: the run's `slurm/` folder; must exist on the shared filesystem when the job starts.
+        requeue: whether Slurm may put the job into the queue again (site.py).
     """
     profile = spec.cluster
     return _TEMPLATES.get_template(template_name(spec)).render(
@@ -58,6 +59,7 @@ def sbatch_text(spec: JobSpec, command: str, log_folder: Path) -> str:
         variables=[(name, shlex.quote(value)) for name, value in sorted(spec.variables.items())],
         setup=profile.setup,
         command=command,
+        requeue=requeue,
     )
 
 

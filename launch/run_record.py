@@ -1,9 +1,9 @@
-"""What the supervisor on the first node leaves in the run folder: claim, events, worker status, outcome.
+"""What the supervisor on the first node leaves in the run folder: events, worker status, outcome.
 
-    slurm/claim.json       which job works on this run; made with O_EXCL, so a second job of the same run steps back
-    events.jsonl           {"time", "event", ...} a line: started, gateway_ready, loop_started, worker_ready,
-                           worker_ended, gateway_hung, gateway_restarted, signal, loop_ended, ended
-    workers/0/status.json  {"phase": starting | ready | ended, "reason", "error", "since"}      (runs only)
+    events.jsonl           {"time", "event", ...} a line: claimed, successor, started, gateway_ready, loop_started,
+                           worker_ready, worker_restarted, worker_ended, gateway_hung, gateway_restarted, signal,
+                           loop_ended, loop_restarted, handed_over, superseded, ended
+    workers/0/status.json  {"phase": queued | starting | ready | ended, "reason", "error", "since"}      (runs only)
     outcome.json           {"state": succeeded | failed, "reason", "exit_code", "error", "traceback", "ended_at"}
 
 `reason` of an outcome says who ended it: `loop` (by itself, well or not), `cancelled`, `time_limit`, `preempted`,
@@ -23,9 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tinker_hpc.run_folder import RunFolder, read_json, write_json
-
-CLAIM_NAME = "claim.json"
+from tinker_hpc.run_folder import RunFolder, write_json
 
 
 class RunRecord:
@@ -84,32 +82,6 @@ class RunRecord:
                 print(f"tinker_hpc: {trouble} It would have said: {value}", flush=True)
                 time.sleep(wait_s)
         self.event("ended", reason=reason, exit_code=exit_code, error=error)
-
-
-def claim(run_folder: RunFolder, job: dict[str, Any]) -> dict[str, Any] | None:
-    """Take the run for this job. None: it is ours. Else: what the job that came first wrote.
-
-    Slurm starts a job twice more often than one would think: a submission repeated after a time-out, a controller
-    that lost its last seconds, a copy requeued while the first still runs on a node that was only unreachable.
-    """
-    path = run_folder.slurm / CLAIM_NAME
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return read_claim(run_folder) or {}
-    with os.fdopen(descriptor, "w") as file:
-        json.dump({**job, "claimed_at": time.time()}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    return None
-
-
-def read_claim(run_folder: RunFolder) -> dict[str, Any] | None:
-    """Who works on the run; None if nobody began."""
-    try:
-        return read_json(run_folder.slurm / CLAIM_NAME)
-    except ValueError:  # between its creation and its text
-        return None
 
 
 def listed(path: Path) -> bool:

@@ -40,6 +40,17 @@ def why_ending(job_id: str, host: Host | None = None) -> str | None:
     return ending_reason(result.stdout) if result.ok else None
 
 
+def end_time(job_id: str, host: Host) -> float | None:
+    """When Slurm will end a running job (unix seconds); None if it does not say. Limits may have been changed since."""
+    try:
+        result = host.run(["scontrol", "show", "job", "--oneliner", job_id], timeout_s=10.0)
+    except SlurmUnavailableError:
+        return None
+    if not result.ok:
+        return None
+    return unix_time(dict(_PAIR.findall(result.stdout)).get("EndTime", ""))
+
+
 def ending_reason(output: str) -> str | None:
     """The same from the command's output (pure)."""
     values = dict(_PAIR.findall(output.splitlines()[0])) if output.strip() else {}

@@ -45,6 +45,14 @@ def query(host: Host) -> list[QueueRow]:
     return parse(result.stdout)
 
 
+def live_jobs(run_id: str, host: Host, *, pending_only: bool = False) -> list[str]:
+    """Ids of the run's jobs that are in the queue, from one squeue; with `pending_only` those that wait there."""
+    rows = [row for row in query(host) if row.name == run_id and not row.status.state.finished]
+    if pending_only:
+        rows = [row for row in rows if row.status.slurm_state == "PENDING"]
+    return [row.job_id for row in rows]
+
+
 def parse(output: str) -> list[QueueRow]:
     """Rows of `squeue` with our format. A line of another shape (a site's banner) is no row."""
     rows = (line.split("|") for line in output.splitlines())

@@ -11,24 +11,31 @@ Written in this order, so that a client killed at any line leaves a run that can
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from launch import process_tree
+from launch import lineage, process_tree, site
 from launch.host import Host, LocalHost
 from launch.job_spec import JobSpec
+from launch.squeue import live_jobs
 from launch.submitted import SubmittedJob
+from launch.successor import submit_after
 from tinker_hpc.errors import SlurmUnavailableError
 from tinker_hpc.run_folder import RunFolder, make_private, write_json
 
 __all__ = ["SubmittedJob", "cancel", "submit"]
 
+_CANCEL_ROUNDS = 10
+_CANCEL_PAUSE_S = 0.3
 CANCEL_GRACE_S = 20.0
 """How long a local job gets to end by itself; the supervisor needs at most half of it."""
 
 
-def submit(spec: JobSpec, run_folder: RunFolder, *, host: Host | None = None) -> SubmittedJob:
+def submit(spec: JobSpec, run_folder: RunFolder, *, host: Host | None = None, again: bool = False) -> SubmittedJob:
     """Submit the job of a run. Once: a repeated call for the same run folder returns the first job.
+
+    Args: again: the run ended and is resumed: its next job, with this spec from now on.
 
     Raises:
         SubmissionError: the scheduler refused; its own words and what to change.
@@ -38,7 +45,7 @@ def submit(spec: JobSpec, run_folder: RunFolder, *, host: Host | None = None) ->
     from launch.supervisor import Supervise
 
     earlier = SubmittedJob.of(run_folder)
-    if earlier is not None:
+    if earlier is not None and not again:
         return earlier
     host = host or LocalHost()
     make_private(run_folder.slurm)
@@ -49,10 +56,11 @@ def submit(spec: JobSpec, run_folder: RunFolder, *, host: Host | None = None) ->
         worker.create(base_model=spec.base_model, base_model_folder=spec.base_model_folder, layout=asdict(spec.layout))
     submitted_at = time.time()
     task = Supervise(str(run_folder.path))
+    how = site.continuation(run_folder.data_root, spec)
     executor = (
         LocalJobExecutor(spec, run_folder.slurm)
         if spec.cluster.executor == "local"
-        else SlurmJobExecutor(spec, run_folder.slurm, host)
+        else SlurmJobExecutor(spec, run_folder.slurm, host, requeue=how == "requeue")
     )
     job_id = executor.submit(task).job_id
     local = process_tree.identity(int(job_id)) if spec.cluster.executor == "local" else None
@@ -66,24 +74,51 @@ def submit(spec: JobSpec, run_folder: RunFolder, *, host: Host | None = None) ->
         host=local.host if local else None,
         process_start=local.start if local else None,
     )
-    write_json(run_folder.submitted, job.to_json())
+    if earlier is None:
+        write_json(run_folder.submitted, job.to_json())
+    else:
+        lineage.remember(run_folder, job)
+    if how == "ladder" and spec.cluster.executor == "slurm":
+        for _ in range(site.LADDER_RUNGS):
+            submit_after(spec, run_folder, host, ["singleton"])
     return job
 
 
-def cancel(job: SubmittedJob, *, host: Host | None = None) -> None:
-    """End a job, pending or running. Ending one that has ended is no error.
+def cancel(jobs: Sequence[SubmittedJob], *, host: Host | None = None) -> None:
+    """End a run's jobs, pending or running. Ending what has ended is no error.
+
+    Those that wait go first: else the end of the running one would start them. Asked again until nothing is left that
+    was not asked to end, because a job that began just then submits its successor first thing; write cancel.json
+    before, or it goes on doing so.
 
     A local job's whole process tree is gone on return; Slurm ends its own within the cluster's KillWait.
-    Raises: SlurmUnavailableError if scancel fails, with its words.
+    Raises: SlurmUnavailableError if squeue or scancel fails, with its words.
     """
-    if job.executor == "local":
-        _cancel_local(job)
-        return
-    result = (host or LocalHost()).run(["scancel", f"--jobname={job.run_id}", job.job_id])
+    host = host or LocalHost()
+    for job in jobs:
+        if job.executor == "local":
+            _cancel_local(job)
+    for run_id in dict.fromkeys(job.run_id for job in jobs if job.executor == "slurm"):
+        asked: set[str] = set()
+        for _ in range(_CANCEL_ROUNDS):
+            waiting = [job_id for job_id in live_jobs(run_id, host, pending_only=True) if job_id not in asked]
+            if waiting:
+                _scancel(run_id, waiting, host)
+            running = [job_id for job_id in live_jobs(run_id, host) if job_id not in asked and job_id not in waiting]
+            if running:
+                _scancel(run_id, running, host)
+            if not waiting and not running:
+                break
+            asked.update(waiting, running)
+            time.sleep(_CANCEL_PAUSE_S)
+
+
+def _scancel(run_id: str, job_ids: Sequence[str], host: Host) -> None:
+    result = host.run(["scancel", f"--jobname={run_id}", *job_ids])
     if not result.ok and "Invalid job id" not in result.words:
         raise SlurmUnavailableError(
-            f"could not cancel job {job.job_id} (run {job.run_id}): {result.words}. If it still runs, try again: "
-            f"scancel {job.job_id}",
+            f"could not cancel job {', '.join(job_ids)} (run {run_id}): {result.words}. Try again, or: "
+            f"scancel --name={run_id}",
             command="scancel",
         )
 

@@ -5,7 +5,9 @@
                                  .<name>.retention.json   gateway: how long it is kept, where that was changed
       runs/<run id>/
         run.json             client, once: the job spec
-        submitted.json       client, once: job id, cluster, time
+        submitted.json       client, once: the first job's id, cluster, time
+        jobs/<n>.json        whoever submitted it, once: every further job, from 2 on (launch/lineage.py)
+        attempts/            supervisors: which job works on the run, and how those before ended (launch/attempts.py)
         cancel.json          client, once: somebody asked for the end
         payload.pkl          client, once: the user's function and arguments
         events.jsonl         supervisor on the first node: the run's history, one JSON object a line
@@ -292,6 +294,14 @@ class RunFolder:
     @property
     def traces(self) -> Path:
         return self.path / "traces"
+
+    @property
+    def jobs(self) -> Path:
+        return self.path / "jobs"
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts"
 
     @property
     def slurm(self) -> Path:

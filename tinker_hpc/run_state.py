@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from launch import lineage
 from launch.job_state import OUTCOME_STATES, JobState, JobStatus
 from tinker_hpc.run_folder import RunFolder, read_json
 
@@ -26,6 +27,7 @@ class OwnFiles:
     worker_status: Mapping[str, Any] | None
     cancel_requested: bool
     has_result: bool
+    job_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class RunStatus:
     phase: str = ""
     """Of its worker: queued, starting, ready, ended."""
     job_id: str | None = None
+    """Of the job that works on it now, or did last."""
+    job_ids: tuple[str, ...] = ()
+    """Of all its jobs, in the order they were submitted."""
     created_at: float | None = None
     start: float | None = None
     end: float | None = None
@@ -63,13 +68,26 @@ class RunStatus:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**asdict(self), "state": self.state.value, "nodes": list(self.nodes), "finished": self.finished}
+        return {
+            **asdict(self),
+            "state": self.state.value,
+            "nodes": list(self.nodes),
+            "job_ids": list(self.job_ids),
+            "finished": self.finished,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunStatus:
         """The status `to_json` was made of."""
         known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
-        return cls(**{**known, "state": JobState(value["state"]), "nodes": tuple(value.get("nodes", ()))})
+        return cls(
+            **{
+                **known,
+                "state": JobState(value["state"]),
+                "nodes": tuple(value.get("nodes", ())),
+                "job_ids": tuple(value.get("job_ids", ())),
+            }
+        )
 
 
 def read_own_files(folder: RunFolder) -> OwnFiles:
@@ -95,6 +113,7 @@ def read_own_files(folder: RunFolder) -> OwnFiles:
         worker_status=status,
         cancel_requested="cancel.json" in names,
         has_result="result.pkl" in names,
+        job_ids=tuple(job.job_id for job in lineage.jobs_of(folder)) if "submitted.json" in names else (),
     )
 
 
@@ -130,7 +149,8 @@ def combine(run_id: str, own: OwnFiles, job: JobStatus | None) -> RunStatus:
         slurm_state=job.slurm_state if job else "",
         reason=reason,
         phase=str((own.worker_status or {}).get("phase", "")),
-        job_id=str(own.submitted["job_id"]) if own.submitted and own.submitted.get("job_id") is not None else None,
+        job_id=job.job_id if job else own.job_ids[-1] if own.job_ids else None,
+        job_ids=own.job_ids,
         created_at=own.spec.get("created_at") or (own.submitted or {}).get("submitted_at"),
         start=job.start if job else None,
         end=(job.end if job else None) or outcome.get("ended_at"),

@@ -242,11 +242,8 @@ class Run:
 
     def status(self) -> RunStatus:
         """How it is doing: its own files, then one question to Slurm."""
-        from launch.submitted import SubmittedJob
-
         own = read_own_files(self.folder)
-        job = SubmittedJob.of(self.folder) if own.submitted else None
-        return combine(self.id, own, self._ask(0.0) if job else None)
+        return combine(self.id, own, self._ask(0.0) if own.submitted else None)
 
     def done(self) -> bool:
         """Whether `result` would return or raise at once."""
@@ -296,16 +293,14 @@ class Run:
             await asyncio.sleep(step)
 
     def cancel(self) -> None:
-        """End the job, pending or running, and all it started. Cancelling what has ended is no error."""
+        """End the run's jobs, pending or running, and all they started. Cancelling what has ended is no error."""
         from launch.further_workers import cancel_worker_runs
+        from launch.lineage import jobs_of
         from launch.submit import cancel
-        from launch.submitted import SubmittedJob
 
         if not self.folder.cancel.exists():
             write_json(self.folder.cancel, {"requested_at": clock.time(), "host": socket.gethostname()})
-        job = SubmittedJob.of(self.folder)
-        if job is not None:
-            cancel(job)
+        cancel(jobs_of(self.folder))
         cancel_worker_runs(self.folder)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -345,18 +340,17 @@ class Run:
         return text if tail is None else "".join(text.splitlines(keepends=True)[-tail:])
 
     def _ask(self, max_age_s: float) -> Any:
-        from launch.submitted import SubmittedJob
+        from launch.lineage import jobs_of
         from tinker_hpc.job_watch import JOBS
 
-        job = SubmittedJob.of(self.folder)
-        return None if job is None else JOBS.status(job, max_age_s=max_age_s)
+        return JOBS.status(jobs_of(self.folder), max_age_s=max_age_s)
 
     def waiter(self) -> Waiter:
         """What decides when this run is over, for those who want to do something between its steps."""
-        from launch.submitted import SubmittedJob
+        from launch.lineage import jobs_of
 
-        job = SubmittedJob.of(self.folder)
-        local = job is not None and job.executor == "local"
+        jobs = jobs_of(self.folder)
+        local = bool(jobs) and jobs[-1].executor == "local"
         return Waiter(self.folder, ask=self._ask, patience=LOCAL_PATIENCE if local else SLURM_PATIENCE)
 
     def _finish(self, ended: Ended) -> Any:
@@ -399,7 +393,7 @@ class Run:
                 log_paths=logs,
             )
         if job is None or not job.state.finished:  # the supervisor has said why before its job was over
-            job = JobStatus(str((own.submitted or {}).get("job_id")), state)
+            job = JobStatus(job.job_id if job else own.job_ids[-1] if own.job_ids else "?", state)
         raise error_for(job, JobSpec.from_json(own.spec), logs, outcome=outcome)
 
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from launch import process_tree
+from launch import lineage, process_tree
 from launch.children import Child, gateway_argv
 from launch.gateway_client import close_worker, read_address
 from launch.run_record import listed
@@ -118,10 +118,10 @@ class Keeper:
                 if not listed(own.outcome):
                     if not own.cancel.exists():
                         write_json(own.cancel, {"requested_at": time.time(), "host": process_tree.this_host()})
-                    cancel(worker.job)
+                    cancel(lineage.jobs_of(own))
                 return
             except TinkerHpcError as error:
-                print(f"{worker.job.run_id}: {error}", flush=True)
+                print(f"{own.run_id}: {error}", flush=True)
                 time.sleep(2.0 * (attempt + 1))
 
 

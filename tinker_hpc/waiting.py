@@ -104,10 +104,21 @@ class Waiter:
             self._question(own, now)
         if self._settled_at is not None:
             if now - self._settled_at >= self._allowance(own):
-                return Ended(read_own_files(self._folder), self._job)
+                return self._ended_or_not(now)
             return min(0.5, self._patience.longest_look_s)
         pause, self._look_s = self._look_s, min(self._look_s * 1.5, self._patience.longest_look_s)
         return pause
+
+    def _ended_or_not(self, now: float) -> Ended | float:
+        """The job has ended and its files had time to arrive. One may be the news of a job that goes on."""
+        own = read_own_files(self._folder)
+        if own.submitted is not None and own.outcome is None:
+            self._job = self._ask(0.0)
+            if self._job is not None and not self._job.state.finished:
+                self._settled_at = None
+                self._next_ask = now + self._patience.first_ask_s
+                return min(0.5, self._patience.longest_look_s)
+        return Ended(own, self._job)
 
     def _question(self, own: OwnFiles, now: float) -> None:
         before = self._job

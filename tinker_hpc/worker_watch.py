@@ -11,13 +11,12 @@ a process of its own, because a question to Slurm may hang for a minute and the 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch import attempts, lineage
 from launch.job_state import JobState, JobStatus
-from launch.submitted import SubmittedJob
 from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.job_watch import JobWatch
 from tinker_hpc.run_folder import RunFolder, WorkerFolder, write_json
@@ -31,12 +30,11 @@ _ASK_LOCAL_S = 1.0
 
 @dataclass
 class WatchedWorker:
-    """One worker: its folder beside the gateway, and its job."""
+    """One worker: its folder beside the gateway, and its jobs, one after another."""
 
     folder: WorkerFolder
-    job: SubmittedJob
     run_folder: RunFolder
-    """Of its job."""
+    """Of its jobs."""
     first_seen: float
     written: tuple[str, str] | None = None
     """Phase and reason of status.json."""
@@ -49,7 +47,7 @@ def phase_of(job: JobStatus, *, ready: bool) -> tuple[str, str, str | None]:
         if job.state is JobState.COMPLETED:
             return "ended", "closed", None
         return "ended", said, f"job {job.job_id} of the worker ended {job.state.value}: {said}"
-    if ready:
+    if ready and job.state is not JobState.PENDING:  # one whose next job waits in the queue is not ready any more
         return "ready", "", None
     if job.state is JobState.RUNNING:
         where = f" on {', '.join(job.nodes)}" if job.nodes else ""
@@ -94,26 +92,27 @@ class WorkerWatch:
             if index in self._workers or (self._linked_only and not folder.path.is_symlink()):
                 continue
             run_folder = RunFolder(folder.path.resolve().parent.parent)
-            job = SubmittedJob.of(run_folder)
-            if job is not None:
-                self._workers[index] = WatchedWorker(folder, job, run_folder, time.monotonic())
+            if lineage.jobs_of(run_folder):
+                self._workers[index] = WatchedWorker(folder, run_folder, time.monotonic())
 
     def _write_status(self, worker: WatchedWorker) -> None:
-        # The worker's first words in its result log are that it takes requests.
-        ready = any(os.listdir(worker.folder.results))
+        own = worker.run_folder
+        jobs = lineage.jobs_of(own)
         try:
-            status = self._jobs.status(worker.job, max_age_s=self._max_age_s(worker))
+            status = self._jobs.status(jobs, max_age_s=self._max_age_s(worker, jobs[-1].executor))
         except TinkerHpcError as error:  # Slurm does not answer now; the last word stands
-            print(f"{worker.job.run_id}: {error}", flush=True)
+            print(f"{own.run_id}: {error}", flush=True)
             return
+        assert status is not None, "a watched worker has a job"
+        ready = attempts.is_ready(own, attempts.holder(own))
         phase, reason, error_text = phase_of(status, ready=ready)
         if (phase, reason) != worker.written:
             value = {"phase": phase, "reason": reason, "error": error_text, "since": time.time()}
             write_json(worker.folder.status, value)
             worker.written = (phase, reason)
 
-    def _max_age_s(self, worker: WatchedWorker) -> float:
-        if worker.job.executor == "local":
+    def _max_age_s(self, worker: WatchedWorker, executor: str) -> float:
+        if executor == "local":
             return _ASK_LOCAL_S
         young = time.monotonic() - worker.first_seen < _ASK_SLURM_S
         return _ASK_SLURM_FIRST_S if young else _ASK_SLURM_S

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import click
 
+from launch import lineage
 from launch.failure import duration_text
 from launch.job_state import JobStatus
-from launch.submitted import SubmittedJob
 from tinker_hpc.cli.options import json_option
 from tinker_hpc.cli.output import age_text, clock_text, emit, fields, table
 from tinker_hpc.config import Config, load_config
@@ -61,6 +61,7 @@ def status(run_id: str, as_json: bool) -> None:
             "worker": now.phase,
             "cluster": now.cluster,
             "job": now.job_id,
+            "all jobs": ", ".join(now.job_ids) if len(now.job_ids) > 1 else None,
             "nodes": ", ".join(now.nodes),
             "base model": now.base_model,
             "submitted": clock_text(now.created_at),
@@ -84,17 +85,17 @@ def current_statuses(config: Config, *, limit: int = 0) -> list[RunStatus]:
     rows = registry.refresh()
     rows = rows[:limit] if limit else rows
     open_jobs = {
-        row.run_id: job
+        row.run_id: jobs
         for row in rows
-        if not row.final and (job := SubmittedJob.of(RunFolder(config.data_root / "runs" / row.run_id))) is not None
+        if not row.final and (jobs := lineage.jobs_of(RunFolder(config.data_root / "runs" / row.run_id)))
     }
-    jobs = JobWatch().statuses(list(open_jobs.values()), max_age_s=0.0) if open_jobs else {}
+    states = JobWatch().statuses(open_jobs, max_age_s=0.0) if open_jobs else {}
     statuses = []
     for row in rows:
         if row.final and row.details:
             statuses.append(RunStatus.from_json(json.loads(row.details)))
             continue
-        job = jobs.get(row.run_id)
+        job = states.get(row.run_id)
         now = combine(row.run_id, read_own_files(RunFolder(config.data_root / "runs" / row.run_id)), job)
         statuses.append(now)
         if is_final(now, job, time.time()):

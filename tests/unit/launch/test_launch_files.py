@@ -16,7 +16,7 @@ from launch.children import agent_argv, agent_environment, gateway_environment, 
 from launch.executors import local_environment
 from launch.job_spec import JobSpec, Layout
 from launch.job_state import JobState
-from launch.run_record import RunRecord, claim, listed, read_claim
+from launch.run_record import RunRecord, listed
 from launch.submitted import SubmittedJob
 from tinker_hpc.config import ClusterProfile
 from tinker_hpc.run_folder import RunFolder, read_json
@@ -30,15 +30,6 @@ def run_folder(tmp_path: Path) -> RunFolder:
     root = tmp_path / "root"
     root.mkdir(mode=0o700)
     return RunFolder.new(root, "r")
-
-
-def test_a_run_is_claimed_once(run_folder: RunFolder) -> None:
-    assert read_claim(run_folder) is None
-    assert claim(run_folder, {"job_id": "1", "host": "node1"}) is None
-    second = claim(run_folder, {"job_id": "2", "host": "node2"})
-    assert second is not None and second["job_id"] == "1"
-    # A controller that lost its memory starts the same job id again: that is a second start too.
-    assert claim(run_folder, {"job_id": "1", "host": "node1"}) is not None
 
 
 def test_record(run_folder: RunFolder) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import executors
-from launch.executors import sbatch
+from launch import sbatch as sbatch_module
+from launch.sbatch import sbatch
 from launch.host import CommandResult, LocalHost, scrubbed
 from launch.job_spec import JobSpec
 from launch.refusals import Verdict, explain_refusal, verdict
@@ -87,7 +87,7 @@ def ok(out: str) -> CommandResult:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executors, "_LOOKUP_WAITS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(sbatch_module, "_LOOKUP_WAITS_S", (0.0, 0.0, 0.0))
 
 
 def test_the_id_of_a_federated_cluster() -> None:
