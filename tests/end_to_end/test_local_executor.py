@@ -43,7 +43,7 @@ def submit_command(tmp_path: Path) -> Iterator[Submit]:
 
     yield submit_one
     for job in jobs:
-        cancel(job)
+        cancel([job])
         assert process_tree.of_run(job.run_id) == []
 
 
@@ -80,7 +80,7 @@ def test_cancel_ends_every_process(submit_command: Submit) -> None:
     assert job_statuses([job])[job.job_id].state is JobState.RUNNING
     assert len(process_tree.of_run(job.run_id)) >= 6  # controller, supervisor, gateway, agent, loop, sleepers
     write_json(folder.cancel, {})
-    cancel(job)
+    cancel([job])
     assert process_tree.of_run(job.run_id) == []
     status = wait_end(job)
     assert (status.state, status.reason) == (JobState.CANCELLED, "cancelled on request")
@@ -95,7 +95,7 @@ def test_what_is_left_when_the_controller_is_killed_is_ended(submit_command: Sub
     while job_statuses([job])[job.job_id].state is JobState.RUNNING:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    cancel(job)
+    cancel([job])
     assert process_tree.of_run(job.run_id) == []
 
 

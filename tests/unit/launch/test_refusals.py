@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from launch import sbatch as sbatch_module
-from launch.sbatch import sbatch
 from launch.host import CommandResult, LocalHost, scrubbed
 from launch.job_spec import JobSpec
 from launch.refusals import Verdict, explain_refusal, verdict
+from launch.sbatch import sbatch
 from tinker_hpc.config import ClusterProfile
 from tinker_hpc.errors import SlurmUnavailableError, SubmissionError
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.job_state import JobState, JobStatus
+from launch.submitted import SubmittedJob
 from tinker_hpc.run_folder import RunFolder, write_bytes, write_json
 from tinker_hpc.waiting import Ended, Patience, Waiter
 
@@ -49,7 +50,8 @@ def make(tmp_path: Path) -> Callable[..., World]:
     def make_world(spec: dict, job: Callable[[float], JobStatus | None], **happens) -> World:
         folder = RunFolder.new(tmp_path / "root", "w")
         write_json(folder.spec, spec)
-        write_json(folder.submitted, {"job_id": "7", "submitted_at": 0.0})
+        first = SubmittedJob("7", "della", 0.0, folder.run_id, "slurm", str(folder.path))
+        write_json(folder.submitted, first.to_json())
         return World(folder, job, {float(k[1:]): v for k, v in happens.items()})
 
     return make_world
