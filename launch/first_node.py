@@ -36,8 +36,9 @@ class FirstNode(Node):
 
     def __init__(self, spec: JobSpec, run_folder: RunFolder, place: Place) -> None:
         super().__init__(spec, run_folder, place)
-        self.has_loop = spec.kind == "run"
-        self.record = RunRecord(run_folder, writes_status=self.has_loop)
+        self.has_loop = spec.kind in ("run", "driver")
+        self.has_ranks = spec.kind != "driver"
+        self.record = RunRecord(run_folder, writes_status=spec.kind == "run")
         self.gateway = GatewayKeeper(spec, run_folder, self.record)
         self.further = FurtherWorkers(run_folder)
         self.served = ServedRun(run_folder, spec.serves_run) if spec.serves_run else None
@@ -58,11 +59,12 @@ class FirstNode(Node):
         self.record.event(
             "started", attempt=self.tenure.number, nodes=self.spec.nodes, executor=self.place.executor, **job
         )
-        self.ranks = RanksKeeper(self, self.record, attempt=self.tenure.number, has_loop=self.has_loop)
         if self.has_loop:
             self.record.worker_status("starting", "its job has begun")  # before a gateway reads what the last job left
             self.gateway.start()
-        self.ranks.start()
+        if self.has_ranks:
+            self.ranks = RanksKeeper(self, self.record, attempt=self.tenure.number, has_loop=self.has_loop)
+            self.ranks.start()
         while True:
             exit_code = self._step()
             if exit_code is not None:
@@ -95,8 +97,8 @@ class FirstNode(Node):
             # it ended by itself is known a moment later.
             time.sleep(_SIGNAL_LAG_S)
             return None
-        assert self.ranks is not None
-        self.ranks.step()
+        if self.ranks is not None:
+            self.ranks.step()
         if not self.has_loop:
             return self._session_step()
         self.further.step()
@@ -252,7 +254,7 @@ class FirstNode(Node):
         ending = "the run is over" if error is None else error
         # Ranks still loading have nothing to put away and would hear the request only when they are done.
         close_deadline = time.monotonic() + CLOSE_GRACE_S
-        if orderly and self.has_loop and self.record.worker_phase == "ready":
+        if orderly and self.has_loop and (self.record.worker_phase == "ready" or not self.has_ranks):
             self._close_worker()
         if self.has_loop:
             self.further.end(deadline=close_deadline if orderly else 0.0)
@@ -263,9 +265,8 @@ class FirstNode(Node):
 
     def _close_worker(self) -> None:
         """Ask the ranks to end by themselves, through the log like every request."""
-        assert self.agent is not None
         address = read_address(self.run_folder)
-        if address is None or not close_worker(address):
+        if address is None or not close_worker(address) or self.agent is None:
             return
         deadline = time.monotonic() + CLOSE_GRACE_S
         while self.agent.exit_code() is None and time.monotonic() < deadline:

@@ -45,8 +45,9 @@ class JobSpec:
 
     run_id: str
     """Name of the run folder. Also the job's name in Slurm: our marker to find it again."""
-    kind: Literal["run", "session"]
-    """`run`: gateway and loop live on the first node. `session`: a worker alone; the gateway is elsewhere (on the
+    kind: Literal["run", "session", "driver"]
+    """`run`: gateway and loop live on the first node. `driver`: they are all there is, the worker is a job of its own.
+    `session`: a worker alone; the gateway is elsewhere (on the
     session's client, or in the run of `serves_run`)."""
     name: str
     """What the user called it."""

@@ -15,7 +15,7 @@ from launch.chain import SCANCELLED, Attempt, Verdict, explained, verdict
 from launch.host import Host, LocalHost
 from launch.job_spec import JobSpec
 from launch.node import LISTING_POLL_S, Place
-from launch.progress import credit_of
+from launch.progress import Credit, credit_of
 from launch.run_record import RunRecord, listed
 from launch.successor import Successor, take_back
 from tinker_hpc.errors import SlurmUnavailableError
@@ -40,7 +40,7 @@ class Tenure:
         self._host = host or LocalHost()
         self._on_slurm = place.executor == "slurm"
         self._successor = Successor(spec, run_folder, self._host, place.job_id) if self._on_slurm else None
-        self._credit = credit_of(spec.kind)
+        self._credit: Credit = credit_of(spec.kind)
         self._next_look = 0.0
         self._next_beat = 0.0
         self._cancel_seen_at: float | None = None

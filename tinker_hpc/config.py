@@ -43,6 +43,9 @@ class ClusterProfile:
     """`slurm` submits through sbatch; `local` runs the same job as processes on this machine."""
     partition: str | None = None
     """sbatch --partition. None: the cluster's default partition."""
+    driver_partition: str | None = None
+    """sbatch --partition of the CPU job that carries the loop, with `driver="separate"`. None: `partition`. Name one
+    whose jobs are not preempted, where the workers' are."""
     account: str | None = None
     """sbatch --account. None: the user's default account."""
     qos: str | None = None

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from launch.job_spec import JobSpec, Layout
@@ -27,6 +27,9 @@ GPU_MEMORY_GIB = {
 """By the word in `gpu_type`; where one was sold in several sizes, the smallest."""
 ASSUMED_GPU_MEMORY_GIB = 40
 """Where neither the profile nor the GPU's type says: a layout for a smaller GPU also runs on a larger one."""
+DRIVER_CPUS = 2
+DRIVER_MEMORY = "4G"
+"""The loop, its tokenizer and datasets, and the gateway."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,30 @@ def build_job_spec(
         working_folder=working_folder or os.getcwd(),
         environment=dict(environment or {}),
         serves_run=serves_run,
+    )
+
+
+def driver_spec(worker: JobSpec, *, run_id: str, command: tuple[str, ...] | None) -> JobSpec:
+    """The CPU job with the loop and the gateway, beside a worker that is a job of its own.
+
+    Of the worker's profile it takes what every job there needs, not what chooses a GPU node (`constraint`, `extra`).
+    """
+    profile = worker.cluster
+    return replace(
+        worker,
+        run_id=run_id,
+        kind="driver",
+        cluster=replace(
+            profile, partition=profile.driver_partition or profile.partition, constraint=None, gpu_type=None, extra=()
+        ),
+        nodes=1,
+        ranks_per_node=1,
+        gpus_per_node=0,
+        cpus_per_node=DRIVER_CPUS,
+        memory=DRIVER_MEMORY,
+        layout=Layout(),
+        command=command,
+        serves_run=None,
     )
 
 

@@ -14,7 +14,7 @@ import socket
 import time as clock
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launch.job_spec import JobSpec
 from tinker_hpc.base_models import resolve
@@ -22,12 +22,13 @@ from tinker_hpc.checkpoints import Checkpoint, checkpoints_of_run
 from tinker_hpc.config import ClusterProfile, Config, load_config
 from tinker_hpc.errors import ConfigError, JobFailedError, LoopFailedError, SlurmUnavailableError, SubmissionError
 from tinker_hpc.payload import dump_call, load_outcome
-from tinker_hpc.resources import Resources, build_job_spec, check_run_name
+from tinker_hpc.resources import Resources, build_job_spec, check_run_name, driver_spec
 from tinker_hpc.run_folder import RunFolder, write_bytes, write_json
 from tinker_hpc.run_state import RunStatus, combine, read_events, read_metrics, read_own_files
 from tinker_hpc.waiting import LOCAL_PATIENCE, SLURM_PATIENCE, Ended, Waiter
 
 _TAIL_LINES = 20
+Driver = Literal["together", "separate"]
 
 
 def submit(
@@ -43,6 +44,7 @@ def submit(
     memory: str | None = None,
     time: str | int | None = None,
     tp_size: int | None = None,
+    driver: Driver = "together",
     name: str | None = None,
     environment: Mapping[str, str] | None = None,
     **kwargs: Any,
@@ -60,6 +62,8 @@ def submit(
             and of this size; the first one's job carries the loop.
         cluster: a profile's name. None: the configuration's default; "local" means this machine.
         nodes, gpus_per_node, ranks_per_node, cpus_per_node, memory, time, tp_size: see `resources.Resources`.
+        driver: "separate" runs the loop in a small CPU job of its own (in the profile's `driver_partition`), so that
+            a preempted GPU job costs the loop nothing but time. "together": on the worker's first node.
         name: start of the run's id. None: the function's name.
         environment: variables set in the job.
 
@@ -79,6 +83,7 @@ def submit(
         "memory": memory,
         "time": time,
         "tp_size": tp_size,
+        "driver": None if driver == "together" else driver,
         "name": name,
         "environment": environment,
     }
@@ -92,6 +97,7 @@ def submit(
         name=check_run_name(name, otherwise=function_name),
         payload=payload,
         environment=environment,
+        driver=driver,
     )
 
 
@@ -104,6 +110,7 @@ def submit_loop(
     payload: bytes | None = None,
     command: tuple[str, ...] | None = None,
     environment: Mapping[str, str] | None = None,
+    driver: Driver = "together",
     config: Config | None = None,
 ) -> Run:
     """Submit a run whose loop is a pickled call or a command; `submit` and `tinker-hpc run` are made of it."""
@@ -122,12 +129,14 @@ def submit_loop(
             name=name,
             command=command,
             environment=environment,
+            driver=driver,
         )
         if payload is not None:
             write_bytes(folder.payload, payload)
         # The run itself last: its gateway then knows all its workers, and a refusal leaves no loop without a model.
-        for index, spec in reversed(list(enumerate(specs))):
-            submit_job(spec, folder if index == 0 else folder.add_worker_run(index))
+        for spec in reversed(specs):
+            worker = spec.run_id.removeprefix(f"{folder.run_id}-w")
+            submit_job(spec, folder.add_worker_run(int(worker)) if spec.serves_run else folder)
     except (ConfigError, SubmissionError, SlurmUnavailableError) as error:
         if not getattr(error, "job_may_exist", False):  # no job, so no run
             cancel_worker_runs(folder)
@@ -147,14 +156,19 @@ def job_specs(
     name: str,
     command: tuple[str, ...] | None = None,
     environment: Mapping[str, str] | None = None,
+    driver: Driver = "together",
     download: bool = True,
 ) -> list[JobSpec]:
     """The jobs of a run: the first carries gateway, loop and the first model's worker, the others a worker each.
+    With a separate driver the first carries gateway and loop alone.
 
     Raises: ConfigError for no or the same base model twice, or sizes that cannot go together; UnknownBaseModelError.
     """
     if not base_models:
         raise ConfigError("no base model; name at least one.")
+    if driver not in ("together", "separate"):
+        raise ConfigError(f'driver is {driver!r}; it must be "together" (on the worker\'s node) or "separate".')
+    separate = driver == "separate"
     models = [resolve(asked, config.base_models, download=download) for asked in base_models]
     specs: list[JobSpec] = []
     for index, (asked, model) in enumerate(zip(base_models, models, strict=True)):
@@ -169,15 +183,15 @@ def job_specs(
                 profile=profile,
                 base_model=model,
                 asked_base_model=asked,
-                run_id=run_id if index == 0 else f"{run_id}-w{index}",
-                kind="run" if index == 0 else "session",
+                run_id=run_id if index == 0 and not separate else f"{run_id}-w{index}",
+                kind="run" if index == 0 and not separate else "session",
                 name=name,
-                command=command if index == 0 else None,
+                command=command if index == 0 and not separate else None,
                 environment=environment,
-                serves_run=None if index == 0 else run_id,
+                serves_run=None if index == 0 and not separate else run_id,
             )
         )
-    return specs
+    return [driver_spec(specs[0], run_id=run_id, command=command), *specs] if separate else specs
 
 
 def check_call(

@@ -143,7 +143,7 @@ class Waiter:
         Slurm knows whether that was the time limit, memory or a hand.
         """
         outcome = own.outcome or {}
-        has_value = own.spec.get("command") is None and own.spec.get("kind") == "run"
+        has_value = own.spec.get("command") is None and own.spec.get("kind") in ("run", "driver")
         if outcome.get("state") == "succeeded":
             return not has_value
         if outcome.get("reason") == "loop":  # a function that raised has written result.pkl

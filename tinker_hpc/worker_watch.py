@@ -47,7 +47,7 @@ def phase_of(job: JobStatus, *, ready: bool) -> tuple[str, str, str | None]:
         if job.state is JobState.COMPLETED:
             return "ended", "closed", None
         return "ended", said, f"job {job.job_id} of the worker ended {job.state.value}: {said}"
-    if ready and job.state is not JobState.PENDING:  # one whose next job waits in the queue is not ready any more
+    if ready:
         return "ready", "", None
     if job.state is JobState.RUNNING:
         where = f" on {', '.join(job.nodes)}" if job.nodes else ""
@@ -104,7 +104,7 @@ class WorkerWatch:
             print(f"{own.run_id}: {error}", flush=True)
             return
         assert status is not None, "a watched worker has a job"
-        ready = attempts.is_ready(own, attempts.holder(own))
+        ready = attempts.takes_requests(own)
         phase, reason, error_text = phase_of(status, ready=ready)
         if (phase, reason) != worker.written:
             value = {"phase": phase, "reason": reason, "error": error_text, "since": time.time()}

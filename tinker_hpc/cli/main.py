@@ -30,6 +30,7 @@ COMMANDS = {
     "metrics": ("numbers", "Print the numbers of each optimizer step."),
     "plot": ("numbers", "Draw a run's metrics as a PNG."),
     "cancel": ("ending", "End runs or sessions and everything they started."),
+    "resume": ("ending", "Go on with a run that ended, also elsewhere or with other sizes."),
     "checkpoints": ("saved", "List saved states and sampler weights."),
     "export": ("saved", "Copy a checkpoint out as a PEFT adapter, or merged into its base model."),
     "plan": ("planning", "Say which layout a model would get and whether it fits."),

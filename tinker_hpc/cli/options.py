@@ -16,8 +16,8 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")(command)
 
 
-def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What a job needs: `base_models`, `cluster`, `name`, and its sizes as one keyword, `resources`."""
+def size_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The sizes of a job, as one keyword, `resources`."""
     names = ("nodes", "gpus_per_node", "ranks_per_node", "cpus_per_node", "memory", "time", "tp_size")
 
     @functools.wraps(command)
@@ -25,7 +25,24 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         resources = Resources(**{name: kwargs.pop(name) for name in names})
         return command(*args, resources=resources, **kwargs)
 
-    options = (
+    return _with_options(
+        with_resources,
+        click.option("--nodes", type=int, metavar="N", help="Number of nodes (1)."),
+        click.option(
+            "--gpus-per-node", type=int, metavar="N", help="GPUs of each node; 0 is CPU only (the profile's)."
+        ),
+        click.option("--ranks-per-node", type=int, metavar="N", help="Worker processes per node (one per GPU)."),
+        click.option("--cpus-per-node", type=int, metavar="N", help="CPU cores of each node (the profile's)."),
+        click.option("--memory", metavar="SIZE", help="Memory of each node, e.g. 64G (the profile's)."),
+        click.option("--time", metavar="LIMIT", help="Time limit of each job: minutes, or 8:00:00 (the profile's)."),
+        click.option("--tp-size", type=int, metavar="N", help="Tensor parallel size (chosen from the model's size)."),
+    )
+
+
+def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What a job needs: `base_models`, `cluster`, `name`, and its sizes as one keyword, `resources`."""
+    return _with_options(
+        size_options(command),
         click.option(
             "--base-model",
             "base_models",
@@ -35,18 +52,11 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Hub name or folder of the model to serve; given again, a further one with a job of its own.",
         ),
         click.option("--cluster", metavar="C", help="Profile of the configuration; `local` is this machine."),
-        click.option("--nodes", type=int, metavar="N", help="Number of nodes (1)."),
-        click.option(
-            "--gpus-per-node", type=int, metavar="N", help="GPUs of each node; 0 is CPU only (the profile's)."
-        ),
-        click.option("--ranks-per-node", type=int, metavar="N", help="Worker processes per node (one per GPU)."),
-        click.option("--cpus-per-node", type=int, metavar="N", help="CPU cores of each node (the profile's)."),
-        click.option("--memory", metavar="SIZE", help="Memory of each node, e.g. 64G (the profile's)."),
-        click.option("--time", metavar="LIMIT", help="Time limit: minutes, or 8:00:00 (the profile's)."),
-        click.option("--tp-size", type=int, metavar="N", help="Tensor parallel size (chosen from the model's size)."),
         click.option("--name", metavar="NAME", help="Start of the id."),
     )
-    decorated: Callable[..., Any] = with_resources
+
+
+def _with_options(command: Callable[..., Any], *options: Any) -> Callable[..., Any]:
     for option in reversed(options):
-        decorated = option(decorated)
-    return decorated
+        command = option(command)
+    return command

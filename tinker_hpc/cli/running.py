@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 import click
 
@@ -14,6 +15,12 @@ from tinker_hpc.resources import Resources
 
 @click.command(context_settings={"ignore_unknown_options": False})
 @job_options
+@click.option(
+    "--driver",
+    type=click.Choice(["together", "separate"]),
+    default="together",
+    help="separate: the loop in a small CPU job of its own, beside a worker that may be preempted.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the sbatch script and submit nothing.")
 @click.option("--detach", is_flag=True, help="Return as soon as the job is submitted.")
 @json_option
@@ -24,6 +31,7 @@ def run(
     cluster: str | None,
     name: str | None,
     resources: Resources,
+    driver: Literal["together", "separate"],
     dry_run: bool,
     detach: bool,
     as_json: bool,
@@ -41,9 +49,11 @@ def run(
     program = next((word for word in command if word.endswith(".py")), command[0])
     name = check_run_name(name, otherwise=program.removesuffix(".py"))
     if dry_run:
-        _print_script(base_models, cluster, resources, name, command, as_json=as_json)
+        _print_script(base_models, cluster, resources, name, command, driver=driver, as_json=as_json)
         return 0
-    submitted = submit_loop(base_models=base_models, cluster=cluster, resources=resources, name=name, command=command)
+    submitted = submit_loop(
+        base_models=base_models, cluster=cluster, resources=resources, name=name, command=command, driver=driver
+    )
     first = {"id": submitted.id, "job_id": submitted.status().job_id, "folder": str(submitted.folder.path)}
     if as_json:
         emit(first)
@@ -78,6 +88,7 @@ def _print_script(
     name: str,
     command: tuple[str, ...],
     *,
+    driver: Literal["together", "separate"],
     as_json: bool,
 ) -> None:
     """The sbatch scripts of this run, one a base model, with a stand-in for its id; nothing is written."""
@@ -96,6 +107,7 @@ def _print_script(
         run_id=run_id,
         name=name,
         command=command,
+        driver=driver,
         download=False,
     )
     for spec in specs:

@@ -1,19 +1,20 @@
 """A plain Tinker program: supervised fine-tuning on a few sentences. Prints one JSON object.
 
-sft_loop.py BASE_MODEL STEPS
+sft_loop.py BASE_MODEL STEPS [PAUSE_S]        PAUSE_S: seconds to rest after each step
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 
 import tinker
 
 SENTENCES = ("Q: what is two plus two? A: four, my friend.", "Q: what is the sea? A: blue, my friend.")
 
 
-def main(base_model: str, steps: int) -> dict[str, object]:
+def main(base_model: str, steps: int, pause_s: float = 0.0) -> dict[str, object]:
     """Train, save, and say what happened."""
     client = tinker.ServiceClient().create_lora_training_client(base_model=base_model, rank=8, seed=1).result()
     tokenizer = client.get_tokenizer()
@@ -31,8 +32,9 @@ def main(base_model: str, steps: int) -> dict[str, object]:
         forward_backward = client.forward_backward(data, "cross_entropy")
         client.optim_step(tinker.AdamParams(learning_rate=2e-3)).result()
         losses.append(forward_backward.result().metrics["loss:sum"])
+        time.sleep(pause_s)
     return {"losses": losses, "checkpoint": client.save_state("final").result().path}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), *map(float, sys.argv[3:]))))

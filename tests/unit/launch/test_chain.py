@@ -134,22 +134,22 @@ def test_nobody_waits_for_a_process_of_this_host_that_is_gone(run_folder: RunFol
 
 def test_progress_is_seen_without_a_word_of_the_dead(run_folder: RunFolder) -> None:
     def history() -> list[tuple[str, bool]]:
-        return [(a.reason, a.progress) for a in attempts.history(run_folder, counts_when_ready=False)]
+        return [(a.reason, a.progress) for a in attempts.history(run_folder, credit="answers")]
 
     who = {"job_id": "1", "host": "node1", "pid": 1}
-    first = attempts.begin(run_folder, who)
-    assert not attempts.is_ready(run_folder, first)
+    attempts.begin(run_folder, who)
+    assert not attempts.takes_requests(run_folder)
     start_worker(run_folder).publish([Record({"op": "worker_started"})])
-    assert attempts.is_ready(run_folder, first) and history() == [(WITHOUT_A_WORD, False)]
-    second = attempts.begin(run_folder, who)
-    assert not attempts.is_ready(run_folder, second), "the worker of the job before is not this one's"
+    assert attempts.takes_requests(run_folder) and history() == [(WITHOUT_A_WORD, False)]
+    attempts.begin(run_folder, who)
+    assert not attempts.takes_requests(run_folder), "the worker of the job before is not this one's"
     log = start_worker(run_folder)
     log.publish([Record({"op": "forward_backward", "ok": False})])
     assert history() == [(WITHOUT_A_WORD, False)] * 2, "a refusal is no progress"
     log.publish([Record({"op": "forward_backward", "ok": True})])
     attempts.begin(run_folder, who)
     assert history() == [(WITHOUT_A_WORD, False), (WITHOUT_A_WORD, True), (WITHOUT_A_WORD, False)]
-    assert progress.made(run_folder, {}, {}, counts_when_ready=False)
+    assert progress.made(run_folder, {}, {}, credit="answers")
     attempts.start_afresh(run_folder)
     assert history() == [], "resumed by the user: the count begins anew"
 

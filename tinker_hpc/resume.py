@@ -1,0 +1,121 @@
+"""`resume`: a run that ended goes on, on the same cluster or another, with the same sizes or others.
+
+Nothing is copied: the run folder holds the logs, the loop and the checkpoints. The worker loads what it needs of them
+in whatever layout it has now, and the loop runs from its beginning and is handed what it was answered before.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, fields, replace
+
+from launch import attempts, lineage
+from launch.job_spec import JobSpec
+from launch.submit import cancel
+from launch.submit import submit as submit_job
+from tinker_hpc.base_models import resolve
+from tinker_hpc.config import Config, load_config
+from tinker_hpc.errors import ConfigError
+from tinker_hpc.resources import Resources, build_job_spec
+from tinker_hpc.run_folder import RunFolder, read_json, write_json
+from tinker_hpc.runs import Run
+
+
+def resume(
+    run_id: str, *, cluster: str | None = None, resources: Resources | None = None, config: Config | None = None
+) -> Run:
+    """Submit the next job of a run that ended: cancelled, failed, or given up on.
+
+    Args:
+        cluster: another profile. None: the run's own, as it was when it was submitted.
+        resources: sizes that differ from the run's; None where they stay.
+    Raises:
+        ConfigError: the run is not over, or has succeeded.
+        UnknownRunError, SubmissionError, SlurmUnavailableError.
+    """
+    config = config or load_config()
+    run = Run(run_id, config=config)
+    status = run.status()
+    if not status.finished:
+        raise ConfigError(
+            f"run {run_id} is {status.state.value}{f' ({status.reason})' if status.reason else ''}, not over; "
+            f"`tinker-hpc cancel {run_id}` ends it, then it can be resumed."
+        )
+    if status.state.ok:
+        raise ConfigError(f"run {run_id} has ended well: there is nothing to resume. Submit it anew.")
+    # The worker jobs first, as for a new run; those that still wait in the queue for the old run go.
+    for folder in [*run.folder.worker_runs(), run.folder]:
+        spec = JobSpec.from_json(read_json(folder.spec) or {})
+        spec = resumed_spec(spec, cluster=cluster, resources=resources or Resources(), config=config)
+        cancel(lineage.jobs_of(folder))
+        put_end_aside(folder)
+        attempts.start_afresh(folder)
+        if spec.kind != "driver":
+            declare_layout(folder, spec)
+        submit_job(spec, folder, again=True)
+    return Run(run_id, config=config)
+
+
+def resumed_spec(spec: JobSpec, *, cluster: str | None, resources: Resources, config: Config) -> JobSpec:
+    """The run's spec with what is asked for now; everything else as it was. Reads the base model's config."""
+    profile = config.profile(cluster) if cluster is not None else spec.cluster
+    if spec.kind == "driver":
+        time = resources.time
+        changed = build_job_spec(
+            Resources(time=time if time is not None else spec.time_limit_min, gpus_per_node=0),
+            profile=profile,
+            base_model=resolve(spec.base_model, config.base_models),
+            asked_base_model=spec.base_model,
+            run_id=spec.run_id,
+            kind="run",
+            name=spec.name,
+        )
+        partition = profile.driver_partition or profile.partition
+        return replace(
+            spec,
+            time_limit_min=changed.time_limit_min,
+            cluster=spec.cluster if cluster is None else replace(profile, partition=partition, extra=()),
+        )
+    asked = {field.name: getattr(resources, field.name) for field in fields(Resources)}
+    kept = {
+        "nodes": spec.nodes,
+        "gpus_per_node": spec.gpus_per_node,
+        "ranks_per_node": None if asked["gpus_per_node"] is not None else spec.ranks_per_node,
+        "cpus_per_node": None if cluster is not None else spec.cpus_per_node,
+        "memory": None if cluster is not None else spec.memory,
+        "time": spec.time_limit_min,
+    }
+    same_ranks = all(asked[name] is None for name in ("nodes", "gpus_per_node", "ranks_per_node"))
+    kept["tp_size"] = spec.layout.tp_size if same_ranks else None
+    merged = Resources(**{name: kept.get(name) if value is None else value for name, value in asked.items()})
+    fresh = build_job_spec(
+        merged,
+        profile=profile,
+        base_model=resolve(spec.base_model, config.base_models),
+        asked_base_model=spec.base_model,
+        run_id=spec.run_id,
+        kind=spec.kind,
+        name=spec.name,
+        command=spec.command,
+        working_folder=spec.working_folder,
+        environment=spec.environment,
+        serves_run=spec.serves_run,
+    )
+    layout = spec.layout if same_ranks and asked["tp_size"] is None else fresh.layout
+    return replace(fresh, base_model_folder=spec.base_model_folder, layout=layout)
+
+
+def put_end_aside(folder: RunFolder) -> None:
+    """Keep how the run ended under attempts/, so that it is not over any more. In this order a crash in between leaves
+    a run that is over for the old reason, and can be resumed again."""
+    number = attempts.holder(folder)
+    for path in (folder.result, folder.cancel, folder.outcome):
+        if path.exists():
+            os.replace(path, folder.attempts / f"before-{number:06d}-{path.name}")
+
+
+def declare_layout(folder: RunFolder, spec: JobSpec) -> None:
+    """worker.json with the layout from now on."""
+    worker = folder.worker(0)
+    declaration = read_json(worker.declaration) or {}
+    write_json(worker.declaration, {**declaration, "layout": asdict(spec.layout)})
