@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from slurm_machine import PROGRAMS, TINY_MODEL, SlurmCluster, until
 
 from tinker_hpc.run_folder import checkpoint_folder
@@ -24,10 +25,10 @@ PAUSE_S = 0.4
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a run returned and saved."""
+    """What a run returned, and a hash of the adapter and optimizer it saved."""
 
     losses: tuple[float, ...]
-    adapter: str
+    state: str
 
 
 def train(slurm: SlurmCluster, **options: Any) -> dict[str, Any]:
@@ -45,15 +46,18 @@ def train(slurm: SlurmCluster, **options: Any) -> dict[str, Any]:
 
 
 def numbers(cluster: SlurmCluster, run: dict[str, Any]) -> Numbers:
-    """Wait for a run's end; what its loop printed last, and a hash of the adapter it saved."""
+    """Wait for a run's end; what its loop printed last, and what it saved."""
     result = cluster.act("alice", "result", run["run_id"], timeout_s=280)
     assert result.get("error") is None, result.get("message")
     printed = json.loads((cluster.run_folder(run["run_id"]) / "logs" / "loop.log").read_text().splitlines()[-1])
     model_id, _, name = printed["checkpoint"].removeprefix("tinker://").split("/")
     folder = checkpoint_folder(cluster.home("alice") / "tinker_hpc_data", model_id, "weights", name)
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):  # adapter and optimizer; the order of metadata in them varies
+        with safe_open(path, "numpy") as file:
+            digest.update(f"{path.name} {sorted(file.metadata().items())}".encode())
+            for key in sorted(file.keys()):
+                digest.update(key.encode() + file.get_tensor(key).tobytes())
     return Numbers(tuple(printed["losses"]), digest.hexdigest())
 
 
