@@ -76,6 +76,12 @@ partition = "low"
 memory = "2G"
 extra = ["--nodelist=node1"]
 
+[clusters.preemptible]         # the same anywhere, with the loop in a partition whose jobs stay
+executor = "slurm"
+partition = "low"
+driver_partition = "main"
+memory = "2G"
+
 [clusters.no_such_partition]
 executor = "slurm"
 partition = "gpu_huge"

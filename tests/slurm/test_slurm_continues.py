@@ -72,22 +72,40 @@ def wait_for_steps(cluster: SlurmCluster, run: dict[str, Any], count: int, *, ti
 
 
 class Recovery:
-    """Times from a blow to the first optimizer step after it."""
+    """Times from a blow to the first optimizer step after it.
 
-    def __init__(self, cluster: SlurmCluster, run: dict[str, Any], what: str) -> None:
+    Args:
+        in_place: the worker lives on; else a new one must get ready first.
+        steps_of: the run whose steps count, where the worker has a run folder of its own.
+    """
+
+    def __init__(
+        self,
+        cluster: SlurmCluster,
+        run: dict[str, Any],
+        what: str,
+        *,
+        in_place: bool = False,
+        steps_of: dict[str, Any] | None = None,
+    ) -> None:
         self._cluster, self._run, self._what = cluster, run, what
-        self._struck_at = time.monotonic()
+        self._steps_of = steps_of or run
+        self._in_place = in_place
+        self._before = steps(cluster, self._steps_of)
         self._starts = cluster.events(run["run_id"]).count("worker_ready")
+        self._struck_at = time.monotonic()
 
     def wait(self, *, timeout_s: float = 150) -> float:
         cluster, run = self._cluster, self._run
-        until(
-            lambda: cluster.events(run["run_id"]).count("worker_ready") > self._starts,
-            timeout_s=timeout_s,
-            what=f"a worker after: {self._what}",
-        )
-        before = steps(cluster, run)
-        until(lambda: steps(cluster, run) > before, timeout_s=60, what=f"a step after: {self._what}")
+        before = self._before + 1  # one may have been on its way
+        if not self._in_place:
+            until(
+                lambda: cluster.events(run["run_id"]).count("worker_ready") > self._starts,
+                timeout_s=timeout_s,
+                what=f"a worker after: {self._what}",
+            )
+            before = steps(cluster, self._steps_of)
+        until(lambda: steps(cluster, self._steps_of) > before, timeout_s=60, what=f"a step after: {self._what}")
         seconds = time.monotonic() - self._struck_at
         print(f"\ntime to recover: {self._what}: {seconds:.1f} s")
         return seconds
@@ -114,16 +132,214 @@ def nothing_left(cluster: SlurmCluster, run: dict[str, Any]) -> None:
     until(lambda: run["run_id"] not in queue(cluster), timeout_s=20, what="the end of all jobs of the run")
 
 
+def preempt(cluster: SlurmCluster, node: str = "node1") -> None:
+    """Another user's job of a higher partition takes a whole node for three seconds."""
+    argv = ["sbatch", "-p", "high", "-w", node, "-c", "8", "-o", "/dev/null", "--wrap", "sleep 3"]
+    assert cluster.as_user("bob", *argv).returncode == 0
+
+
+def kill_processes(cluster: SlurmCluster, node: str, pattern: str, signal: str = "KILL") -> None:
+    """Signal every process on a node whose command line matches; at least one must."""
+    done = cluster.script("sh", node, "pkill", f"-{signal}", "-f", pattern, check=False)
+    assert done.returncode == 0, f"nothing on {node} matches {pattern}: {done.stderr}"
+
+
 def test_preempted_with_grace(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """A job of a higher partition takes the node; ours ends within its grace, its successor waits and goes on."""
     run = train(cluster, cluster="low", resources={"cpus_per_node": 8})
     wait_for_steps(cluster, run, 3)
     waiting = cluster.slurm("squeue", "-h", "-n", run["run_id"], "-t", "PD", "-o", "%A %r %E")
     assert "Dependency" in waiting and f"afternotok:{run['job_id']}" in waiting, "the successor was there before"
-    recovery = Recovery(cluster, run, "preempted, requeue mode, grace 5 s")
-    cluster.as_user("bob", *["sbatch", "-p", "high", "-w", "node1", "-c", "8", "-o", "/dev/null", "--wrap"], "sleep 3")
+    recovery = Recovery(cluster, run, "preempted, partition in requeue mode, grace 5 s")
+    preempt(cluster)
     recovery.wait()
     assert numbers(cluster, run) == unharmed
     status = status_of(cluster, run)
-    assert status["state"] == "COMPLETED" and len(status["job_ids"]) >= 2
+    assert status["state"] == "COMPLETED" and status["job_ids"][0] == run["job_id"] and len(status["job_ids"]) == 3
     nothing_left(cluster, run)
+
+
+def test_preempted_without_grace(cluster: SlurmCluster, unharmed: Numbers) -> None:
+    """Cancel mode and no grace: killed at once, without a word. Afterwards Slurm says why, and so does the record."""
+    cluster.slurm("scontrol", "update", "PartitionName=low", "PreemptMode=CANCEL", "GraceTime=0")
+    try:
+        run = train(cluster, cluster="low", resources={"cpus_per_node": 8})
+        wait_for_steps(cluster, run, 3)
+        recovery = Recovery(cluster, run, "preempted, partition in cancel mode, no grace")
+        preempt(cluster)
+        recovery.wait()
+        assert numbers(cluster, run) == unharmed
+    finally:
+        cluster.slurm("scontrol", "update", "PartitionName=low", "PreemptMode=REQUEUE", "GraceTime=5")
+
+
+def test_a_site_that_forbids_sbatch_on_its_nodes(cluster: SlurmCluster, unharmed: Numbers) -> None:
+    """The job finds out by being refused, has itself requeued instead, and writes down what it learned."""
+    sites = cluster.home("alice") / "tinker_hpc_data" / "sites"
+    cluster.slurm("scontrol", "update", "PartitionName=low", "AllocNodes=login")
+    try:
+        run = train(cluster, cluster="low", resources={"cpus_per_node": 8})
+        wait_for_steps(cluster, run, 3)
+        assert json.loads((sites / "low.json").read_text())["continuation"] == "requeue"
+        recovery = Recovery(cluster, run, "preempted where a job may only requeue itself")
+        preempt(cluster)
+        recovery.wait()
+        assert numbers(cluster, run) == unharmed
+        assert status_of(cluster, run)["job_ids"] == [run["job_id"]], "the same job, started twice"
+    finally:
+        cluster.slurm("scontrol", "update", "PartitionName=low", "AllocNodes=ALL")
+        (sites / "low.json").unlink(missing_ok=True)
+
+
+def test_time_limit(cluster: SlurmCluster, unharmed: Numbers) -> None:
+    """Work stops before the limit, and the next job goes on. Slurm's finest limit is a minute."""
+    run = train(cluster, resources={"time": 1}, pause_s=2.2)
+    until(
+        lambda: "handed_over" in cluster.events(run["run_id"]), timeout_s=90, what="the handover before the time limit"
+    )
+    recovery = Recovery(cluster, run, "handed over before the time limit")
+    assert cluster.sacct(run["job_id"], "State") != ["TIMEOUT"]
+    recovery.wait()
+    # One more limit comes and goes where replaying what was done takes no time.
+    assert numbers(cluster, run) == unharmed
+
+
+def test_a_node_vanishes(cluster: SlurmCluster, unharmed: Numbers) -> None:
+    """Power off: no signal, no goodbye, and Slurm needs its SlurmdTimeout (10 s here, 300 by default) to notice."""
+    run = train(cluster)
+    wait_for_steps(cluster, run, 3)
+    node = status_of(cluster, run)["nodes"][0]
+    recovery = Recovery(cluster, run, "node powered off, SlurmdTimeout 10 s")
+    cluster.script("poweroff", node)
+    recovery.wait()
+    assert numbers(cluster, run) == unharmed
+    assert len(status_of(cluster, run)["job_ids"]) == 3
+
+
+def test_killed_one_by_one(cluster: SlurmCluster, unharmed: Numbers) -> None:
+    """Rank, agent, gateway, loop: each is replaced in place, the queue never hears of it. Then the supervisor."""
+    run = train(cluster)
+    worker = str(cluster.run_folder(run["run_id"]) / "workers")
+    victims = {
+        "rank": f"tinker_hpc.worker --worker-dir {worker}",
+        "agent": f"torch.distributed.run.*{worker}",
+        "gateway": f"tinker_hpc.gateway.*{run['run_id']}",
+        "loop": "sft_loop.py",
+    }
+    for who, pattern in victims.items():
+        wait_for_steps(cluster, run, steps(cluster, run) + 2)
+        node = status_of(cluster, run)["nodes"][0]
+        recovery = Recovery(cluster, run, f"{who} killed", in_place=who in ("gateway", "loop"))
+        kill_processes(cluster, node, f"^[^ ]*python.*{pattern}")
+        recovery.wait()
+    assert status_of(cluster, run)["job_ids"][0] == run["job_id"] and len(status_of(cluster, run)["job_ids"]) == 2
+    assert cluster.sacct(run["job_id"], "State") == ["RUNNING"], "one job, never requeued"
+    recovery = Recovery(cluster, run, "supervisor killed")
+    kill_processes(cluster, node, "submitit.core._submit")
+    recovery.wait()
+    assert numbers(cluster, run) == unharmed
+
+
+def test_slurm_itself_is_away(cluster: SlurmCluster, unharmed: Numbers) -> None:
+    """Controller and accounting down while the run trains, and a job lost while accounting is away."""
+    away(cluster, unharmed, seconds=12)
+
+
+@pytest.mark.slow
+def test_slurmctld_down_for_two_minutes(cluster: SlurmCluster, unharmed: Numbers) -> None:
+    away(cluster, unharmed, seconds=120)
+
+
+def away(cluster: SlurmCluster, unharmed: Numbers, *, seconds: float) -> None:
+    run = train(cluster, pause_s=max(1.0, seconds / 20))
+    wait_for_steps(cluster, run, 2)
+    cluster.script("daemon", "stop", "slurmctld")
+    before = steps(cluster, run)
+    time.sleep(seconds)
+    during = steps(cluster, run) - before
+    cluster.script("daemon", "start", "slurmctld")
+    print(f"\nslurmctld down for {seconds:.0f} s: {during} steps were made meanwhile")
+    assert during >= 3, "the run does not need the controller"
+    cluster.script("daemon", "stop", "slurmdbd")
+    try:
+        until(lambda: "UP" in cluster.slurm("scontrol", "ping"), timeout_s=30, what="slurmctld")
+        recovery = Recovery(cluster, run, "job cancelled by root while slurmdbd is down")
+        until(
+            lambda: cluster.script("exec", "scancel", run["job_id"], check=False).returncode == 0,
+            timeout_s=30,
+            what="scancel",
+        )
+        recovery.wait()
+    finally:
+        cluster.script("daemon", "start", "slurmdbd")
+    assert numbers(cluster, run) == unharmed
+
+
+def test_held_and_released_and_cancelled(cluster: SlurmCluster) -> None:
+    """A successor that is held says so; a user's cancel ends the job and all that would follow it."""
+    run = train(cluster, pause_s=5.0)
+    wait_for_steps(cluster, run, 1)
+    until(lambda: len(status_of(cluster, run)["job_ids"]) == 2, timeout_s=20, what="the successor")
+    successor = status_of(cluster, run)["job_ids"][1]
+    cluster.slurm("scontrol", "hold", successor)
+    recovery = Recovery(cluster, run, "cancelled by root, the successor held for some seconds")
+    cluster.slurm("scancel", run["job_id"])
+    waiting = until(
+        lambda: (s := status_of(cluster, run))["state"] == "PENDING" and "JobHeld" in s["reason"] and s,
+        timeout_s=40,
+        what="the reason the run waits",
+    )
+    assert waiting["job_id"] == successor
+    cluster.slurm("scontrol", "release", successor)
+    recovery.wait()
+    cluster.act("alice", "cancel", run["run_id"])
+    result = cluster.act("alice", "result", run["run_id"])
+    assert result["error"] == "JobCancelledError"
+    nothing_left(cluster, run)
+    num_jobs = len(status_of(cluster, run)["job_ids"])
+    time.sleep(5.0)
+    assert run["run_id"] not in queue(cluster) and len(status_of(cluster, run)["job_ids"]) == num_jobs
+
+
+def test_the_owners_scancel_ends_the_run(cluster: SlurmCluster) -> None:
+    """Slurm knows whose scancel it was: the next job finds the owner's, says so, and ends."""
+    run = train(cluster, pause_s=5.0)
+    wait_for_steps(cluster, run, 1)
+    assert cluster.as_user("alice", "scancel", run["job_id"]).returncode == 0
+    result = cluster.act("alice", "result", run["run_id"])
+    assert result["error"] == "JobCancelledError" and "scancel" in result["message"]
+    nothing_left(cluster, run)
+
+
+def test_resumed_after_a_cancel(cluster: SlurmCluster, unharmed: Numbers) -> None:
+    """Cancelled, then resumed with another number of ranks: the run goes on where the layout allows only 1e-5."""
+    run = train(cluster)
+    wait_for_steps(cluster, run, 5)
+    refused = cluster.act("alice", "resume", run["run_id"])
+    assert refused["error"] == "ConfigError" and "not over" in refused["message"]
+    cluster.act("alice", "cancel", run["run_id"])
+    assert cluster.act("alice", "result", run["run_id"])["error"] == "JobCancelledError"
+    nothing_left(cluster, run)
+    recovery = Recovery(cluster, run, "cancelled, then resumed on two ranks")
+    sizes = {"resources": {"ranks_per_node": 2, "tp_size": 2, "memory": "3G"}}
+    assert "error" not in cluster.act("alice", "resume", run["run_id"], json.dumps(sizes))
+    recovery.wait()
+    resumed = numbers(cluster, run)
+    assert resumed.losses == pytest.approx(unharmed.losses, rel=1e-5)
+
+
+def test_a_driver_of_its_own(cluster: SlurmCluster, unharmed: Numbers) -> None:
+    """The loop in a CPU job, the worker in a preemptible one: preempted, the loop only waits, and is told why."""
+    run = train(cluster, cluster="preemptible", driver="separate", resources={"cpus_per_node": 8})
+    worker = cluster.run_folder(f"{run['run_id']}-w0")
+    wait_for_steps(cluster, run, 3)
+    node = cluster.act("alice", "status", worker.name)["nodes"][0]
+    recovery = Recovery(cluster, {"run_id": worker.name}, "the worker of a separate driver preempted", steps_of=run)
+    for each in ("node1", "node2", "node3"):  # every node, or it would only move
+        if each == node or "idle" in cluster.slurm("sinfo", "-h", "-N", "-n", each, "-p", "high", "-o", "%t"):
+            preempt(cluster, each)
+    recovery.wait()
+    assert numbers(cluster, run) == unharmed
+    assert cluster.events(run["run_id"]).count("loop_started") == 1, "the loop never knew"
+    nothing_left(cluster, run)
+    nothing_left(cluster, {"run_id": worker.name})

@@ -103,17 +103,6 @@ def test_time_limit_and_a_job_that_never_starts(cluster: SlurmCluster) -> None:
     assert cluster.act("alice", "status", too_big["run_id"])["state"] == "PENDING"
 
 
-def test_preempted(cluster: SlurmCluster) -> None:
-    """Slurm itself calls it FAILED, because the job ends within its grace time; the run says what it was."""
-    run = cluster.submit("sleep", "600", cluster="low", resources={"cpus_per_node": 8})
-    wait_running(cluster, run)
-    cluster.as_user("bob", *["sbatch", "-p", "high", "-w", "node1", "-c", "8", "-o", "/dev/null", "--wrap"], "sleep 5")
-    result = cluster.act("alice", "result", run["run_id"])
-    assert result["error"] == "JobFailedError" and result["reason"] == "PREEMPTED"
-    assert "higher priority" in result["message"]
-    assert end_of(cluster, run["job_id"])[0] in ("FAILED", "PREEMPTED")
-
-
 @pytest.mark.parametrize(
     ("options", "slurm_says", "advice"),
     [
@@ -143,15 +132,6 @@ def test_out_of_memory(cluster: SlurmCluster) -> None:
     else:
         assert result["error"] in ("JobOutOfMemoryError", "JobFailedError", "LoopFailedError")
     assert end_of(cluster, run["job_id"])[0] in ("OUT_OF_MEMORY", "FAILED")
-
-
-def test_node_death(cluster: SlurmCluster) -> None:
-    run = cluster.submit("sleep", "600", resources={"nodes": 2})
-    wait_running(cluster, run)
-    cluster.script("poweroff", "node2")
-    result = cluster.act("alice", "result", run["run_id"])
-    assert result["error"] == "JobNodeFailError" and "exclude" in result["message"]
-    assert end_of(cluster, run["job_id"])[0] == "NODE_FAIL"
 
 
 def test_a_gateway_that_dies_comes_back(cluster: SlurmCluster) -> None:

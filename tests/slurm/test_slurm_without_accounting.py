@@ -40,6 +40,8 @@ def test_ends_are_known_without_accounting(bare_cluster: SlurmCluster) -> None:
 
     sleeper = bare_cluster.submit("sleep", "600")
     until(lambda: "loop_started" in bare_cluster.events(sleeper["run_id"]), timeout_s=60, what="the loop's start")
-    # Cancelled behind our back: nothing but Slurm's own memory knows.
+    # Ended behind our back: without accounting nobody knows by whom, so the run goes on until its owner says otherwise.
     bare_cluster.slurm("scancel", sleeper["job_id"])
+    until(lambda: bare_cluster.events(sleeper["run_id"]).count("loop_started") == 2, timeout_s=60, what="its next job")
+    bare_cluster.act("alice", "cancel", sleeper["run_id"])
     assert bare_cluster.act("alice", "result", sleeper["run_id"])["error"] == "JobCancelledError"

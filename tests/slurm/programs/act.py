@@ -2,6 +2,7 @@
 
 act.py submit '{"base_model": ..., "resources": {...}, ...}' COMMAND...
 act.py status|result|cancel RUN_ID
+act.py resume RUN_ID '{"resources": {...}, "cluster": ...}'
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.resources import Resources
+from tinker_hpc.resume import resume as resume_run
 from tinker_hpc.runs import Run, submit_loop
 
 
@@ -26,6 +28,7 @@ def submit(options: str, *command: str) -> dict[str, Any]:
         resources=Resources(**{"gpus_per_node": 0, "time": 5, **asked.get("resources", {})}),
         name=asked.get("name", "test"),
         command=command,
+        driver=asked.get("driver", "together"),
     )
     return {"run_id": run.id, "job_id": run.status().job_id, "seconds": time.monotonic() - started}
 
@@ -47,10 +50,19 @@ def cancel(run_id: str) -> dict[str, Any]:
     return {}
 
 
+def resume(run_id: str, options: str = "{}") -> dict[str, Any]:
+    """Go on with a run that ended."""
+    asked = json.loads(options)
+    run = resume_run(run_id, cluster=asked.get("cluster"), resources=Resources(**asked.get("resources", {})))
+    return {"run_id": run.id, "job_ids": list(run.status().job_ids)}
+
+
+ACTIONS = {"submit": submit, "status": status, "result": result, "cancel": cancel, "resume": resume}
+
 if __name__ == "__main__":
     began = time.monotonic()
     try:
-        answer = {"submit": submit, "status": status, "result": result, "cancel": cancel}[sys.argv[1]](*sys.argv[2:])
+        answer = ACTIONS[sys.argv[1]](*sys.argv[2:])
     except TinkerHpcError as error:
         answer = {"error": type(error).__name__, "message": str(error), **{k: v for k, v in error.attributes.items()}}
     print(json.dumps({"took_s": time.monotonic() - began, **answer}, default=str))

@@ -20,6 +20,7 @@ def test_every_field_of_a_profile_arrives() -> None:
     values = {
         "executor": "slurm",
         "partition": "gpu",
+        "driver_partition": "cpu",
         "account": "lab",
         "qos": "long",
         "constraint": "a100&nvlink",
