@@ -140,6 +140,7 @@ class Decoder:
         self._attention: DecodeAttention | None = None  # None: the members changed since it was built
         self._events: list[_Ended | _Scored | _Failed] = []
         self._open: dict[int, _Open] = {}
+        self._cancelled: dict[int, str] = {}
         self._results: list[SampleResult | None] = []
         self._shares = Shares(self._ranks.dp_size)
 
@@ -164,6 +165,7 @@ class Decoder:
             while True:
                 if admit is not None:
                     self._accept(admit(), on_finished)
+                    self._give_up_cancelled(on_finished)
                 if not self._open:
                     break
                 self._start_waiting()
@@ -174,6 +176,10 @@ class Decoder:
             for sequence in list(self._live):  # only after an exception: the lanes must not stay taken
                 self._leave(sequence, tainted=True)
             self._reset()
+
+    def cancel(self, index: int, reason: str) -> None:
+        """From `admit`, on every rank: the request with this place in the order of arrival is not wanted any more."""
+        self._cancelled[index] = reason
 
     def release_memory(self) -> None:
         """Free the cache between runs: a training pass wants the memory. The next run takes it again.
@@ -241,7 +247,7 @@ class Decoder:
             if entry is None:  # another sample of the request failed before
                 continue
             if isinstance(event, _Failed):
-                self._abandon(event.request_index, entry)
+                self._abandon(event.request_index, entry, tainted=True)
                 self._answer(event.request_index, SampleResult(error=event.message), on_finished)
             elif isinstance(event, _Scored):
                 entry.scores = event.scores
@@ -253,13 +259,20 @@ class Decoder:
                     sequences = [entry.sequences[sample] for sample in range(entry.num_samples)]
                     self._answer(event.request_index, SampleResult(sequences, entry.scores), on_finished)
 
-    def _abandon(self, index: int, entry: _Open) -> None:
+    def _give_up_cancelled(self, on_finished: OnFinished | None) -> None:
+        for index, reason in self._cancelled.items():
+            if index in self._open:
+                self._abandon(index, self._open[index], tainted=False)
+                self._answer(index, SampleResult(error=reason), on_finished)
+        self._cancelled.clear()
+
+    def _abandon(self, index: int, entry: _Open, *, tainted: bool) -> None:
         for dp_rank, samples in entry.parts:
             self._shares.done(dp_rank, sum(sample not in entry.sequences for sample in samples))
         del self._open[index]
         self._waiting = deque(waiting for waiting in self._waiting if waiting.request_index != index)
         for sequence in [sequence for sequence in self._live if sequence.request_index == index]:
-            self._leave(sequence, tainted=True)
+            self._leave(sequence, tainted=tainted)
 
     # This rank's own sequences.
 

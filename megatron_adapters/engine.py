@@ -218,6 +218,14 @@ class Engine:
             self._decoder = make_decoder(self.model, self.snapshots, self.base_model_folder)
         return self._decoder.run(requests, on_finished, admit)
 
+    def cancel_sample(self, index: int, reason: str) -> None:
+        """From `admit` of a running `sample`, on every rank: give up the request with this place in order of arrival.
+
+        It is answered with `reason` as its error before the next step, unless it is finished.
+        """
+        assert self._decoder is not None
+        self._decoder.cancel(index, reason)
+
     # ---- training
 
     def run_pass(self, adapter_id: str, data: Sequence[Datum], loss_fn: LossFn, *, backward: bool) -> PassOutput:

@@ -77,6 +77,8 @@ def _json_of(op: str, header: Mapping[str, Any], facts: Mapping[str, Any]) -> di
         return {"type": kind, "path": header["path"]}
     if op == "open_sampler":
         return {"type": "create_sampling_session", "sampling_session_id": facts["sampling_session_id"]}
+    if op == "cancel":
+        return {}
     raise ValueError(f"no answer is known for op {op!r}")
 
 

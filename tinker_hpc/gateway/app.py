@@ -41,15 +41,17 @@ CLIENT_CONFIG = {
     "fwdbwd_max_chunk_bytes_count": 64 * 2**20,
     "fwdbwd_dispatch_bytes_semaphore_size": 256 * 2**20,
     "inflight_response_bytes_semaphore_size": 256 * 2**20,
-    # Each sample in flight holds a connection, two file descriptors on this node; 1024 is a common limit.
+    # Of SDKs that know no retrieve_futures (before 0.28) each sample in flight holds a connection, two file descriptors
+    # on this node; 1024 is a common limit.
     "sample_max_concurrent_requests": 400,
     # A job may wait in the queue for longer than the two hours after which the SDK would call a sample stuck.
     "sample_enable_stuck_detection": False,
-    "sample_use_retrieve_futures": False,
+    "sample_use_retrieve_futures": True,
+    "sample_join_sampling_session": True,
     "custom_loss_server_side": False,
     "use_pyqwest_transport": True,
 }
-DYNAMIC_CONFIG = {"refresh_interval_sec": 3600, "sample_cancel_enabled": False}
+DYNAMIC_CONFIG = {"refresh_interval_sec": 3600, "sample_cancel_enabled": True}
 
 
 def build(desk: Desk, lookup: Lookup, retrieval: Retrieval, shelf: Shelf, *, run: RunFolder, api_key: str) -> Starlette:
@@ -84,6 +86,10 @@ def build(desk: Desk, lookup: Lookup, retrieval: Retrieval, shelf: Shelf, *, run
             return json_response(not_yet.body, status=408)
         return Response(answer.body, media_type=answer.media_type)
 
+    async def cancel_future(request: Request) -> Any:
+        await desk.cancel(await json_body(request))
+        return Response(status_code=204)
+
     async def get_info(request: Request) -> Any:
         return lookup.info(str((await json_body(request)).get("model_id")))
 
@@ -117,6 +123,9 @@ def build(desk: Desk, lookup: Lookup, retrieval: Retrieval, shelf: Shelf, *, run
         "create_sampling_session": takes(desk.create_sampling_session),
         "asample": takes(desk.sample),
         "retrieve_future": retrieve_future,
+        "retrieve_futures": takes(retrieval.completions),
+        "cancel_future": cancel_future,
+        "join_sampling_session": takes(desk.join_sampling_session),
         "telemetry": telemetry,
     }
     routes = [route("POST", path, handler) for path, handler in posts.items()]

@@ -20,7 +20,7 @@ from tinker_hpc.errors import RequestError
 from tinker_hpc.gateway import checkpoints, passes, sampling, validate
 from tinker_hpc.gateway.intake import Intake
 from tinker_hpc.gateway.ledger import Ledger, ModelState
-from tinker_hpc.gateway.refusals import bad_request, unknown
+from tinker_hpc.gateway.refusals import Refusal, bad_request, unknown
 from tinker_hpc.gateway.retention import Reads
 from tinker_hpc.gateway.sessions import Sessions
 from tinker_hpc.gateway.wire import decode_forward_backward, forward_backward_digest, json_digest
@@ -305,6 +305,45 @@ class Desk:
         except RequestError as error:
             header.update(_rejected("sample", error))
         return (await self.intake.accept(link, header, arrays)).reply
+
+    async def join_sampling_session(self, payload: Payload) -> Payload:
+        """A number of its own for a copy of a sampling client, so that copies never use the same request ids."""
+        try:
+            sampling_session_id = validate.text(payload, "sampling_session_id")
+        except RequestError as error:
+            raise bad_request(str(error)) from error
+        if sampling_session_id not in self.ledger.samplers:
+            raise unknown(f"unknown sampler {sampling_session_id!r}. Samplers belong to one run; create it here first.")
+        number = await self.sessions.add_copy(sampling_session_id)
+        return {"type": "join_sampling_session", "client_counter": number}
+
+    async def cancel(self, payload: Payload) -> None:
+        """Stop a sample nobody waits for. One that is done stays done."""
+        try:
+            request_id = validate.text(payload, "request_id")
+        except RequestError as error:
+            raise bad_request(str(error)) from error
+        future = self.ledger.futures.get(request_id)
+        if future is None:
+            raise unknown(f"unknown request {request_id!r}: this gateway never accepted it.")
+        if future.target is None:
+            raise Refusal(
+                422,
+                f"request {request_id} is {future.op}; only samples can be cancelled. Other requests of a model build "
+                "on each other: end the session or the run instead.",
+            )
+        if future.done:
+            return
+        header = {
+            "request_id": f"{request_id}:cancel",
+            "op": "cancel",
+            "model_id": None,
+            "seq_id": None,
+            "digest": "",
+            "accepted_at": time.time(),
+            "cancels": request_id,
+        }
+        await self.intake.accept(self.workers.links[future.worker_index], header)
 
     # --- all ----------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinker_hpc.gateway.answers import Answer
+from tinker_hpc.gateway.completions import Completions, Target
+from tinker_hpc.gateway.wire import PROTOBUF
 
 MAX_ANSWER_BYTES = 256 * 2**20
 
@@ -26,6 +28,7 @@ class Future:
         digest: of the payload; a retry must have the same.
         reply: what the accepting endpoint answered (`reply_of`), to be answered again to a retry.
         facts: what encoding the answer needs of the request (`facts_of`).
+        target: the sampling client that sent it; None for anything but a sample.
         durable: done when the record is on disk, failed when it could not be written.
         done: it has a result (whose body may have left the memory).
     """
@@ -38,6 +41,7 @@ class Future:
     digest: str
     reply: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
+    target: Target | None = None
     durable: asyncio.Future[None] | None = None
     done: bool = False
     _changed: asyncio.Event | None = None
@@ -66,6 +70,7 @@ class FutureTable:
         self._pending: dict[int, dict[str, Future]] = {}
         self._answers: OrderedDict[str, Answer] = OrderedDict()
         self._answer_bytes = 0
+        self.completions = Completions()
         self._max_answer_bytes = max_answer_bytes
 
     def get(self, request_id: str) -> Future | None:
@@ -78,11 +83,15 @@ class FutureTable:
         self._futures[future.request_id] = future
         if not future.done:
             self._pending.setdefault(future.worker_index, {})[future.request_id] = future
+            if future.target is not None:
+                self.completions.expect(future.target, future.request_id)
 
     def drop(self, future: Future) -> None:
         """Forget a request that was not accepted after all."""
         self._futures.pop(future.request_id, None)
         self._pending.get(future.worker_index, {}).pop(future.request_id, None)
+        if future.target is not None:
+            self.completions.forget(future.target, future.request_id)
 
     def pending(self, worker_index: int) -> int:
         """How many accepted requests of that worker wait for a result."""
@@ -97,6 +106,9 @@ class FutureTable:
             future.done = True
             self._pending.get(future.worker_index, {}).pop(request_id, None)
             self.keep(request_id, answer)
+            if future.target is not None:
+                num_bytes = len(answer.body) if answer.media_type == PROTOBUF else None
+                self.completions.finished(future.target, request_id, num_bytes)
         future.wake()
 
     def keep(self, request_id: str, answer: Answer) -> None:
@@ -110,6 +122,12 @@ class FutureTable:
             _, oldest = self._answers.popitem(last=False)
             self._answer_bytes -= len(oldest.body)
 
+    def release(self, request_id: str) -> None:
+        """The client has the answer: its body leaves the memory. Asked for again it is read from the log."""
+        answer = self._answers.pop(request_id, None)
+        if answer is not None:
+            self._answer_bytes -= len(answer.body)
+
     def answer(self, request_id: str) -> Answer | None:
         """The answer, if it is still in memory."""
         return self._answers.get(request_id)
@@ -118,6 +136,7 @@ class FutureTable:
         """The worker's state changed: everybody who waits for it looks again."""
         for future in list(self._pending.get(worker_index, {}).values()):
             future.wake()
+        self.completions.wake()
 
     def __iter__(self) -> Iterator[Future]:
         return iter(list(self._futures.values()))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinker_hpc.gateway.answers import facts_of, failure, reply_of
+from tinker_hpc.gateway.completions import target_of
 from tinker_hpc.gateway.futures import Future, FutureTable
 
 
@@ -66,6 +67,7 @@ class Ledger:
 
     def enter(self, header: Mapping[str, Any], worker_index: int) -> Future:
         """Reserve the request id while the record is on its way to the disk."""
+        is_sample = "sample" in (header["op"], header.get("asked"))
         future = Future(
             request_id=header["request_id"],
             op=header["op"],
@@ -75,6 +77,7 @@ class Ledger:
             digest=header["digest"],
             reply=reply_of(header),
             facts=facts_of(header),
+            target=target_of(header["sampling_session_id"], header["seq_id"]) if is_sample else None,
         )
         self.futures.add(future)
         return future

@@ -10,10 +10,12 @@ import asyncio
 import time
 from typing import Any
 
+from tinker_hpc.errors import RequestError
+from tinker_hpc.gateway import sampling
 from tinker_hpc.gateway.answers import Answer, failure
 from tinker_hpc.gateway.futures import Future
 from tinker_hpc.gateway.ledger import Ledger
-from tinker_hpc.gateway.refusals import unknown
+from tinker_hpc.gateway.refusals import bad_request, unknown
 from tinker_hpc.gateway.workers import Workers
 
 HOLD_S = 40.0
@@ -21,6 +23,10 @@ HOLD_S = 40.0
 FIRST_HOLD_S = 3.0
 # Chunks of one call arrive in any order within milliseconds; a gap this old is a request that will never come.
 GAP_AFTER_S = 30.0
+# The SDK's patience with the question for a whole sampling client is 45 s, too.
+TELL_HOLD_S = 30.0
+# While the worker waits in the queue, one sample of each sampling client is asked for by itself, to say why.
+SCOUT_AFTER_S = 1.0
 
 
 class NotYet(Exception):
@@ -60,6 +66,38 @@ class Retrieval:
             if left_s <= 0:
                 raise NotYet(self._why(future, waited_s=time.monotonic() - started))
             await future.change(left_s)
+
+    async def completions(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Which samples of one sampling client are done: retrieve_futures.
+
+        Raises: Refusal 400 for a body that is none, 404 for a sampler that is not known here.
+        """
+        try:
+            target, cursor, timeout_s, retrieved = sampling.completions(payload)
+        except RequestError as error:
+            raise bad_request(str(error)) from error
+        sampler = self.ledger.samplers.get(target[0])
+        if sampler is None:
+            raise unknown(f"unknown sampler {target[0]!r}. Samplers belong to one run; create it here first.")
+        futures = self.ledger.futures
+        for request_id in retrieved:
+            future = futures.get(request_id)
+            if future is not None and future.target == target:
+                futures.release(request_id)
+        hold_s = min(TELL_HOLD_S, self.hold_s if timeout_s is None else timeout_s)
+        link = self.workers.links[sampler.worker_index]
+        started = time.monotonic()
+        while True:
+            waited_s = time.monotonic() - started
+            if link.hopeless() is not None:
+                futures.completions.give_up(target)
+            elif link.status.phase != "ready" and waited_s >= SCOUT_AFTER_S:
+                futures.completions.send_scout(target)
+            found, following = futures.completions.after(target, cursor)
+            if found or waited_s >= hold_s:
+                return {"completions": found, "cursor": following}
+            until_s = hold_s if waited_s >= SCOUT_AFTER_S else min(SCOUT_AFTER_S, hold_s)
+            await futures.completions.change(target, until_s - waited_s)
 
     async def _finished(self, future: Future) -> Answer | None:
         kept = self.ledger.futures.answer(future.request_id)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from tinker_hpc.base_models import BaseModel
+from tinker_hpc.gateway.completions import Target
 from tinker_hpc.gateway.prompt_asks import last_n, prompt_asks
-from tinker_hpc.gateway.validate import integer, number, refuse, seed
+from tinker_hpc.gateway.validate import integer, number, refuse, seed, text
 from tinker_hpc.gateway.wire import prompt_tokens
 
 MAX_NUM_SAMPLES = 4096
@@ -114,3 +115,23 @@ def _stop(value: Any, base: BaseModel) -> dict[str, Any]:
             refuse(f"stop has token id {beyond[0]}; {base.name} has ids 0 to {base.vocab_size - 1}.")
         return {"type": "tokens", "values": value}
     refuse(f"stop is {value!r}; give non-empty texts only, or token ids only.")
+
+
+def completions(payload: Mapping[str, Any]) -> tuple[Target, int, float | None, list[str]]:
+    """Judge a retrieve_futures body.
+
+    Returns: whose samples, the cursor of the client's last answer, how long to hold the question in seconds (None: as
+        we like), and the requests whose answers it has.
+    """
+    target = payload.get("target")
+    if not isinstance(target, Mapping) or target.get("type", "sampling_session") != "sampling_session":
+        refuse(f"target is {target!r}, expected a sampling session: {{sampling_session_id, cloned_sampler_id}}.")
+    copy = integer({"cloned_sampler_id": target.get("cloned_sampler_id", 0)}, "cloned_sampler_id")
+    cursor = integer({"prev_cursor": payload.get("prev_cursor", 0)}, "prev_cursor")
+    timeout = payload.get("timeout")
+    if timeout is not None and number("timeout", timeout) < 0:
+        refuse(f"timeout is {timeout}, expected 0 or more seconds.")
+    retrieved = payload.get("retrieved_request_ids") or []
+    if not isinstance(retrieved, list) or not all(isinstance(request_id, str) for request_id in retrieved):
+        refuse("retrieved_request_ids must be a list of texts.")
+    return (text(target, "sampling_session_id"), copy), cursor, timeout, retrieved

@@ -28,6 +28,7 @@ class Session:
         project_id: a label: sessions, and through them models and checkpoints, can be listed by it.
         finished: {reason, detail, at} once the client said so (first one wins).
         made_for: the idempotency key of the copy_weights this session was made for.
+        copies: by sampler, how many copies of its client (pickled, or made from a handle) have joined.
     """
 
     session_id: str
@@ -39,6 +40,7 @@ class Session:
     finished: dict[str, Any] | None = None
     project_id: str = DEFAULT_PROJECT
     made_for: str | None = None
+    copies: dict[str, int] = field(default_factory=dict)
 
 
 class Sessions:
@@ -109,6 +111,13 @@ class Sessions:
                 "at": time.time(),
             }
             await self._save()
+
+    async def add_copy(self, sampling_session_id: str) -> int:
+        """The number of one more copy of a sampling client, from 1; never given twice. Raises: Refusal 404, 503."""
+        session = self.get(sampling_session_id.partition(":")[0])
+        number = session.copies[sampling_session_id] = session.copies.get(sampling_session_id, 0) + 1
+        await self._save()
+        return number
 
     def heartbeat(self, session_id: str) -> None:
         """Raises: Refusal 410 if the session has finished: the SDK then stops beating."""

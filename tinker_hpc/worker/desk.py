@@ -63,6 +63,7 @@ class Desk:
         self._schedule = Schedule()
         self._backlog = 0
         self._touched: list[str] = []
+        self._sampling: dict[str, int] = {}  # samples under way: their seq by request id
         self._slice_started = self._last_poll = time.monotonic()
         self._slice_s = MIN_SLICE_S
 
@@ -75,6 +76,8 @@ class Desk:
             self._check()
             if self._backlog < BACKLOG_BYTES:
                 self._read()
+            if not self._redo.batches:
+                self._take_cancelled()
             batch = self._next_redo() if self._redo.batches else self._next_new()
             snapshot = self._snapshots.order()
             if batch is not None:
@@ -105,18 +108,21 @@ class Desk:
             self._read()
         if self._redo.batches:
             return []  # the next recorded batch comes when this one is done, as it did then
+        cancelled = self._take_cancelled()
         training = None
         if now - self._slice_started >= self._slice_s:
             training = self._next_new(sampling=False)
         samples = self._runnable(self._schedule.take_samples())
         snapshot = self._snapshots.order()
-        if not samples and training is None and snapshot is None:
+        if not samples and training is None and snapshot is None and not cancelled:
             return []
         joined = [*samples, *(training.requests if training else ())]
         for requests in (samples, training.requests if training else ()):
             if requests:
                 self._record_batch(requests)
-        return [Record({"command": "join", "num_samples": len(samples), "snapshot": snapshot}), *joined]
+        self._note_sampling(samples)
+        command = {"command": "join", "num_samples": len(samples), "snapshot": snapshot, "cancelled": cancelled}
+        return [Record(command), *joined]
 
     def coverage(self) -> Coverage:
         """What the state of this moment, between two batches, holds."""
@@ -138,6 +144,7 @@ class Desk:
         self._open.discard(request.header["seq"])
         if request.header["op"] != "sample":
             self._snapshots.changed()
+        self._sampling.pop(str(request.header.get("request_id")), None)
         answered = self._redo.is_answered(request)
         if answered:
             lost = self._difference(request, outcome)
@@ -163,13 +170,26 @@ class Desk:
         """Take in what is new in the log; whether there was anything."""
         new = self._guard(lambda: self._requests.poll(READ_BYTES))
         for request in new:
-            self._backlog += _size(request)
-            if request.header["op"] not in ("rejected", "close"):
+            if request.header["op"] == "cancel" and not self._redo.is_answered(request):
+                self._answer(request, None, {}, {})
+            if request.header["op"] not in ("cancel", "rejected", "close"):  # these never wait to run
+                self._backlog += _size(request)
                 self._open.add(request.header["seq"])
             for refusal in self._schedule.add(request):
                 self._backlog -= _size(request)
                 self._refuse(refusal)
         return bool(new)
+
+    def _take_cancelled(self) -> list[int]:
+        """Answer the samples that were cancelled before they ran. Returns the seqs of those under way."""
+        refusals, others = self._schedule.take_cancelled()
+        for refusal in refusals:
+            self._backlog -= _size(refusal.request)
+            self._refuse(refusal)
+        return [self._sampling[request_id] for request_id in others if request_id in self._sampling]
+
+    def _note_sampling(self, requests: Sequence[Record]) -> None:
+        self._sampling |= {str(r.header.get("request_id")): r.header["seq"] for r in requests}
 
     def _next_new(self, *, sampling: bool = True) -> Batch | None:
         """The schedule's next batch, without what was answered before and has no effect."""
@@ -219,6 +239,8 @@ class Desk:
         self._record_batch(requests)
         # Samples that are not run again still decide which snapshot was used longest ago.
         touched, self._touched = self._touched, []
+        if command == "sample":
+            self._note_sampling(requests)
         return [Record({"command": command, "touched": touched, "snapshot": snapshot}), *requests]
 
     def _record_batch(self, requests: Sequence[Record]) -> None:

@@ -64,11 +64,14 @@ class Loop:
                     self._desk.sampling_starts()
                 self._sample_step.run(requests, self._finish, self._admit, self._break_off)
 
-    def _admit(self) -> Sequence[Record]:
-        """Called between decode steps: samples that join. A training batch whose turn it is runs in here."""
+    def _admit(self) -> tuple[Sequence[Record], Sequence[int]]:
+        """Called between decode steps: samples that join, and the seqs of those that nobody wants any more.
+
+        A training batch whose turn it is runs in here.
+        """
         orders = self._ranks.broadcast(self._desk.orders_while_sampling() if self._desk else None)
         if not orders:
-            return []
+            return [], []
         self._take_snapshot(orders[0].header["snapshot"])
         num_samples = orders[0].header["num_samples"]
         training = orders[1 + num_samples :]
@@ -77,7 +80,7 @@ class Loop:
             self._train(training)
             if self._desk:
                 self._desk.training_done(time.monotonic() - started)
-        return orders[1 : 1 + num_samples]
+        return orders[1 : 1 + num_samples], orders[0].header["cancelled"]
 
     def _take_snapshot(self, order: Order | None) -> None:
         if order is not None:

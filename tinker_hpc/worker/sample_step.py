@@ -14,6 +14,7 @@ from tinker_hpc.errors import RequestError
 from tinker_hpc.log import Record
 from tinker_hpc.worker.batch import sample_result, to_sample
 from tinker_hpc.worker.ranks import EndWorker, Failure, Ranks, describe
+from tinker_hpc.worker.schedule import CANCELLED
 from tinker_hpc.worker.train_step import Answer, TrainStep
 
 Finish = Callable[[Record, Answer | Failure], None]
@@ -31,10 +32,12 @@ class SampleStep:
         self,
         requests: Sequence[Record],
         finish: Finish,
-        admit: Callable[[], Sequence[Record]],
+        admit: Callable[[], tuple[Sequence[Record], Sequence[int]]],
         break_off: Callable[[Sequence[Record], EndWorker], None],
     ) -> None:
         """Answer `requests` and those that `admit` brings between decode steps, each through `finish`.
+
+        Beside them `admit` gives the seqs of samples that were cancelled; they are answered with an error at once.
 
         A failure of the whole batch becomes the failure of everything unanswered in it; it never raises for a request.
         Raises: EndWorker, also from `finish` and `admit`; where ranks parted over the batch, after `break_off` with
@@ -58,6 +61,13 @@ class SampleStep:
                 arrived.append(record)
             return prepared
 
+        def admit_and_cancel() -> list[SampleRequest]:
+            joining, cancelled = admit()
+            for index, record in enumerate(arrived):
+                if record.header["seq"] in cancelled:
+                    self._engine.cancel_sample(index, CANCELLED)
+            return prepare(joining)
+
         def on_finished(index: int, result: SampleResult) -> None:
             answered.add(index)
             outcome = sample_result(arrived[index], result) if result.error is None else Failure("user", result.error)
@@ -65,7 +75,7 @@ class SampleStep:
 
         failure = None
         try:
-            self._engine.sample(prepare(requests), on_finished, lambda: prepare(admit()))
+            self._engine.sample(prepare(requests), on_finished, admit_and_cancel)
         except Exception as error:
             traceback.print_exc()
             failure = describe(error)

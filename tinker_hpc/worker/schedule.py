@@ -23,6 +23,7 @@ MAX_GROUP_TOKENS = 65_536
 """A group of passes ends here, so that others get their turn; one pass may be longer by itself."""
 PASS = "forward_backward"
 MODEL_OPS = frozenset({PASS, "optim_step", "save_state", "load_state", "save_sampler_weights"})
+CANCELLED = "this sample was cancelled by its client"
 _SAMPLING = "sampling"  # turn-taking key beside the models' ids, which hold a colon
 _OPENING = "opening"
 
@@ -80,6 +81,7 @@ class Schedule:
         self._opening: deque[Record] = deque()
         self._samples: dict[int, Record] = {}  # ready, by seq, in log order
         self._seen: set[str] = set()
+        self._cancelled: set[str] = set()
         self._turn = 0
         self._served: dict[str, int] = {}
         self.closing = False
@@ -108,6 +110,9 @@ class Schedule:
             return []
         if op == "sample":
             return self._add_sample(request)
+        if op == "cancel":
+            self._cancelled.add(header["cancels"])
+            return []
         return [Refusal(request, f"the worker does not know the operation {op!r}; are gateway and worker one version?")]
 
     def next_batch(self, *, sampling: bool = True) -> Batch | None:
@@ -136,6 +141,19 @@ class Schedule:
         if taken:
             self._serve(_SAMPLING)
         return taken
+
+    def take_cancelled(self) -> tuple[list[Refusal], set[str]]:
+        """Samples cancelled before they ran, taken out of the schedule; and the other cancelled request ids."""
+        if not self._cancelled:
+            return [], set()
+        cancelled, self._cancelled = self._cancelled, set()
+        lost = [request for request in self._samples.values() if request.header["request_id"] in cancelled]
+        for request in lost:
+            del self._samples[request.header["seq"]]
+        for sampler in self._samplers.values():
+            lost += [request for request in sampler.waiting if request.header["request_id"] in cancelled]
+            sampler.waiting = [request for request in sampler.waiting if request.header["request_id"] not in cancelled]
+        return [Refusal(request, CANCELLED) for request in lost], cancelled - {r.header["request_id"] for r in lost}
 
     def take(self, seqs: Sequence[int]) -> list[Record] | None:
         """Exactly these, in this order (a recorded batch, on redo). None, and nothing taken, if one is not ready."""

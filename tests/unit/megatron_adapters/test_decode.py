@@ -174,6 +174,29 @@ def test_requests_admitted_between_steps_join_the_batch() -> None:
     assert max(len(step) for step in forward.steps) == 2
 
 
+def test_a_cancelled_request_leaves_at_once_and_the_others_do_not_notice() -> None:
+    decoder, forward, cache = make_decoder(max_rows=4)
+    kept = request(max_tokens=20, seed=5)
+    running, waiting, short = request(max_tokens=30, num_samples=2), request(num_samples=9), request(max_tokens=2)
+    finished: list[int] = []
+    steps: list[int] = []
+
+    def admit() -> list[SampleRequest]:
+        steps.append(len(forward.steps))
+        if len(steps) == 4:
+            decoder.cancel(0, "not wanted")
+            decoder.cancel(2, "not wanted")
+        if len(steps) == 10:
+            decoder.cancel(3, "too late")
+        return []
+
+    results = decoder.run([running, kept, waiting, short], lambda index, _: finished.append(index), admit)
+    assert [result.error for result in results] == ["not wanted", None, "not wanted", None]
+    assert finished == [0, 2, 3, 1] and cache.num_live() == 0
+    assert tokens_of(results[1]) == tokens_of(make_decoder()[0].run([kept])[0])
+    assert [len(step) for step in forward.steps[:3]] == [4, 4, 4] and {len(s) for s in forward.steps[5:]} == {1}
+
+
 def test_stop_token_is_the_last_and_stop_string_is_found() -> None:
     decoder, _, _ = make_decoder()
     [free] = decoder.run([request(max_tokens=30)])

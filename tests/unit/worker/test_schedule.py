@@ -259,3 +259,33 @@ def test_recorded_samples_are_taken_too() -> None:
     schedule.add(one), schedule.add(two)
     assert schedule.take([two.header["seq"]]) == [two]
     assert seqs(schedule.next_batch()) == [one.header["seq"]]
+
+
+def test_cancelled_samples_leave_the_queue_and_the_others_stay():
+    schedule, log = Schedule(), Log()
+    schedule.add(log("open_sampler", sampling_session_id="open"))
+    drain(schedule)
+    schedule.add(log("open_sampler", sampling_session_id="later"))
+    ready, waiting = ([log("sample", sampling_session_id=sampler) for _ in range(3)] for sampler in ("open", "later"))
+    for request in (*ready, *waiting):
+        assert schedule.add(request) == []
+    for request_id in (ready[1].header["request_id"], waiting[0].header["request_id"], "running"):
+        assert schedule.add(log("cancel", cancels=request_id)) == []
+    refusals, others = schedule.take_cancelled()
+    assert [refusal.request for refusal in refusals] == [ready[1], waiting[0]] and others == {"running"}
+    assert all("cancelled by its client" in refusal.error for refusal in refusals)
+    assert schedule.take_cancelled() == ([], set())
+    ran = [request for batch in drain(schedule) for request in batch if request.header["op"] == "sample"]
+    assert ran == [ready[0], ready[2], *waiting[1:]]
+
+
+def test_a_recorded_batch_is_taken_whole_although_a_sample_of_it_was_cancelled():
+    schedule, log = Schedule(), Log()
+    schedule.add(log("open_sampler", sampling_session_id="open"))
+    drain(schedule)
+    samples = [log("sample", sampling_session_id="open") for _ in range(2)]
+    for request in samples:
+        schedule.add(request)
+    schedule.add(log("cancel", cancels=samples[0].header["request_id"]))
+    assert schedule.take([request.header["seq"] for request in samples]) == samples
+    assert schedule.take_cancelled() == ([], {samples[0].header["request_id"]})
