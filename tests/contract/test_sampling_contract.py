@@ -134,3 +134,20 @@ def test_many_at_once(base_sampler):
     answers = [tokens_of(future.result(WAIT_S)) for future in together]
     alone = tokens_of(sample(base_sampler, prompt=prompts[5], max_tokens=4, temperature=0, stop=[]))
     assert answers[5] == alone
+
+
+def test_the_gap_between_sampler_and_trainer_is_a_metric_of_every_pass(trained):
+    sampler = trained.save_weights_and_get_sampling_client().result(WAIT_S)
+    (sequence,) = sample(sampler, stop=[], max_tokens=8, seed=2).sequences
+    prompt = PROMPT.to_ints()
+    whole = [*prompt, *sequence.tokens]
+    zeros = [0.0] * (len(prompt) - 1)
+    for added, low, high in ((0.0, 0.0, 1e-4), (0.25, 0.249, 0.251)):
+        inputs = {
+            "target_tokens": whole[1:],
+            "logprobs": [*zeros, *(logprob + added for logprob in sequence.logprobs)],
+            "advantages": [*zeros, *[1.0] * 8],
+        }
+        datum = tinker.Datum(model_input=tinker.ModelInput.from_ints(whole[:-1]), loss_fn_inputs=inputs)
+        metrics = trained.forward([datum], "importance_sampling").result(WAIT_S).metrics
+        assert low <= metrics["sampler_gap:mean"] <= metrics["sampler_gap:max"] <= high

@@ -10,7 +10,10 @@ import click
 from tinker_hpc.cli.options import json_option
 from tinker_hpc.cli.output import emit, table
 
-_SHOWN = ("step", "loss_per_token", "grad_norm", "learning_rate", "num_tokens", "pass_time_s", "optim_time_s")
+_SHOWN = (
+    "step", "loss_per_token", "grad_norm", "learning_rate", "num_tokens", "sampler_gap_mean", "pass_time_s",
+    "optim_time_s",
+)  # fmt: skip
 
 
 @click.command()

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tinker_hpc.run_folder import PRIVATE_FILE
+from tinker_hpc.worker.sampler_gap import SamplerGap
+
+NO_GAP = SamplerGap()
 
 
 @dataclass
@@ -26,12 +29,20 @@ class StepMetrics:
     """Tokens with a weight or an advantage that is not 0."""
     num_tokens: int = 0
     pass_seconds: float = 0.0
+    gap_total: float = 0.0
+    gap_largest: float = 0.0
+    gap_tokens: int = 0
+    """A `SamplerGap` in plain numbers, as the others go into a snapshot."""
 
-    def add(self, *, loss_sum: float, num_loss_tokens: int, num_tokens: int, seconds: float) -> None:
+    def add(
+        self, *, loss_sum: float, num_loss_tokens: int, num_tokens: int, seconds: float, gap: SamplerGap = NO_GAP
+    ) -> None:
         self.loss_sum += loss_sum
         self.num_loss_tokens += num_loss_tokens
         self.num_tokens += num_tokens
         self.pass_seconds += seconds
+        gap = SamplerGap(self.gap_total, self.gap_largest, self.gap_tokens) + gap
+        self.gap_total, self.gap_largest, self.gap_tokens = gap.total, gap.largest, gap.num_tokens
 
     def line(
         self,
@@ -45,7 +56,7 @@ class StepMetrics:
     ) -> dict[str, Any]:
         """The line for optimizer step number `step` (from 1), request `seq`.
 
-        `loss_per_token` is None without loss tokens.
+        `loss_per_token` is None without loss tokens, `sampler_gap_mean` and `_max` without sampled ones.
         """
         return {
             "time": time.time(),
@@ -56,6 +67,8 @@ class StepMetrics:
             "loss_sum": self.loss_sum,
             "num_loss_tokens": self.num_loss_tokens,
             "num_tokens": self.num_tokens,
+            "sampler_gap_mean": self.gap_total / self.gap_tokens if self.gap_tokens else None,
+            "sampler_gap_max": self.gap_largest if self.gap_tokens else None,
             "grad_norm": optimizer.get("grad_norm:mean"),
             "learning_rate": learning_rate,
             "pass_time_s": self.pass_seconds,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tinker_hpc.worker.checkpoint import Checkpoint
 from tinker_hpc.worker.losses import bind
 from tinker_hpc.worker.metrics import MetricsFile, StepMetrics
 from tinker_hpc.worker.ranks import Ranks
+from tinker_hpc.worker.sampler_gap import sampler_gap
 
 Answer = tuple[dict[str, Any], Mapping[str, np.ndarray]]
 """Fields and arrays of a result."""
@@ -131,12 +132,15 @@ class TrainStep:
         loss_fn = bind(header["loss_fn"], header.get("loss_fn_config") or {})
         backward = not header["forward_only"]
         output = self._engine.run_pass(header["model_id"], data, loss_fn, backward=backward)
+        gap = sampler_gap(data, output.logprobs)
+        output = replace(output, metrics=output.metrics | gap.metrics())
         if backward:
             self._models[header["model_id"]].since_step.add(
                 loss_sum=output.loss_sum,
                 num_loss_tokens=num_loss_tokens(request),
                 num_tokens=int(request.arrays["tokens"].size),
                 seconds=time.monotonic() - started,
+                gap=gap,
             )
         return pass_result(output)
 
