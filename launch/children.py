@@ -22,7 +22,14 @@ class Child:
     """One process started by the supervisor, its output appended to a log."""
 
     def __init__(
-        self, name: str, argv: Sequence[str], env: Mapping[str, str], log: Path, *, cwd: str | None = None
+        self,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        log: Path,
+        *,
+        cwd: str | None = None,
+        umask: int = 0o077,
     ) -> None:
         self.name = name
         self.argv = tuple(argv)
@@ -38,6 +45,7 @@ class Child:
                 env=dict(env),
                 cwd=cwd,
                 start_new_session=True,
+                umask=umask,
                 preexec_fn=process_tree.child_setup(),  # noqa: PLW1509  the supervisor has one thread
             )
 

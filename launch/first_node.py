@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from launch import hub_view, memory_kills, process_tree, progress, scontrol
+from launch import hub_view, process_tree, progress, scontrol
 from launch.chain import MAX_IN_VAIN, SCANCELLED
 from launch.children import Child, loop_argv, loop_environment
 from launch.further_workers import FurtherWorkers, ServedRun
@@ -34,8 +34,9 @@ waits for a bad end, would not start."""
 class FirstNode(Node):
     """The node that owns the run's record; for a run also the gateway and the loop."""
 
-    def __init__(self, spec: JobSpec, run_folder: RunFolder, place: Place) -> None:
+    def __init__(self, spec: JobSpec, run_folder: RunFolder, place: Place, *, user_umask: int = 0o077) -> None:
         super().__init__(spec, run_folder, place)
+        self._user_umask = user_umask
         self.has_loop = spec.kind in ("run", "driver")
         self.has_ranks = spec.kind != "driver"
         self.record = RunRecord(run_folder, writes_status=spec.kind == "run")
@@ -159,7 +160,7 @@ class FirstNode(Node):
         One that raised is not: it would raise again. Nor one killed for want of memory, or thrice without asking
         anything new in between.
         """
-        if code not in (128 + signal.SIGKILL, 128 + signal.SIGTERM) or memory_kills.count() > self._kills_before:
+        if code not in (128 + signal.SIGKILL, 128 + signal.SIGTERM) or self.memory_kills():
             return False
         asked = progress.marks(self.run_folder)["requests"] != self._loop_since.get("requests")
         self._num_loops_in_vain = 0 if asked else self._num_loops_in_vain + 1
@@ -187,7 +188,8 @@ class FirstNode(Node):
                 "the shared filesystem.",
             )
         try:
-            self.loop = Child("loop", argv, env, self.run_folder.logs / "loop.log", cwd=folder)
+            log = self.run_folder.logs / "loop.log"
+            self.loop = Child("loop", argv, env, log, cwd=folder, umask=self._user_umask)
         except OSError as error:
             return self._end(127, "setup", f"cannot start {argv[0]!r} on node {self.place.hostname}: {error.strerror}")
         self.record.event("loop_started", pid=self.loop.pid)
@@ -245,7 +247,7 @@ class FirstNode(Node):
     ) -> int:
         """Write the outcome, then take everything down: ask, TERM, KILL."""
         elsewhere = self.ranks.kills_elsewhere if self.ranks else 0
-        kills = memory_kills.count() - self._kills_before + elsewhere
+        kills = self.memory_kills() + elsewhere
         if exit_code and kills and reason not in ("cancelled", "time_limit", "preempted"):
             asked = self.spec.memory_per_node or "the cluster's default"
             reason = "out_of_memory"

@@ -6,6 +6,7 @@ It takes its port and key from gateway.json again and everything else from the l
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 from launch.children import Child, gateway_argv, gateway_environment
@@ -16,6 +17,7 @@ from launch.run_record import RunRecord
 from tinker_hpc.run_folder import RunFolder
 
 _MAX_STARTS_PER_MINUTE = 5
+_KILLED = (128 + signal.SIGKILL, 128 + signal.SIGTERM)
 _PROBE_EVERY_S = 15.0
 _START_PATIENCE_S = 60.0
 """From its start to its first answer: imports from a cold shared filesystem take their time."""
@@ -66,7 +68,7 @@ class GatewayKeeper:
             return self._probe(self._child, in_use=in_use)
         text = self._child.log_text()
         said = (error_line(text) or last_lines(text, 3)).rstrip(".") or f"exit code {code}"
-        if not in_use:
+        if not in_use and code not in _KILLED:
             return f"the gateway could not start: {said}. Log: {self._child.log}"
         recent = [at for at in self._starts if time.monotonic() - at < 60]
         if len(recent) > _MAX_STARTS_PER_MINUTE:

@@ -11,6 +11,7 @@ _MAX_TRACEBACK_LINES = 200
 _RANK_PREFIX = re.compile(r"^\[?(?:rank|default)\s?\d+\]?:\s?")
 _AGENT_LINE = re.compile(r"^[IWE]\d{4} \d\d:\d\d:\d\d")
 _AGENT_VERDICT = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 _TRACEBACK = "Traceback (most recent call last):"
 # "ValueError: ...", "tinker_hpc.errors.WeightsError: ...", the last words of a worker's rank; not torch's own summary
 # of another process's failure.
@@ -72,8 +73,17 @@ def worker_words(text: str) -> str:
 
 
 def num_failed_starts(text: str) -> int:
-    """How often the agent saw its ranks fail (pure)."""
-    return len(_AGENT_VERDICT.findall(text))
+    """How often the agent saw its ranks fail by themselves, or be killed by a signal of their own making (pure).
+
+    Not those that somebody killed: they would have got ready.
+    """
+    return sum(int(code) not in _KILLED for code, _ in _AGENT_VERDICT.findall(text))
+
+
+def were_killed(text: str) -> bool:
+    """Whether the ranks' last failure in the agent's log is that somebody killed one (pure)."""
+    failures = _AGENT_VERDICT.findall(text)
+    return bool(failures) and int(failures[-1][0]) in _KILLED
 
 
 def last_lines(text: str, count: int = 15) -> str:

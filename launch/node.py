@@ -14,7 +14,7 @@ from typing import Any
 from launch import memory_kills
 from launch.children import Child, agent_argv, agent_environment
 from launch.job_spec import JobSpec
-from launch.log_tail import worker_words
+from launch.log_tail import were_killed, worker_words
 from launch.run_record import listed
 from tinker_hpc.run_folder import RunFolder, read_json, write_json
 
@@ -101,6 +101,10 @@ class Node:
         said = worker_words(self.agent.log_text()).rstrip(".")
         return f"the worker ended on {self.place.hostname} with exit code {exit_code}: {said}. Log: {self.agent.log}"
 
+    def memory_kills(self) -> int:
+        """How many processes of this job the kernel has killed on this node for want of memory."""
+        return memory_kills.count() - self._kills_before
+
     def say(self, text: str) -> None:
         """A line in this node's own log."""
         print(f"tinker_hpc {time.strftime('%H:%M:%S')} {self.place.hostname}: {text}", flush=True)
@@ -146,8 +150,10 @@ class OtherNode(Node):
 
     def _report(self, code: int, number: int) -> None:
         why = self.agent_failure(code)
-        kills = memory_kills.count() - self._kills_before
-        failure = {"error": why, "memory_kills": kills, "killed": code > 128}
+        assert self.agent is not None
+        kills = self.memory_kills()
+        killed = code > 128 or (were_killed(self.agent.log_text()) and not kills)
+        failure = {"error": why, "memory_kills": kills, "killed": killed}
         write_json(self.failure_file(self.place.node_rank, number), failure)
         self.say(why)
 

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from launch import progress
-from launch.log_tail import num_failed_starts
+from launch.log_tail import num_failed_starts, were_killed
 from launch.node import LISTING_POLL_S, POLL_S, Node
 from launch.run_record import RunRecord, listed
 from tinker_hpc.run_folder import read_json, write_json
@@ -73,13 +73,15 @@ class RanksKeeper:
             return
         code = agent.exit_code()
         if code is not None and code != 0:
-            self._agent_ended(self._node.agent_failure(code), killed=code > _SIGNALLED)
+            killed = code > _SIGNALLED or (were_killed(agent.log_text()) and not self._node.memory_kills())
+            self._agent_ended(self._node.agent_failure(code), killed=killed)
             return
         if code == 0 and self._has_loop:
             self._gone("the worker ended by itself, without a close request from this run")
         if time.monotonic() < self._next_listing:
             return
-        if self._record.worker_phase == "starting" and num_failed_starts(agent.log_text()) >= _EARLY_STARTS:
+        num_failed = num_failed_starts(agent.log_text()) + self._node.memory_kills()
+        if self._record.worker_phase == "starting" and num_failed >= _EARLY_STARTS:
             # Ranks that were never ready have nothing to resume, and loading a large model takes minutes each time.
             why = self._node.agent_failure(1)
             agent.kill()

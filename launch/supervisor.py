@@ -19,7 +19,8 @@ from launch import process_tree
 from launch.first_node import TERM_GRACE_S, FirstNode
 from launch.job_spec import JobSpec
 from launch.node import OtherNode, Place
-from tinker_hpc.run_folder import RunFolder, read_json
+from tinker_hpc.errors import DataRootError
+from tinker_hpc.run_folder import RunFolder, check_private, read_json
 
 
 class Supervise:
@@ -38,11 +39,31 @@ def supervise(run_folder: RunFolder, place: Place) -> int:
     if value is None:
         print(f"tinker_hpc: no {run_folder.spec} on {place.hostname}: is the data root on a shared filesystem?")
         return 1
+    try:
+        check_own(run_folder)
+    except DataRootError as error:
+        print(f"tinker_hpc: {error}", flush=True)
+        return 1
     spec = JobSpec.from_json(value)
     os.environ[process_tree.RUN_ID_VARIABLE] = spec.run_id
     process_tree.adopt_orphans()
-    node = FirstNode(spec, run_folder, place) if place.node_rank == 0 else OtherNode(spec, run_folder, place)
+    user_umask = os.umask(0o077)  # whatever is made for the run; the loop gets the user's own back
+    if place.node_rank == 0:
+        node: FirstNode | OtherNode = FirstNode(spec, run_folder, place, user_umask=user_umask)
+    else:
+        node = OtherNode(spec, run_folder, place)
     try:
         return node.run()
     finally:
         process_tree.end_below(os.getpid(), grace_s=TERM_GRACE_S)
+
+
+def check_own(run_folder: RunFolder) -> None:
+    """Refuse to work with a run folder that somebody else can read or may have written.
+
+    Raises: DataRootError naming what, and the command that closes it.
+    """
+    folders = [run_folder.slurm, run_folder.logs, run_folder.attempts, run_folder.jobs, run_folder.path / "workers"]
+    files = [run_folder.spec, run_folder.payload, run_folder.gateway]
+    for path in [run_folder.data_root, run_folder.path, *folders, *files]:
+        check_private(path)

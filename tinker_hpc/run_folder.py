@@ -138,6 +138,29 @@ def check_data_root(root: Path) -> Path:
     return root
 
 
+def check_private(path: Path) -> None:
+    """Refuse a file or folder that is not ours alone: others could read it, or have written what is in it.
+
+    Raises: DataRootError. A path that does not exist is private.
+    """
+    try:
+        info = path.lstat()
+    except FileNotFoundError:
+        return
+    if info.st_uid != os.getuid():
+        raise DataRootError(
+            f"{path} belongs to uid {info.st_uid}, not to you (uid {os.getuid()}): somebody else has put it there. "
+            "Nothing of this run is used; submit it again under a data root of your own.",
+            path=str(path),
+        )
+    if not stat.S_ISLNK(info.st_mode) and info.st_mode & 0o077:
+        raise DataRootError(
+            f"{path} has mode {stat.S_IMODE(info.st_mode):04o}: others on this cluster could read or change it. "
+            f"Run: chmod go= {path}",
+            path=str(path),
+        )
+
+
 def model_folder_name(model_id: str) -> str:
     """Folder name of a model id `<session>:train:<n>`; colons trouble PATH-like variables and rsync."""
     return model_id.replace(":", "_")

@@ -14,7 +14,8 @@ from slurm_machine import INSTALL, REPOSITORY, SlurmCluster
 
 _COMMANDS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "sshd", "unshare", "nsenter")
 
-_CLUSTERS = ("accounting", "bare")
+_CLUSTERS = {"accounting": 0, "faults": 150, "bare": 300}
+"""Each cluster's first port, within the 600 of this checkout."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,7 +43,7 @@ def make_cluster(name: str) -> SlurmCluster:
     """A cluster of this checkout's own: two checkouts may test at the same time, and so may its own two clusters."""
     checkout = zlib.crc32(str(REPOSITORY).encode())
     base = Path("/tmp") / f"tinker-hpc-slurm-{checkout:08x}-{name}" / "cluster"
-    return SlurmCluster(base, port_base=16_000 + 600 * (checkout % 6) + 300 * _CLUSTERS.index(name))
+    return SlurmCluster(base, port_base=16_000 + 600 * (checkout % 6) + _CLUSTERS[name])
 
 
 @pytest.fixture(scope="session")

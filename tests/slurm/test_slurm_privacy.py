@@ -57,3 +57,50 @@ def test_files_and_gateway_are_private(cluster: SlurmCluster) -> None:
     assert cluster.as_user("bob", "scancel", run["job_id"]).returncode != 0
     assert cluster.act("alice", "status", run["run_id"])["state"] == "RUNNING"
     assert cluster.act("bob", "status", run["run_id"])["error"] == "UnknownRunError"
+
+
+def test_another_user_of_the_node_learns_no_key_and_forges_nothing(cluster: SlurmCluster) -> None:
+    """What Slurm and the kernel show everybody: the job, its script, its processes. None of it holds the key."""
+    run = cluster.submit("sleep", "600", resources={"nodes": 2})
+    folder = cluster.run_folder(run["run_id"])
+    until(lambda: "loop_started" in cluster.events(run["run_id"]), timeout_s=60, what="the loop's start")
+    key = json.loads((folder / "gateway.json").read_text())["api_key"]
+
+    # Slurm: what bob can ask, and even what only alice can.
+    shown = cluster.as_user("bob", "scontrol", "show", "job", "-dd", run["job_id"])
+    assert run["job_id"] in shown.stdout and key not in shown.stdout
+    assert cluster.as_user("bob", "scontrol", "write", "batch_script", run["job_id"], "-").returncode != 0
+    script = cluster.as_user("alice", "scontrol", "write", "batch_script", run["job_id"], "-")
+    assert "#SBATCH" in script.stdout and key not in script.stdout
+    assert cluster.as_user("bob", "scontrol", "update", f"JobId={run['job_id']}", "Requeue=1").returncode != 0
+
+    # The kernel: the environments of the run's processes are for their owner's eyes only. The loop's does hold the key.
+    holders = 0
+    for pid in cluster.script("sh", "node1", "pgrep", "-u", "2001").stdout.split():
+        environ = f"/proc/{pid}/environ"
+        denied = cluster.script("sh", "node1", "setpriv", "--reuid=2002", "--clear-groups", "cat", environ, check=False)
+        assert denied.returncode != 0 and key not in denied.stdout
+        holders += key in cluster.script("sh", "node1", "cat", environ, check=False).stdout
+        assert key not in cluster.script("sh", "node1", "cat", f"/proc/{pid}/cmdline", check=False).stdout
+    assert holders == 1, "the loop, and nobody else: not the supervisor, whose environment the next job inherits"
+
+    # Files: nothing of the run is open to others, logs and Slurm's own output included.
+    closed = [path for path in folder.rglob("*") if path.lstat().st_mode & 0o077 and not path.is_symlink()]
+    assert [str(path.relative_to(folder)) for path in closed if path.parent != folder / "slurm"] == []
+
+    # A job of bob's that carries the run's name is not taken for one of the run.
+    cluster.as_user("bob", "sbatch", "-J", run["run_id"], "-o", "/dev/null", "--wrap", "sleep 60")
+    assert cluster.act("alice", "status", run["run_id"])["job_id"] == run["job_id"]
+    cluster.act("alice", "cancel", run["run_id"])
+    assert run["run_id"] in cluster.slurm("squeue", "-h", "-u", "bob", "-o", "%j"), "nor ended with it"
+
+
+def test_a_folder_that_others_can_read_is_refused(cluster: SlurmCluster) -> None:
+    """The job looks before it works: a data root that was opened since, or a gateway.json that is not its owner's."""
+    run = cluster.submit("true", cluster="later")
+    folder = cluster.run_folder(run["run_id"])
+    folder.chmod(0o755)
+    cluster.slurm("scontrol", "update", f"JobId={run['job_id']}", "StartTime=now")
+    log = folder / "slurm" / f"{run['job_id']}_0_log.out"
+    until(lambda: log.exists() and "chmod go=" in log.read_text(), timeout_s=60, what="the refusal in the job's log")
+    assert not (folder / "attempts").exists(), "nothing was begun"
