@@ -176,9 +176,13 @@ def test_preempted_without_grace(cluster: SlurmCluster, unharmed: Numbers) -> No
 def test_a_site_that_forbids_sbatch_on_its_nodes(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """The job finds out by being refused, has itself requeued instead, and writes down what it learned."""
     sites = cluster.home("alice") / "tinker_hpc_data" / "sites"
-    cluster.slurm("scontrol", "update", "PartitionName=low", "AllocNodes=login")
+    partition = ("scontrol", "update", "PartitionName=low")
     try:
+        # Every machine of this cluster has the login node's address, so nobody may submit once the run has been.
+        cluster.slurm(*partition, "State=DOWN")
         run = train(cluster, cluster="low", resources={"cpus_per_node": 8})
+        cluster.slurm(*partition, "AllocNodes=nowhere")
+        cluster.slurm(*partition, "State=UP")
         wait_for_steps(cluster, run, 3)
         assert json.loads((sites / "low.json").read_text())["continuation"] == "requeue"
         recovery = Recovery(cluster, run, "preempted where a job may only requeue itself")
@@ -187,7 +191,7 @@ def test_a_site_that_forbids_sbatch_on_its_nodes(cluster: SlurmCluster, unharmed
         assert numbers(cluster, run) == unharmed
         assert status_of(cluster, run)["job_ids"] == [run["job_id"]], "the same job, started twice"
     finally:
-        cluster.slurm("scontrol", "update", "PartitionName=low", "AllocNodes=ALL")
+        cluster.slurm(*partition, "AllocNodes=ALL", "State=UP")
         (sites / "low.json").unlink(missing_ok=True)
 
 
@@ -221,7 +225,7 @@ def test_killed_one_by_one(cluster: SlurmCluster, unharmed: Numbers) -> None:
     run = train(cluster)
     worker = str(cluster.run_folder(run["run_id"]) / "workers")
     victims = {
-        "rank": f"tinker_hpc.worker --worker-dir {worker}",
+        "rank": f"-m tinker_hpc.worker --worker-dir {worker}",
         "agent": f"torch.distributed.run.*{worker}",
         "gateway": f"tinker_hpc.gateway.*{run['run_id']}",
         "loop": "sft_loop.py",
