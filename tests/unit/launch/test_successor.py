@@ -1,0 +1,144 @@
+"""Which way a job is continued where a site refuses this or that, and in which order a run's jobs are ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from launch import lineage, site
+from launch.host import CommandResult
+from launch.job_spec import JobSpec
+from launch.submit import cancel
+from launch.submitted import SubmittedJob
+from launch.successor import Successor, take_back
+from tinker_hpc.config import ClusterProfile
+from tinker_hpc.run_folder import RunFolder, read_json, write_json
+
+FORBIDDEN = "sbatch: error: Batch job submission failed: Access/permission denied"
+LIMIT = (
+    "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates "
+    "accounting/QOS policy (job submit limit, user's size and/or time limits)"
+)
+
+
+class Queue:
+    """A host with a queue: jobs by id and state; refuses what it is told to refuse."""
+
+    def __init__(self, run_id: str, **jobs: str) -> None:
+        self.run_id = run_id
+        self.jobs = {job_id.lstrip("j"): state for job_id, state in jobs.items()}
+        self.refuses: dict[str, str] = {}
+        self.calls: list[str] = []
+        self.on_cancel: Callable[[], None] = lambda: None
+
+    def run(self, argv: Sequence[str], *, timeout_s: float = 60.0) -> CommandResult:
+        words = " ".join(argv)
+        self.calls.append(words)
+        for start, refusal in self.refuses.items():
+            if words.startswith(start):
+                return CommandResult(tuple(argv), 1, "", refusal)
+        out = ""
+        if argv[0] == "squeue":
+            out = "\n".join(f"{i}|{self.run_id}|{state}|None|0|0|0|0:01|n1" for i, state in self.jobs.items())
+        elif argv[0] == "sbatch":
+            job_id = str(max(map(int, self.jobs), default=0) + 1)
+            self.jobs[job_id] = "PENDING"
+            out = job_id
+        elif argv[0] == "scancel":
+            for job_id in argv[1:]:
+                if job_id in self.jobs:
+                    self.jobs[job_id] = "CANCELLED"
+            self.on_cancel()
+        return CommandResult(tuple(argv), 0, out + "\n", "")
+
+    def put(self, local: Path, remote: str) -> None:
+        raise AssertionError("not part of this")
+
+    def get(self, remote: str, local: Path) -> None:
+        raise AssertionError("not part of this")
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> RunFolder:
+    root = tmp_path / "root"
+    root.mkdir(mode=0o700)
+    folder = RunFolder.new(root, "r")
+    write_json(folder.submitted, SubmittedJob("7", "della", 0.0, folder.run_id, "slurm", str(folder.path)).to_json())
+    (folder.slurm / "7_submitted.pkl").write_bytes(b"pickle")
+    return folder
+
+
+def spec_of(folder: RunFolder) -> JobSpec:
+    return JobSpec(folder.run_id, "run", "r", "m", "/m", ClusterProfile("della"))
+
+
+def test_a_chain_where_nothing_is_refused(run_folder: RunFolder) -> None:
+    host = Queue(run_folder.run_id, j7="RUNNING")
+    successor = Successor(spec_of(run_folder), run_folder, host, "7")
+    assert successor.step() and successor.how == "chain"
+    (call,) = [call for call in host.calls if call.startswith("sbatch")]
+    assert "--dependency=afternotok:7 --kill-on-invalid-dep=yes" in call
+    assert [job.job_id for job in lineage.jobs_of(run_folder)] == ["7", "8"]
+    assert (run_folder.slurm / "8_submitted.pkl").read_bytes() == b"pickle"
+    assert not successor.step(), "once is enough"
+    # Started a second time (requeued by an administrator), it finds its successor in the queue.
+    again = Successor(spec_of(run_folder), run_folder, host, "7")
+    assert again.step() and again.how == "chain" and len(lineage.jobs_of(run_folder)) == 2
+    take_back(run_folder, host, own_job_id="7", run_id=run_folder.run_id)
+    assert host.jobs == {"7": "RUNNING", "8": "CANCELLED"}
+
+
+def test_a_site_without_sbatch_on_its_nodes_is_remembered(run_folder: RunFolder) -> None:
+    host = Queue(run_folder.run_id, j7="RUNNING")
+    host.refuses = {"sbatch": FORBIDDEN}
+    successor = Successor(spec_of(run_folder), run_folder, host, "7")
+    assert successor.step() and successor.how == "requeue"
+    assert "scontrol update JobId=7 Requeue=1" in host.calls
+    assert site.continuation(run_folder.data_root, spec_of(run_folder)) == "requeue"
+    assert FORBIDDEN in read_json(run_folder.data_root / "sites" / "della.json")["words"]
+    assert successor.requeue() and host.calls[-1] == "scontrol requeue 7"
+    host.calls.clear()
+    assert Successor(spec_of(run_folder), run_folder, host, "7").step()
+    assert not [call for call in host.calls if call.startswith("sbatch")], "not tried again"
+
+
+def test_neither_leaves_a_ladder_to_the_client(run_folder: RunFolder) -> None:
+    host = Queue(run_folder.run_id, j7="RUNNING")
+    host.refuses = {"sbatch": FORBIDDEN, "scontrol update": "Requested operation is presently disabled for job 7"}
+    first = Successor(spec_of(run_folder), run_folder, host, "7")
+    assert first.step() and first.how is None and first.hopeless and "disabled" in (first.trouble or "")
+    assert site.continuation(run_folder.data_root, spec_of(run_folder)) == "ladder"
+    host.jobs["8"] = "PENDING"  # a rung that the client submitted with the next run
+    rung = Successor(spec_of(run_folder), run_folder, host, "7")
+    assert rung.step() and rung.how == "ladder"
+
+
+def test_a_limit_is_no_property_of_the_site(run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Queue(run_folder.run_id, j7="RUNNING")
+    host.refuses = {"sbatch": LIMIT}
+    successor = Successor(spec_of(run_folder), run_folder, host, "7")
+    assert successor.step() and successor.how is None and "policy" in (successor.trouble or "")
+    assert site.continuation(run_folder.data_root, spec_of(run_folder)) == "chain"
+    assert not successor.step(), "not before half a minute has passed"
+    host.refuses = {}
+    later = time.monotonic() + 31
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert successor.step() and successor.how == "chain" and successor.trouble is None
+
+
+def test_those_that_wait_are_ended_first_and_latecomers_too(run_folder: RunFolder) -> None:
+    host = Queue(run_folder.run_id, j7="RUNNING", j8="PENDING")
+    late = iter(["9"])
+
+    def job_seven_submits_another() -> None:
+        for job_id in late:
+            host.jobs[job_id] = "PENDING"
+
+    host.on_cancel = job_seven_submits_another
+    cancel(lineage.jobs_of(run_folder), host=host)
+    assert set(host.jobs.values()) == {"CANCELLED"}
+    ended = [call.split()[2:] for call in host.calls if call.startswith("scancel")]
+    assert ended[0] == ["8"] and sorted(job_id for call in ended[1:] for job_id in call) == ["7", "9"]
