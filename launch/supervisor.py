@@ -65,5 +65,6 @@ def check_own(run_folder: RunFolder) -> None:
     """
     folders = [run_folder.slurm, run_folder.logs, run_folder.attempts, run_folder.jobs, run_folder.path / "workers"]
     files = [run_folder.spec, run_folder.payload, run_folder.gateway]
-    for path in [run_folder.data_root, run_folder.path, *folders, *files]:
+    # The data root itself may be behind a link that an administrator made.
+    for path in [run_folder.data_root.resolve(), run_folder.path, *folders, *files]:
         check_private(path)

@@ -317,8 +317,8 @@ def test_the_owners_scancel_ends_the_run(cluster: SlurmCluster) -> None:
 
 def test_resumed_after_a_cancel(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """Cancelled, then resumed with another number of ranks: the run goes on where the layout allows only 1e-5."""
-    run = train(cluster)
-    wait_for_steps(cluster, run, 5)
+    run = train(cluster, pause_s=1.5)
+    wait_for_steps(cluster, run, 3)
     refused = cluster.act("alice", "resume", run["run_id"])
     assert refused["error"] == "ConfigError" and "not over" in refused["message"]
     cluster.act("alice", "cancel", run["run_id"])
