@@ -139,15 +139,25 @@ def difference(left: Left, unharmed: Left) -> str:
 
 
 def bench(
-    cluster: SlurmCluster, *, num_runs: int, num_strikes: int, seed: int, parallel: int, fill: Path, stop_at: float
+    cluster: SlurmCluster,
+    *,
+    num_runs: int,
+    num_strikes: int,
+    seed: int,
+    parallel: int,
+    fill: Path,
+    stop_at: float,
+    out: Path | None = None,
 ) -> dict[str, Any]:
-    """Run it all; the report. No new run is begun after `stop_at` (unix seconds)."""
+    """Run it all; the report, also written to `out` after each run. No run is begun after `stop_at` (unix seconds)."""
     unharmed: dict[str, Left] = {}
     for loop in LOOPS:
         run = submit(cluster, loop)
         trouble = wait_for_end(cluster, run["run_id"])
         assert not trouble, f"the unharmed {loop} run failed: {trouble}"
         unharmed[loop] = left_by(RunFolder(cluster.run_folder(run["run_id"])))
+    finished: list[RunReport] = []
+    written = threading.Lock()
     reports = [RunReport(seed + i, sorted(LOOPS)[i % len(LOOPS)]) for i in range(num_runs)]
 
     def work(report: RunReport) -> RunReport | None:
@@ -159,11 +169,21 @@ def bench(
             f"seed {done.seed} {done.loop} {done.run_id}: {len(done.blows)} blows, {done.seconds:.0f} s, {words}",
             flush=True,
         )
+        with written:
+            finished.append(done)
+            if out is not None:
+                out.write_text(json.dumps(report_of(finished, num_strikes), indent=1))
         return done
 
     with ThreadPoolExecutor(parallel) as pool:
-        finished = [report for report in pool.map(work, reports) if report is not None]
-    return {**summary(finished), "num_strikes_planned": num_strikes, "runs": [asdict(report) for report in finished]}
+        list(pool.map(work, reports))
+    return report_of(finished, num_strikes)
+
+
+def report_of(finished: list[RunReport], num_strikes: int) -> dict[str, Any]:
+    """The whole report, runs by their seeds."""
+    ordered = sorted(finished, key=lambda report: report.seed)
+    return {**summary(ordered), "num_strikes_planned": num_strikes, "runs": [asdict(report) for report in ordered]}
 
 
 def summary(finished: list[RunReport]) -> dict[str, Any]:
@@ -230,6 +250,7 @@ def main() -> None:
             parallel=arguments.parallel,
             fill=fill,
             stop_at=began + 60 * arguments.minutes,
+            out=arguments.out,
         )
     finally:
         take_down(cluster)
