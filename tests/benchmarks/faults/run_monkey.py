@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -147,18 +148,19 @@ def bench(
     parallel: int,
     fill: Path,
     stop_at: float,
+    loops: Sequence[str] = tuple(LOOPS),
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Run it all; the report, also written to `out` after each run. No run is begun after `stop_at` (unix seconds)."""
     unharmed: dict[str, Left] = {}
-    for loop in LOOPS:
+    for loop in loops:
         run = submit(cluster, loop)
         trouble = wait_for_end(cluster, run["run_id"])
         assert not trouble, f"the unharmed {loop} run failed: {trouble}"
         unharmed[loop] = left_by(RunFolder(cluster.run_folder(run["run_id"])))
     finished: list[RunReport] = []
     written = threading.Lock()
-    reports = [RunReport(seed + i, sorted(LOOPS)[i % len(LOOPS)]) for i in range(num_runs)]
+    reports = [RunReport(seed + i, sorted(loops)[i % len(loops)]) for i in range(num_runs)]
 
     def work(report: RunReport) -> RunReport | None:
         if time.time() > stop_at:
@@ -237,6 +239,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the first run; the next has the next")
     parser.add_argument("--parallel", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no run after so long")
+    parser.add_argument("--loops", nargs="+", choices=sorted(LOOPS), default=sorted(LOOPS))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     cluster, fill = bring_up()
@@ -250,6 +253,7 @@ def main() -> None:
             parallel=arguments.parallel,
             fill=fill,
             stop_at=began + 60 * arguments.minutes,
+            loops=arguments.loops,
             out=arguments.out,
         )
     finally:
