@@ -3,6 +3,9 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# tinker-cookbook needs an older transformers than the worker; loop and worker need not share an environment.
+COOKBOOK := .venv-cookbook
+COOKBOOK_STAMP := $(COOKBOOK)/.installed
 PYTEST := $(BIN)/python -m pytest
 
 # One thread a process: several ranks share the cores, and oversubscription makes gloo tests crawl.
@@ -11,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lint unit distributed slurm end-to-end bench
+.PHONY: help env demo test check lint unit distributed slurm end-to-end cookbook cookbook-env bench
 
 help:
 	@echo "make demo        fine-tune a small model on this machine, no Slurm needed (about two minutes)"
@@ -20,6 +23,7 @@ help:
 	@echo "make distributed megatron parity against transformers + peft, several gloo ranks"
 	@echo "make slurm       the Slurm tier alone"
 	@echo "make end-to-end  whole loops: submit, train, sample, save, resume"
+	@echo "make cookbook    tinker-cookbook's recipes, unmodified, in an environment of their own (make cookbook-env)"
 	@echo "make bench       the benchmarks, long form; writes tests/benchmarks/results"
 
 env: $(STAMP)
@@ -36,7 +40,7 @@ $(STAMP): pyproject.toml requirements.txt
 demo: $(STAMP)
 	$(BIN)/python -m tinker_hpc.demo
 
-test: check distributed end-to-end slurm
+test: check distributed end-to-end cookbook slurm
 
 check: lint unit
 
@@ -54,6 +58,17 @@ distributed: $(STAMP)
 
 end-to-end: $(STAMP)
 	$(PYTEST) tests/end_to_end tests/contract -m "slow or not slow"
+
+cookbook-env: $(COOKBOOK_STAMP)
+
+$(COOKBOOK_STAMP): tests/cookbook/requirements.txt
+	$(PYTHON) -m venv $(COOKBOOK)
+	$(COOKBOOK)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(COOKBOOK)/bin/pip install --quiet --disable-pip-version-check -r tests/cookbook/requirements.txt
+	touch $(COOKBOOK_STAMP)
+
+cookbook: $(STAMP) $(COOKBOOK_STAMP)
+	$(PYTEST) tests/cookbook
 
 slurm: $(STAMP)
 	tests/slurm/install.sh

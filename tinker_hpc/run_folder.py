@@ -20,7 +20,7 @@
         traces/              gateway: timelines of sessions
         slurm/               submitit's own folder: scripts, pickles, job logs
         logs/                gateway.log, loop.log, worker-<node rank>.log
-        hub/                 supervisor: the loop's Hugging Face cache, links only (launch/hub_view.py)
+        hub/                 supervisor or session: the loop's Hugging Face cache, links only (launch/hub_view.py)
         workers/<k>/         one worker, one base model; from the second on a link to workers/0 of the run folder
                              `<run id>-w<k>`, because one job is one run folder
           worker.json        client, once: base_model, base_model_folder

@@ -7,6 +7,7 @@ base model is named. The keeper holds one end of a pipe; when this end goes, by 
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from launch import hub_view
 from launch.gateway_client import GatewayAddress, answers, read_address
 from launch.log_tail import last_lines, read_tail
 from launch.submit import submit as submit_job
@@ -65,6 +67,11 @@ class Session:
         self._served: list[_Served] = []
         self._closed = False
         self.folder = RunFolder.new(self._config.data_root, self._name)
+        mapping = self._config.base_models
+        self.hub_cache = (
+            hub_view.build(self.folder.path / "hub", mapping, hub_view.cache_folder(os.environ)) if mapping else None
+        )
+        """For HF_HUB_CACHE: where tokenizers are found by the hub names of `[base_models]`. None: there are none."""
         self._keeper = self._start_keeper()
         try:
             self._address = self._wait_for_gateway()

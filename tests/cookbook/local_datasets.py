@@ -46,19 +46,22 @@ def dialogue(a: int, b: int, answer: int) -> str:
 
 def write_all(folder: Path) -> None:
     """Every dataset of the recipes that the tier runs, under `folder`, by hub name."""
-    chats = {split: [{"messages": chat(a, b)} for a, b in sums(n, i)] for i, (split, n) in enumerate(
-        [("train", 64), ("test", 8)])}  # fmt: skip
+    # sl_basic's batches are of 128 and cannot be made smaller from its command line.
+    chats = {
+        split: [{"messages": chat(a, b)} for a, b in rows]
+        for split, rows in (("train", sums(128, 0)), ("test", sums(128, 1)))
+    }
     write(folder / "HuggingFaceH4" / "no_robots", chats)
     write(folder / "allenai" / "tulu-3-sft-mixture", {"train": [{"messages": chat(a, b)} for a, b in sums(1100, 2)]})
     grade_school = {
         split: [{"question": f"What is {a} + {b}?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"} for a, b in rows]
-        for split, rows in (("train", sums(64, 3)), ("test", sums(4, 4)))
+        for split, rows in (("train", sums(8, 3)), ("test", sums(4, 4)))
     }
     write(folder / "openai" / "gsm8k", grade_school, config="main")
     preferences = {
         split: [{"chosen": dialogue(a, b, a + b), "rejected": dialogue(a, b, a + b + 10)} for a, b in rows]
-        for split, rows in (("train", sums(64, 5)), ("test", sums(4, 6)))
+        for split, rows in (("train", sums(256, 5)), ("test", sums(4, 6)))
     }
     write(folder / "Anthropic" / "hh-rlhf", preferences)
-    deep = [{"question": f"What is {a} + {b}?", "final_answer": str(a + b)} for a, b in sums(64, 7)]
+    deep = [{"question": f"What is {a} + {b}?", "final_answer": str(a + b)} for a, b in sums(192, 7)]
     write(folder / "zwhe99" / "DeepMath-103K", {"train": deep})

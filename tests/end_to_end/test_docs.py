@@ -1,6 +1,6 @@
 """The documentation is true: its programs run, its commands, files and make targets exist.
 
-Convention for README.md, ARCHITECTURE.md and CONTRIBUTING.md, by a fence's first word:
+Convention for the pages below, by a fence's first word:
 
     ```python  ```bash    executed, in the repository's root, with a data root of its own; must exit with 0
     ```toml               must be a valid configuration file
@@ -23,7 +23,7 @@ from tinker_hpc.cli.main import COMMANDS
 from tinker_hpc.config import build_config
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/cookbook.md", "docs/learning.md")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -99,6 +99,8 @@ def test_every_make_target_named_exists() -> None:
 def test_every_file_named_exists() -> None:
     folders = "tinker_hpc|launch|megatron_adapters|slurm_templates|tests"
     named = set(re.findall(rf"`((?:{folders})/[\w/.-]*)`", prose()))
-    named |= {link for link in re.findall(r"\]\(([\w/.-]+)\)", prose())}
+    for page in PAGES:  # a link starts where its page is
+        links = re.findall(r"\]\(([\w/.-]+)\)", (ROOT / page).read_text())
+        named |= {str(Path(page).parent / link) for link in links}
     assert named
     assert sorted(name for name in named if not (ROOT / name).exists()) == []

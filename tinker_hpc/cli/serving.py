@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 
@@ -40,6 +41,8 @@ def serve(
             emit({"session_id": session.id, "base_url": session.base_url, "api_key": session.api_key})
         else:
             click.echo(f"export TINKER_BASE_URL={session.base_url}\nexport TINKER_API_KEY={session.api_key}")
+            if session.hub_cache is not None:
+                click.echo(f"export HF_HUB_CACHE={shlex.quote(str(session.hub_cache))}")
         reporter = Reporter(session.id)
         said: dict[int, str] = {}
         ended = None

@@ -118,7 +118,7 @@ def batch_of(
 
 def train(
     base_model: str,
-    num_steps: int = 40,
+    num_steps: int = 30,
     num_problems: int = 32,
     group_size: int = 8,
     learning_rate: float = 2e-3,
@@ -156,7 +156,7 @@ def main() -> None:
     """Command line entry: prints the result as one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base_model", help="hub name or folder, as the run or session serves it")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
     arguments = parser.parse_args()
     print(json.dumps(asdict(train(arguments.base_model, num_steps=arguments.steps))))
 
