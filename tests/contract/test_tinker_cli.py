@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import serving
 import tinker
+from click.testing import CliRunner
+from tinker.cli.__main__ import main_cli
+from tinker.cli.exceptions import TinkerCliError
 
 pytestmark = pytest.mark.slow
 
@@ -28,30 +33,46 @@ def state(trainer, request) -> str:
     return trainer.save_state(request.node.name.replace("[", "-").replace("]", "")).result(WAIT_S).path
 
 
+@dataclass
+class Ran:
+    stdout: str
+    stderr: str
+
+
 class Cli:
-    """Runs it with a home of its own."""
+    """Runs it in this process, with a home of its own: each start of the command would import the SDK anew."""
 
     def __init__(self, service: serving.Service, home: Path) -> None:
-        self.env = {**os.environ, "TINKER_BASE_URL": service.base_url, "TINKER_API_KEY": service.api_key}
+        self.env = {"TINKER_BASE_URL": service.base_url, "TINKER_API_KEY": service.api_key}
         self.env.update(HOME=str(home), NO_COLOR="1", COLUMNS="300")
         self.home = home
 
-    def run(self, *args: str, code: int = 0, **more: Any) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-W", "ignore", "-m", "tinker.cli", *args]
-        env = {**self.env, **more.pop("env", {})}
-        ran = subprocess.run(
-            argv, env=env, cwd=self.home, capture_output=True, text=True, timeout=120, check=False, **more
-        )
-        assert ran.returncode == code, (args, ran.stdout, ran.stderr)
-        return ran
+    def run(self, *args: str, code: int = 0, env: dict[str, str] | None = None, **more: Any) -> Ran:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = CliRunner().invoke(main_cli, list(args), env={**self.env, **(env or {})}, **more)
+        stderr, exit_code = result.stderr, result.exit_code
+        if isinstance(result.exception, TinkerCliError):  # what the command's own main() prints
+            stderr += f"Error: {result.exception.message}\n{result.exception.details}"
+        assert exit_code == code, (args, result.stdout, stderr, result.exception)
+        return Ran(result.stdout, stderr)
 
     def json(self, *args: str) -> Any:
         return json.loads(self.run("--format", "json", *args).stdout)
 
 
 @pytest.fixture
-def cli(service, tmp_path) -> Cli:
+def cli(service, tmp_path, monkeypatch) -> Cli:
+    monkeypatch.chdir(tmp_path)
     return Cli(service, tmp_path)
+
+
+def test_the_command_itself(cli):
+    command = [sys.executable, "-W", "ignore", "-m", "tinker.cli", "run", "info", "s-no:train:0"]
+    ran = subprocess.run(
+        command, env={**os.environ, **cli.env}, capture_output=True, text=True, timeout=WAIT_S, check=False
+    )
+    assert ran.returncode == 1 and "unknown training run 's-no:train:0'" in ran.stderr
 
 
 def test_version_and_models(cli, trainer):
