@@ -81,7 +81,7 @@ def build(desk: Desk, lookup: Lookup, retrieval: Retrieval, shelf: Shelf, *, run
         request_id = (await json_body(request)).get("request_id")
         iteration = request.headers.get("x-tinker-request-iteration", "0")
         try:
-            answer = await retrieval.answer(str(request_id), int(iteration) if iteration.isdigit() else 0)
+            answer = await retrieval.answer(str(request_id), int(iteration != "0"))
         except NotYet as not_yet:
             return json_response(not_yet.body, status=408)
         return Response(answer.body, media_type=answer.media_type)

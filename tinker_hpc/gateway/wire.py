@@ -22,6 +22,8 @@ import orjson
 
 from tinker_hpc.errors import RequestError
 
+# Far beyond any request, far below what Python's recursion takes.
+MAX_DEPTH = 64
 PROTOBUF = "application/x-protobuf"
 JSON = "application/json"
 
@@ -176,7 +178,11 @@ def _extent(tensor: WireTensor) -> tuple[object, ...]:
 def json_digest(payload: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
     """SHA-256 of a JSON body with sorted keys, leaving out keys that a retry is free to change."""
     kept = {key: value for key, value in payload.items() if key not in without}
-    return hashlib.sha256(orjson.dumps(kept, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    try:
+        data = orjson.dumps(kept, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # integers beyond 64 bits and lone surrogates, which it does not write
+        data = json.dumps(kept, sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -191,9 +197,31 @@ def parse_json(body: bytes) -> dict[str, Any]:
             value = json.loads(body)
         except ValueError as error:
             raise RequestError(f"the body ({len(body)} bytes) is not JSON: {error}") from error
+        except RecursionError as error:
+            raise _too_deep() from error
     if not isinstance(value, dict):
         raise RequestError(f"the body is JSON {type(value).__name__}, expected an object with named fields.")
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+        raise _too_deep()
     return value
+
+
+def _too_deep() -> RequestError:
+    return RequestError(f"the body is JSON nested more than {MAX_DEPTH} deep, which no request is.")
+
+
+def _deeper_than(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [
+            each
+            for container in level
+            for each in (container.values() if isinstance(container, dict) else container)
+            if isinstance(each, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def json_bytes(value: Any) -> bytes:
@@ -214,14 +242,18 @@ def prompt_tokens(prompt: Any) -> tuple[np.ndarray, tuple[str, ...]]:
     others: list[str] = []
     for chunk in chunks:
         kind = chunk.get("type", "encoded_text") if isinstance(chunk, dict) else type(chunk).__name__
-        if kind == "encoded_text":
-            tokens.extend(chunk.get("tokens") or ())
-        else:
+        if kind != "encoded_text":
             others.append(str(kind))
+        elif isinstance(chunk.get("tokens"), list):
+            tokens.extend(chunk["tokens"])
+        else:
+            raise RequestError(f"a chunk's tokens are {chunk.get('tokens')!r}, expected a list of integers.")
     try:
-        array = np.asarray(tokens, dtype=np.int64)
+        array = np.asarray(tokens) if tokens else np.empty(0, np.int64)
     except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"prompt tokens must be integers: {error}") from error
+    if array.dtype != np.int64 or array.ndim != 1:  # 5.5, True and lists of lists do not become ids silently
+        raise RequestError(f"prompt tokens must be integers; these make an array of {array.dtype} {array.shape}.")
     return array, tuple(others)
 
 

@@ -240,6 +240,25 @@ def test_json_digests_ignore_order_and_what_a_retry_may_change():
     assert one != wire.json_digest({"b": [2, 1], "n": 5, "a": 1}, without=("n",))
 
 
+@pytest.mark.parametrize("depth", [wire.MAX_DEPTH + 1, 900, 100_000])
+def test_json_nested_too_deep_is_refused(depth):
+    with pytest.raises(RequestError, match="nested more than 64 deep"):
+        wire.parse_json(b'{"a":' + b"[" * depth + b"]" * depth + b"}")
+    flat = wire.parse_json(b'{"a":' + b"[[1]]" + b',"b":[' + b"[]," * depth + b"[]]}")
+    assert len(flat["b"]) == depth + 1
+
+
+def test_digests_of_what_is_no_64_bit_integer_and_no_utf8():
+    digests = {wire.json_digest({"a": value}) for value in (10**30, 10**30 + 1, "\ud800", float("nan"))}
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize("tokens", [5, "56", [5.5], [True], [[5]], [2**70], ["5"], None])
+def test_prompt_tokens_are_integers_or_refused(tokens):
+    with pytest.raises(RequestError, match="integers"):
+        wire.prompt_tokens({"chunks": [{"type": "encoded_text", "tokens": tokens}]})
+
+
 def test_the_gateway_imports_neither_torch_nor_the_sdk():
     heavy = "('torch', 'transformers', 'tinker')"
     code = f"import sys, tinker_hpc.gateway.__main__; print([m for m in {heavy} if m in sys.modules])"
