@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,13 @@ def numbers(cluster: SlurmCluster, run: dict[str, Any]) -> Numbers:
     """Wait for a run's end; what its loop printed last, and what it saved."""
     result = cluster.act("alice", "result", run["run_id"], timeout_s=280)
     assert result.get("error") is None, result.get("message")
-    printed = json.loads((cluster.run_folder(run["run_id"]) / "logs" / "loop.log").read_text().splitlines()[-1])
+    return numbers_of(
+        cluster, json.loads((cluster.run_folder(run["run_id"]) / "logs" / "loop.log").read_text().splitlines()[-1])
+    )
+
+
+def numbers_of(cluster: SlurmCluster, printed: dict[str, Any]) -> Numbers:
+    """The same from what the loop printed."""
     model_id, _, name = printed["checkpoint"].removeprefix("tinker://").split("/")
     folder = checkpoint_folder(cluster.home("alice") / "tinker_hpc_data", model_id, "weights", name)
     digest = hashlib.sha256()
@@ -181,7 +188,7 @@ def test_a_site_that_forbids_sbatch_on_its_nodes(cluster: SlurmCluster, unharmed
         # Every machine of this cluster has the login node's address, so nobody may submit once the run has been.
         cluster.slurm(*partition, "State=DOWN")
         run = train(cluster, cluster="low", resources={"cpus_per_node": 8})
-        cluster.slurm(*partition, "AllocNodes=nowhere")
+        cluster.slurm(*partition, "AllocNodes=login")
         cluster.slurm(*partition, "State=UP")
         wait_for_steps(cluster, run, 3)
         assert json.loads((sites / "low.json").read_text())["continuation"] == "requeue"
@@ -347,3 +354,21 @@ def test_a_driver_of_its_own(cluster: SlurmCluster, unharmed: Numbers) -> None:
     assert cluster.events(run["run_id"]).count("loop_started") == 1, "the loop never knew"
     nothing_left(cluster, run)
     nothing_left(cluster, {"run_id": worker.name})
+
+
+def test_a_session_outlives_its_workers_job(cluster: SlurmCluster, unharmed: Numbers) -> None:
+    """The loop in a notebook on the login node; an administrator ends the worker's job under it."""
+    runs = cluster.home("alice") / "tinker_hpc_data" / "runs"
+    before = set(runs.glob("notebook-sft-*"))
+    with ThreadPoolExecutor(1) as pool:
+        argv = (str(TINY_MODEL), str(STEPS), "1.0")
+        notebook = pool.submit(cluster.program, "alice", "session_sft.py", *argv, timeout_s=280)
+        folder = until(lambda: set(runs.glob("notebook-sft-*")) - before, timeout_s=60, what="the session").pop()
+        run = {"run_id": folder.name}
+        wait_for_steps(cluster, run, 3)
+        recovery = Recovery(cluster, run, "a session's worker cancelled by root")
+        cluster.slurm("scancel", f"--name={folder.name}", "--state=RUNNING")
+        recovery.wait()
+        printed = notebook.result()
+    assert numbers_of(cluster, printed) == unharmed
+    nothing_left(cluster, run)

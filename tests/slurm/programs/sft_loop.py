@@ -14,9 +14,13 @@ import tinker
 SENTENCES = ("Q: what is two plus two? A: four, my friend.", "Q: what is the sea? A: blue, my friend.")
 
 
-def main(base_model: str, steps: int, pause_s: float = 0.0) -> dict[str, object]:
+def main(
+    base_model: str, steps: int, pause_s: float = 0.0, service: tinker.ServiceClient | None = None
+) -> dict[str, object]:
     """Train, save, and say what happened."""
-    client = tinker.ServiceClient().create_lora_training_client(base_model=base_model, rank=8, seed=1).result()
+    client = (
+        (service or tinker.ServiceClient()).create_lora_training_client(base_model=base_model, rank=8, seed=1).result()
+    )
     tokenizer = client.get_tokenizer()
     data = []
     for sentence in SENTENCES:
