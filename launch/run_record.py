@@ -33,6 +33,7 @@ class RunRecord:
         self._run_folder = run_folder
         self._writes_status = writes_status
         self._phase = ""
+        self._since = 0.0
 
     def event(self, event: str, **details: Any) -> None:
         """Append one line to `events.jsonl`, durable on return."""
@@ -51,9 +52,10 @@ class RunRecord:
         """Tell the gateway how the worker is. A session's status is written by the client's monitor instead."""
         if self._phase == "ended":
             return
-        self._phase = phase
+        if phase != self._phase:
+            self._phase, self._since = phase, time.time()
         if self._writes_status:
-            value = {"phase": phase, "reason": reason, "error": error, "since": time.time()}
+            value = {"phase": phase, "reason": reason, "error": error, "since": self._since}
             try:
                 write_json(self._run_folder.worker(0).status, value)
             except OSError as trouble:

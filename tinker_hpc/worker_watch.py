@@ -38,6 +38,8 @@ class WatchedWorker:
     first_seen: float
     written: tuple[str, str] | None = None
     """Phase and reason of status.json."""
+    since: float = 0.0
+    """When it came into that phase."""
 
 
 def phase_of(job: JobStatus, *, ready: bool) -> tuple[str, str, str | None]:
@@ -106,8 +108,10 @@ class WorkerWatch:
         assert status is not None, "a watched worker has a job"
         ready = attempts.takes_requests(own)
         phase, reason, error_text = phase_of(status, ready=ready)
+        if worker.written is None or worker.written[0] != phase:
+            worker.since = time.time()
         if (phase, reason) != worker.written:
-            value = {"phase": phase, "reason": reason, "error": error_text, "since": time.time()}
+            value = {"phase": phase, "reason": reason, "error": error_text, "since": worker.since}
             write_json(worker.folder.status, value)
             worker.written = (phase, reason)
 

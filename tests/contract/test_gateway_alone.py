@@ -198,7 +198,7 @@ def test_while_the_worker_waits_the_reason_is_told_soon(alone):
     reply = retrieve(alone, f"{model}:0")
     assert reply.status == 408 and time.monotonic() - started < 10
     assert reply.json["queue_state"] == "paused_capacity"
-    assert reply.json["queue_state_reason"] == "Slurm PENDING (Priority), job 8812"
+    assert reply.json["queue_state_reason"].startswith("Slurm PENDING (Priority), job 8812, since ")
 
 
 def test_a_worker_that_ended_fails_what_waits_and_what_comes(alone, processes):

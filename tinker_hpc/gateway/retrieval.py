@@ -123,6 +123,8 @@ class Retrieval:
         status = self.workers.links[future.worker_index].status
         if status.phase != "ready":
             reason = status.reason or {"queued": "the worker waits in the queue"}.get(status.phase, "the worker starts")
+            if status.since is not None:
+                reason += f", since {time.strftime('%a %H:%M', time.localtime(status.since))}"
             return {**body, "queue_state": "paused_capacity", "queue_state_reason": reason}
         missing = self.ledger.gap_before(future)
         if missing is not None and waited_s >= min(GAP_AFTER_S, self.hold_s):

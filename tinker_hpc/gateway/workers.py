@@ -35,6 +35,8 @@ class Status:
     phase: str = "starting"
     reason: str = ""
     error: str | None = None
+    since: float | None = None
+    """Unix seconds: when it came into this phase."""
 
     @classmethod
     def read(cls, path: Path) -> Status:
@@ -42,7 +44,12 @@ class Status:
         with contextlib.suppress(OSError, ValueError):
             value = read_json(path)
             if isinstance(value, dict):
-                return cls(str(value.get("phase", "starting")), str(value.get("reason") or ""), value.get("error"))
+                return cls(
+                    str(value.get("phase", "starting")),
+                    str(value.get("reason") or ""),
+                    value.get("error"),
+                    value.get("since"),
+                )
         return cls()
 
 
