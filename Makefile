@@ -72,7 +72,7 @@ cookbook: $(STAMP) $(COOKBOOK_STAMP)
 
 slurm: $(STAMP)
 	tests/slurm/install.sh
-	$(PYTEST) tests/slurm
+	$(PYTEST) tests/slurm -m "not slow"
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run_all.py

@@ -258,6 +258,7 @@ def test_slurm_itself_is_away(cluster: SlurmCluster, unharmed: Numbers) -> None:
 
 @pytest.mark.slow
 def test_slurmctld_down_for_two_minutes(cluster: SlurmCluster, unharmed: Numbers) -> None:
+    """The long form: pytest tests/slurm -m slow."""
     away(cluster, unharmed, seconds=120)
 
 
