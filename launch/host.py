@@ -79,6 +79,7 @@ class LocalHost:
                 f"`{argv[0]}` is not installed on this machine ({os.uname().nodename}). Run this on a login "
                 'node of the cluster, or use cluster="local".',
                 command=argv[0],
+                missing=True,
             ) from error
         except subprocess.TimeoutExpired as error:
             raise SlurmUnavailableError(

@@ -76,6 +76,8 @@ class Successor:
             job_id = submit_after(self._spec, self._run_folder, self._host, [f"afternotok:{self._job_id}"])
         except SlurmUnavailableError as error:
             self.trouble = str(error)
+            if getattr(error, "missing", False):
+                self._allow_requeue(str(error))
         except SubmissionError as error:
             words = str(getattr(error, "slurm_words", error))
             self.trouble = words

@@ -183,13 +183,14 @@ def test_preempted_without_grace(cluster: SlurmCluster, unharmed: Numbers) -> No
 def test_a_site_that_forbids_sbatch_on_its_nodes(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """The job finds out by being refused, has itself requeued instead, and writes down what it learned."""
     sites = cluster.home("alice") / "tinker_hpc_data" / "sites"
-    partition = ("scontrol", "update", "PartitionName=low")
+    refusal = cluster.base / "refuse-sbatch"  # what TACC's compute nodes have in its place
+    refusal.write_text(
+        "#!/bin/sh\necho 'Error: sbatch not available on compute nodes. Use a login node.' >&2\nexit 1\n"
+    )
+    refusal.chmod(0o755)
+    cluster.script("sh", "node1", "mount", "--bind", str(refusal), "/usr/bin/sbatch")
     try:
-        # Every machine of this cluster has the login node's address, so nobody may submit once the run has been.
-        cluster.slurm(*partition, "State=DOWN")
         run = train(cluster, cluster="low", resources={"cpus_per_node": 8})
-        cluster.slurm(*partition, "AllocNodes=login")
-        cluster.slurm(*partition, "State=UP")
         wait_for_steps(cluster, run, 3)
         assert json.loads((sites / "low.json").read_text())["continuation"] == "requeue"
         recovery = Recovery(cluster, run, "preempted where a job may only requeue itself")
@@ -198,7 +199,7 @@ def test_a_site_that_forbids_sbatch_on_its_nodes(cluster: SlurmCluster, unharmed
         assert numbers(cluster, run) == unharmed
         assert status_of(cluster, run)["job_ids"] == [run["job_id"]], "the same job, started twice"
     finally:
-        cluster.slurm(*partition, "AllocNodes=ALL", "State=UP")
+        cluster.script("sh", "node1", "umount", "/usr/bin/sbatch")
         (sites / "low.json").unlink(missing_ok=True)
 
 
