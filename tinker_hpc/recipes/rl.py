@@ -7,8 +7,8 @@ at its best guess: there is something to reinforce. Group-centred rewards as in 
 division by the standard deviation, arXiv:2503.20783), one optimizer step a batch, so the importance ratio is 1 but for
 rounding. A group whose answers are all right or all wrong says nothing and is left out.
 
-On tests/models/tiny-qwen3 with the defaults, expect: mean reward from 0.3 in the first steps to more than 0.6 in the
-last; about a minute on two cores.
+On tests/models/tiny-qwen3 with the defaults, expect: mean reward from 0.3 in the first steps to about 0.6 in the
+last, and on held-out sums from 0.26 to 0.69; about a minute on two cores.
 
 Legend: P problems of a batch, G answers to each (a group), T tokens of an answer. Every seed is given, so on one layout
 two runs are equal to the bit.
@@ -118,7 +118,7 @@ def batch_of(
 
 def train(
     base_model: str,
-    num_steps: int = 30,
+    num_steps: int = 40,
     num_problems: int = 32,
     group_size: int = 8,
     learning_rate: float = 2e-3,
@@ -156,7 +156,7 @@ def main() -> None:
     """Command line entry: prints the result as one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base_model", help="hub name or folder, as the run or session serves it")
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
     arguments = parser.parse_args()
     print(json.dumps(asdict(train(arguments.base_model, num_steps=arguments.steps))))
 
