@@ -17,10 +17,11 @@ import os
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from launch import process_tree, progress
 from launch.chain import WITHOUT_A_WORD, Attempt
+from launch.patience import until_written
 from launch.progress import Credit
 from tinker_hpc.run_folder import RunFolder, make_private, read_json, write_json
 
@@ -29,6 +30,7 @@ DEAD_AFTER_S = 6.0
 """A heart that has not moved for so long, by the watcher's own clock, has stopped."""
 _LONG_DEAD_S = 30.0
 """A heartbeat that is older by the two nodes' clocks needs no watching. Far more than clocks of one cluster differ."""
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _CLAIM = re.compile(r"claim-(\d{6,})")
 
 
@@ -37,7 +39,7 @@ def begin(run_folder: RunFolder, who: dict[str, Any]) -> int:
 
     Args: who: job_id, host, pid: for messages, and to see on the same host that the process is gone.
     """
-    folder = make_private(run_folder.attempts)
+    folder = until_written(lambda: make_private(run_folder.attempts))
     me = process_tree.identity(os.getpid())
     text = json.dumps(
         {**who, "process_start": me.start if me else None, "claimed_at": time.time(), **progress.marks(run_folder)}
@@ -45,13 +47,11 @@ def begin(run_folder: RunFolder, who: dict[str, Any]) -> int:
     while True:
         number = holder(run_folder) + 1
         try:
-            descriptor = os.open(folder / _name("claim", number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            descriptor = until_written(lambda number=number: os.open(folder / _name("claim", number), _NEW, 0o600))
         except FileExistsError:  # another job was a moment faster: go above it
             continue
         with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            until_written(lambda file=file: _write(file, text))
         beat(run_folder, number)
         return number
 
@@ -181,6 +181,12 @@ def progressed(run_folder: RunFolder, number: int, *, credit: Credit) -> bool:
     """Whether an attempt brought the run forward (progress.py)."""
     claims = claim_of(run_folder, number), claim_of(run_folder, number + 1)
     return progress.made(run_folder, *claims, credit=credit)
+
+
+def _write(file: TextIO, text: str) -> None:
+    """All of it from the beginning, durable."""
+    os.pwrite(file.fileno(), text.encode(), 0)
+    os.fsync(file.fileno())
 
 
 def _read_beat(run_folder: RunFolder, number: int) -> float | None:

@@ -16,6 +16,7 @@ from launch.gateway_keeper import GatewayKeeper
 from launch.job_spec import JobSpec
 from launch.log_tail import error_line, last_lines, last_traceback
 from launch.node import CLOSE_GRACE_S, LISTING_POLL_S, POLL_S, Node, Place
+from launch.patience import passes
 from launch.ranks_keeper import RanksKeeper
 from launch.run_record import RunRecord
 from launch.tenure import Tenure
@@ -178,6 +179,8 @@ class FirstNode(Node):
         try:
             env |= self._hub_environment()
         except (TinkerHpcError, OSError) as error:
+            if isinstance(error, OSError) and passes(error):
+                return None  # the next step tries again
             return self._end(1, "setup", f"cannot show the loop its base models' folders: {error}")
         folder = self.spec.working_folder or os.path.expanduser("~")
         if not os.path.isdir(folder):
@@ -191,6 +194,8 @@ class FirstNode(Node):
             log = self.run_folder.logs / "loop.log"
             self.loop = Child("loop", argv, env, log, cwd=folder, umask=self._user_umask)
         except OSError as error:
+            if passes(error):
+                return None
             return self._end(127, "setup", f"cannot start {argv[0]!r} on node {self.place.hostname}: {error.strerror}")
         self.record.event("loop_started", pid=self.loop.pid)
         return None

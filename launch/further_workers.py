@@ -13,6 +13,7 @@ import time
 from launch import attempts, lineage, process_tree
 from launch.children import Child, worker_watch_argv
 from launch.monitor import job_statuses
+from launch.patience import until_written
 from launch.run_record import listed
 from launch.submit import cancel
 from tinker_hpc.errors import TinkerHpcError
@@ -38,7 +39,7 @@ class FurtherWorkers:
         if self._folders and (self._watch is None or self._watch.exit_code() is not None):
             env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
             log = self._run_folder.logs / "worker_watch.log"
-            self._watch = Child("worker_watch", worker_watch_argv(self._run_folder), env, log)
+            self._watch = until_written(lambda: Child("worker_watch", worker_watch_argv(self._run_folder), env, log))
 
     def end(self, *, deadline: float) -> None:
         """End their jobs: those that run get until `deadline` (monotonic) to go by themselves."""

@@ -13,6 +13,7 @@ from launch.children import Child, gateway_argv, gateway_environment
 from launch.gateway_client import GatewayAddress, answers, read_address
 from launch.job_spec import JobSpec
 from launch.log_tail import error_line, last_lines
+from launch.patience import until_written
 from launch.run_record import RunRecord
 from tinker_hpc.run_folder import RunFolder
 
@@ -42,12 +43,8 @@ class GatewayKeeper:
         now = time.monotonic()
         self._starts.append(now)
         self._answered_at, self._next_probe = now, now + _PROBE_EVERY_S
-        self._child = Child(
-            "gateway",
-            gateway_argv(self._run_folder),
-            gateway_environment(self._spec, os.environ),
-            self._run_folder.logs / "gateway.log",
-        )
+        argv, env = gateway_argv(self._run_folder), gateway_environment(self._spec, os.environ)
+        self._child = until_written(lambda: Child("gateway", argv, env, self._run_folder.logs / "gateway.log"))
 
     def address(self) -> GatewayAddress | None:
         """Where the process started last listens; None until it answers."""

@@ -15,6 +15,7 @@ from launch import memory_kills
 from launch.children import Child, agent_argv, agent_environment
 from launch.job_spec import JobSpec
 from launch.log_tail import were_killed, worker_words
+from launch.patience import until_written
 from launch.run_record import listed
 from tinker_hpc.run_folder import RunFolder, read_json, write_json
 
@@ -154,7 +155,7 @@ class OtherNode(Node):
         kills = self.memory_kills()
         killed = code > 128 or (were_killed(self.agent.log_text()) and not kills)
         failure = {"error": why, "memory_kills": kills, "killed": killed}
-        write_json(self.failure_file(self.place.node_rank, number), failure)
+        until_written(lambda: write_json(self.failure_file(self.place.node_rank, number), failure))
         self.say(why)
 
     def take_signals_to_stop(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from launch import progress
 from launch.log_tail import num_failed_starts, were_killed
 from launch.node import LISTING_POLL_S, POLL_S, Node
+from launch.patience import until_written
 from launch.run_record import RunRecord, listed
 from tinker_hpc.run_folder import read_json, write_json
 
@@ -118,17 +119,15 @@ class RanksKeeper:
         endpoint = None
         if self._spec.nodes > 1:
             endpoint = (self._node.place.hostname, _free_port())
-            write_json(
-                self._run_folder.worker(0).rendezvous,
-                {
-                    "host": endpoint[0],
-                    "port": endpoint[1],
-                    "start": self._node.place.start,
-                    "attempt": self._attempt,
-                    "round": self._round,
-                },
-            )
-        self._node.start_agent(endpoint)
+            meeting = {
+                "host": endpoint[0],
+                "port": endpoint[1],
+                "start": self._node.place.start,
+                "attempt": self._attempt,
+                "round": self._round,
+            }
+            until_written(lambda: write_json(self._run_folder.worker(0).rendezvous, meeting))
+        until_written(lambda: self._node.start_agent(endpoint))
 
     def _gone(self, why: str) -> None:
         """From here on the gateway answers every open future with this error."""

@@ -76,7 +76,7 @@ class RunRecord:
             "traceback": traceback,
             "ended_at": time.time(),
         }
-        for wait_s in (0.5, 2.0, 0.0):
+        for wait_s in (0.5, 2.0, 5.0, 10.0, 30.0, 0.0):
             try:
                 write_json(self._run_folder.outcome, value)
                 break

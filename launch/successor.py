@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from launch import lineage, site
 from launch.host import Host
 from launch.job_spec import JobSpec
+from launch.patience import until_written
 from launch.sbatch import sbatch
 from launch.squeue import live_jobs
 from launch.submitted import SubmittedJob
@@ -93,9 +94,10 @@ class Successor:
         if result.ok:
             self.how, self.trouble = "requeue", None
             if words:
-                site.learn(self._run_folder, self._spec, "requeue", words)
+                until_written(lambda: site.learn(self._run_folder, self._spec, "requeue", words))
             return
-        site.learn(self._run_folder, self._spec, "ladder", f"{words} {result.words}".strip())
+        said = f"{words} {result.words}".strip()
+        until_written(lambda: site.learn(self._run_folder, self._spec, "ladder", said))
         self.trouble, self.hopeless = result.words, not self._waiting()
         self.how = None if self.hopeless else "ladder"
 
@@ -127,7 +129,8 @@ def submit_after(spec: JobSpec, run_folder: RunFolder, host: Host, dependencies:
         options=(f"--dependency={','.join(dependencies)}", "--kill-on-invalid-dep=yes"),
         known=[job.job_id for job in earlier],
     )
-    give_pickle(run_folder, earlier[0].job_id, job_id)
+    # The job is in the queue: it needs its pickle, and the run must know it.
+    until_written(lambda: give_pickle(run_folder, earlier[0].job_id, job_id))
     job = SubmittedJob(
         job_id=job_id,
         cluster=spec.cluster.name,
@@ -136,7 +139,7 @@ def submit_after(spec: JobSpec, run_folder: RunFolder, host: Host, dependencies:
         executor="slurm",
         run_folder=str(run_folder.path),
     )
-    lineage.remember(run_folder, job)
+    until_written(lambda: lineage.remember(run_folder, job))
     return job_id
 
 

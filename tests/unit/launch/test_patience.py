@@ -1,0 +1,72 @@
+"""A disk that refuses for a while is waited for; what will not pass is not."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from launch import attempts
+from launch.patience import passes, until_written
+from tinker_hpc.errors import DataRootError
+from tinker_hpc.run_folder import RunFolder
+
+
+class Disk:
+    """Refuses so many times."""
+
+    def __init__(self, times: int, error: OSError) -> None:
+        self.times, self.error, self.slept = times, error, 0.0
+
+    def write(self) -> str:
+        if self.times:
+            self.times -= 1
+            raise self.error
+        return "written"
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += seconds
+
+
+def wrapped(number: int) -> DataRootError:
+    try:
+        try:
+            raise OSError(number, "no")
+        except OSError as error:
+            raise DataRootError("cannot write") from error
+    except DataRootError as error:
+        return error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EDQUOT, "quota"), wrapped(errno.EROFS)])
+def test_it_is_waited_for(error: OSError, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = Disk(5, error)
+    assert until_written(disk.write, sleep=disk.sleep) == "written" and disk.slept == 5.0
+    assert capsys.readouterr().out.count("the disk refuses") == 1, "said once a minute, not each time"
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "closed"), wrapped(errno.EACCES), DataRootError("x")])
+def test_what_will_not_pass_is_raised(error: OSError) -> None:
+    assert not passes(error)
+    with pytest.raises(OSError):
+        until_written(Disk(1, error).write, sleep=lambda _: None)
+
+
+def test_a_claim_on_a_full_disk_is_made_when_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name can be made on a full disk, what is in it not: the claim is completed, not made a second time."""
+    root = tmp_path / "root"
+    root.mkdir(mode=0o700)
+    folder = RunFolder.new(root, "r")
+    refusals = iter([OSError(errno.ENOSPC, "full")] * 2)
+    real = attempts.os.pwrite
+
+    def pwrite(*arguments: object) -> int:
+        if (error := next(refusals, None)) is not None:
+            raise error
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attempts.os, "pwrite", pwrite)
+    monkeypatch.setattr("launch.patience._PAUSE_S", 0.0)
+    assert attempts.begin(folder, {"job_id": "1", "host": "n", "pid": 1}) == 1
+    assert attempts.claim_of(folder, 1)["job_id"] == "1" and attempts.holder(folder) == 1
