@@ -1,6 +1,7 @@
 """Adapters on disk: PEFT's files with canonical full matrices, so that any layout loads any other's.
 
-adapter_model.safetensors   base_model.model.<path>.lora_{A,B}.weight, float32, exactly PEFT's names and shapes
+adapter_model.safetensors   base_model.model.<path>.lora_{A,B}.weight, float32, exactly PEFT's names and shapes; experts
+                            stacked (adapter_tensors.py), which an export turns into PEFT's
 adapter_config.json         PEFT's LoraConfig
 optimizer.safetensors       <the same key>.exp_avg and .exp_avg_sq; metadata "step"
 gradients.safetensors       in a worker's snapshots alone, see training_state.py
@@ -9,22 +10,24 @@ gradients.safetensors       in a worker's snapshots alone, see training_state.py
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tinker_hpc.errors import WeightsError
 
+from .adapter_tensors import AdapterTensors
 from .adapters import Adapter, LoraPair, LoraWeights, Shard, peft_key, shard_layout
 from .families import Architecture
-from .projections import ATTENTION, MLP, UNEMBED, Projection, projections
+from .interface import Layout
+from .placement import Place, place_of, stage_layers
+from .projections import ATTENTION, EXPERT_NAMES, MLP, UNEMBED, projections
 from .runtime import Runtime, on_rank_zero
 from .weights import check_tensors
 
@@ -54,6 +57,7 @@ class AdapterConfig:
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    per_expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,28 +83,29 @@ class HostCopy:
             save_file(self.gradients, folder / GRADIENTS_FILE, metadata={"format": "pt"})
 
 
-def collect(adapter: Adapter, runtime: Runtime, *, optimizer: bool, base_model: str) -> HostCopy:
+def collect(adapter: Adapter, runtime: Runtime, arch: Architecture, *, optimizer: bool, base_model: str) -> HostCopy:
     """The adapter as it is now; what happens to it afterwards does not show in the copy.
 
-    Collectives: in the first data-parallel copy one all-gather per buffer over the TP group.
+    Collectives: `gather` of each buffer.
     """
-    weights = gather(adapter.shards, adapter.weights, runtime)
+    lora = adapter.lora
+    weights = gather(lora, adapter.weights, runtime, arch)
     moments: dict[str, Tensor] = {}
     if optimizer:
         for name, flat in (("exp_avg", adapter.exp_avg), ("exp_avg_sq", adapter.exp_avg_sq)):
-            moments |= {f"{key}.{name}": x for key, x in gather(adapter.shards, flat, runtime).items()}
-    config = peft_config(adapter.lora.rank, adapter.lora.alpha, adapter.lora.targets, base_model)
-    return HostCopy(config, weights, moments, adapter.step)
+            moments |= {f"{key}.{name}": x for key, x in gather(lora, flat, runtime, arch).items()}
+    return HostCopy(peft_config(lora.rank, lora.alpha, lora.targets, base_model), weights, moments, adapter.step)
 
 
-def save(adapter: Adapter, runtime: Runtime, folder: Path, *, optimizer: bool, base_model: str) -> None:
+def save(
+    adapter: Adapter, runtime: Runtime, arch: Architecture, folder: Path, *, optimizer: bool, base_model: str
+) -> None:
     """Write the adapter into `folder`; rank 0 writes.
 
     Raises: OSError, on every rank, if rank 0 could not write.
-    Collectives: in the first data-parallel copy one all-gather per buffer over the TP group; then one broadcast over
-        the control group, after which the files are there.
+    Collectives: those of `collect`; then one broadcast over the control group, after which the files are there.
     """
-    copy = collect(adapter, runtime, optimizer=optimizer, base_model=base_model)
+    copy = collect(adapter, runtime, arch, optimizer=optimizer, base_model=base_model)
     on_rank_zero(runtime, lambda: copy.write(folder))
 
 
@@ -141,101 +146,126 @@ def read_config(folder: Path, arch: Architecture) -> AdapterConfig:
         raise WeightsError(f"{folder / CONFIG_FILE} sets {', '.join(foreign)}; only plain LoRA can be loaded.")
     if not isinstance(config.get("r"), int) or config["r"] < 1 or "lora_alpha" not in config:
         raise WeightsError(f"{folder / CONFIG_FILE} has no usable r and lora_alpha. Is it a LoRA adapter?")
-    with open_file(folder / WEIGHTS_FILE) as file:
-        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    with AdapterTensors(folder / WEIGHTS_FILE) as file:
+        found = file.shapes()
     paths = [key.removeprefix(PREFIX).removesuffix(SUFFIX_A) for key in found if key.endswith(SUFFIX_A)]
     present = {path.rsplit(".", 1)[-1] for path in paths}
-    targets = tuple(name for name in ATTENTION + MLP + UNEMBED if name in present)
-    wanted = projections(arch, targets)
-    check_tensors(found, _expected_shapes(wanted, config["r"]), str(folder / WEIGHTS_FILE))
-    return AdapterConfig(config["r"], float(config["lora_alpha"]), targets)
+    targets = tuple(name for name in ATTENTION + MLP + UNEMBED if name in present or EXPERT_NAMES.get(name) in present)
+    per_expert = any(found[key][0] > 1 for key in found if ".experts.w" in key and "w2" not in key and "lora_A" in key)
+    per_expert |= any(found[key][0] > 1 for key in found if key.endswith(".experts.w2.lora_B.weight"))
+    check_tensors(found, _expected_shapes(arch, targets, config["r"], per_expert), str(folder / WEIGHTS_FILE))
+    return AdapterConfig(config["r"], float(config["lora_alpha"]), targets, per_expert)
 
 
 @torch.no_grad()
-def load(adapter: Adapter, folder: Path, *, optimizer: bool) -> None:
+def load(adapter: Adapter, arch: Architecture, folder: Path, *, optimizer: bool) -> None:
     """Fill a freshly built adapter of the right rank and targets; without `optimizer` its moments stay zero.
 
     Raises: WeightsError; with optimizer=True also if there is no optimizer state. Collectives: none.
     """
     if not optimizer:
-        with open_file(folder / WEIGHTS_FILE) as file:
+        with AdapterTensors(folder / WEIGHTS_FILE) as file:
             read_into(adapter, adapter.weights, file, "")
         return
+    lora = adapter.lora
     # Look at the second file before the first is copied: a failed load must leave the adapter as it was.
-    with open_file(folder / OPTIMIZER_FILE) as file:
-        expected = {f"{s.key}.{name}": s.full_shape for s in adapter.shards for name in ("exp_avg", "exp_avg_sq")}
-        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        check_tensors(found, expected, str(folder / OPTIMIZER_FILE))
+    with AdapterTensors(folder / OPTIMIZER_FILE) as file:
+        shapes = _expected_shapes(arch, lora.targets, lora.rank, lora.per_expert)
+        expected = {f"{key}.{name}": shape for key, shape in shapes.items() for name in ("exp_avg", "exp_avg_sq")}
+        check_tensors(file.shapes(), expected, str(folder / OPTIMIZER_FILE))
         read_into(adapter, adapter.exp_avg, file, ".exp_avg")
         read_into(adapter, adapter.exp_avg_sq, file, ".exp_avg_sq")
-        adapter.step = int((file.metadata() or {})["step"])
-    with open_file(folder / WEIGHTS_FILE) as file:
+        adapter.step = int(file.metadata["step"])
+    with AdapterTensors(folder / WEIGHTS_FILE) as file:
         read_into(adapter, adapter.weights, file, "")
 
 
-def load_snapshot(folder: Path, arch: Architecture, config: AdapterConfig, runtime: Runtime) -> LoraWeights:
-    """This rank's frozen copy of the adapter in `folder`, in the compute dtype; no optimizer state is allocated."""
-    wanted = projections(arch, config.targets)
-    shards = {shard.key: shard for shard in shard_layout(wanted, config.rank, runtime.layout.tp_size)}
-    with open_file(folder / WEIGHTS_FILE) as file:
+def load_snapshot(
+    folder: Path, arch: Architecture, config: AdapterConfig, runtime: Runtime, layers: Sequence[int]
+) -> LoraWeights:
+    """This rank's frozen copy of the adapter in `folder`, in the compute dtype; no optimizer state is allocated.
+
+    Args: layers: those of this rank's stage.
+    """
+    wanted = projections(arch, config.targets, per_expert=config.per_expert, layers=layers)
+    shards = {shard.key: shard for shard in shard_layout(wanted, config.rank, runtime.layout)}
+    with AdapterTensors(folder / WEIGHTS_FILE) as file:
 
         def read(path: str, letter: str) -> Tensor:
             key = peft_key(path, letter)
-            part = _read_shard(file, shards[key], key, runtime.tp_rank)
+            part = file.read(key, shards[key].slice_of(runtime.place))
             # Through float32 whatever is stored, as a trained adapter goes.
             return part.to(torch.float32).to(device=runtime.device, dtype=runtime.dtype)
 
         pairs = {p.path: LoraPair(read(p.path, "A"), read(p.path, "B")) for p in wanted}
-    return LoraWeights(config.rank, config.alpha, config.targets, pairs)
+    return LoraWeights(config.rank, config.alpha, config.targets, pairs, config.per_expert)
 
 
-def canonical(shards: list[Shard], flats: list[Tensor]) -> dict[str, Tensor]:
-    """Full matrices from every TP rank's flat buffer. Pure: flats[r] is rank r's [num_local]."""
-    full = {}
-    for shard in shards:
-        parts = [shard.view(flat) for flat in flats]
-        full[shard.key] = (parts[0] if shard.split_dim is None else torch.cat(parts, shard.split_dim)).contiguous()
+def owned(shards: Sequence[Shard], place: Place) -> list[Shard]:
+    """Those of a stage's shards that this rank gives to a file: each part of each matrix has one owner. Pure."""
+    first_copy = place.dp_rank == 0
+    owns = {None: first_copy and place.tp_rank == 0, "tp": first_copy, "ep": place.expert_copy == 0}
+    return [shard for shard in shards if owns[shard.axis]]
+
+
+def assemble(parts: Mapping[int, Tensor], stages: Sequence[Sequence[Shard]], layout: Layout) -> dict[str, Tensor]:
+    """Full matrices from what each rank owns. Pure.
+
+    Args:
+        parts: global rank -> its owned shards, one after the other, on the CPU; ranks that own none are absent.
+        stages: the shards of each pipeline stage.
+    """
+    full: dict[str, Tensor] = {}
+    for rank, flat in parts.items():
+        place = place_of(rank, layout)
+        mine = owned(stages[place.pp_rank], place)
+        for shard, values in zip(mine, flat.split([shard.size for shard in mine]), strict=True):
+            if shard.key not in full:
+                full[shard.key] = torch.empty(shard.full_shape, dtype=flat.dtype)
+            full[shard.key][shard.slice_of(place)] = values.view(shard.local_shape)
     return full
 
 
-def gather(shards: list[Shard], flat: Tensor, runtime: Runtime) -> dict[str, Tensor]:
-    """The full matrices of one buffer on the CPU of global rank 0; an empty dict elsewhere."""
-    if runtime.dp_rank != 0:
-        return {}  # every copy is the same; the first one writes
-    flats = [flat]
-    if runtime.layout.tp_size > 1:
-        flats = [torch.empty_like(flat) for _ in range(runtime.layout.tp_size)]
-        dist.all_gather(flats, flat, group=runtime.tp_group)
+def gather(lora: LoraWeights, flat: Tensor, runtime: Runtime, arch: Architecture) -> dict[str, Tensor]:
+    """The full matrices of one buffer on the CPU of global rank 0; an empty dict elsewhere.
+
+    Args: flat: this rank's buffer of the layout that `lora` has here (shard_layout), any dtype.
+    Collectives: over the control group, one message to rank 0 from every other rank that owns something.
+    """
+    layout = runtime.layout
+    stages = [stage_shards(lora, arch, layout, pp_rank) for pp_rank in range(layout.pp_size)]
+    mine = owned(stages[runtime.place.pp_rank], runtime.place)
+    part = torch.cat([shard.view(flat).flatten() for shard in mine]).cpu() if mine else None
     if runtime.global_rank != 0:
+        if part is not None:
+            dist.send(part, group=runtime.control_group, group_dst=0)
         return {}
-    # clone: safetensors refuses tensors that share storage, as views of one buffer do
-    return {key: x.clone() for key, x in canonical(shards, [x.cpu() for x in flats]).items()}
+    parts = {0: part} if part is not None else {}
+    for rank in range(1, layout.world_size):
+        place = place_of(rank, layout)
+        if num := sum(shard.size for shard in owned(stages[place.pp_rank], place)):
+            parts[rank] = torch.empty(num, dtype=flat.dtype)
+            dist.recv(parts[rank], group=runtime.control_group, group_src=rank)
+    return assemble(parts, stages, layout)
 
 
-def read_into(adapter: Adapter, flat: Tensor, file: Any, suffix: str) -> None:
+def stage_shards(lora: LoraWeights, arch: Architecture, layout: Layout, pp_rank: int) -> list[Shard]:
+    """The buffers' layout of this adapter on the ranks of a stage."""
+    layers = stage_layers(arch.num_layers, layout, pp_rank)
+    wanted = projections(arch, lora.targets, per_expert=lora.per_expert, layers=layers)
+    return shard_layout(wanted, lora.rank, layout)
+
+
+def read_into(adapter: Adapter, flat: Tensor, file: AdapterTensors, suffix: str) -> None:
     for shard in adapter.shards:
-        shard.view(flat).copy_(_read_shard(file, shard, shard.key + suffix, adapter.tp_rank))
+        shard.view(flat).copy_(file.read(shard.key + suffix, shard.slice_of(adapter.place)))
 
 
-def _read_shard(file: Any, shard: Shard, key: str, tp_rank: int) -> Tensor:
-    if shard.split_dim is None:
-        return file.get_tensor(key)
-    size = shard.local_shape[shard.split_dim]
-    rows = slice(tp_rank * size, (tp_rank + 1) * size)
-    view = file.get_slice(key)
-    return view[rows] if shard.split_dim == 0 else view[:, rows]
-
-
-def _expected_shapes(wanted: list[Projection], rank: int) -> Mapping[str, tuple[int, ...]]:
+def _expected_shapes(
+    arch: Architecture, targets: tuple[str, ...], rank: int, per_expert: bool
+) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for projection in wanted:
-        shapes[peft_key(projection.path, "A")] = (rank, projection.d_in)
-        shapes[peft_key(projection.path, "B")] = (projection.d_out, rank)
+    for projection in projections(arch, targets, per_expert=per_expert):
+        shapes[peft_key(projection.path, "A")] = projection.shape_a(rank)
+        shapes[peft_key(projection.path, "B")] = projection.shape_b(rank)
     return shapes
-
-
-def open_file(path: Path) -> Any:
-    try:
-        return safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"cannot read {path}: {error}. Give a folder that a save of this kind completed.") from error

@@ -1,7 +1,8 @@
 """One adapter: its A and B matrices (this rank's shards), their gradients and their optimizer state.
 
-All float32 state of an adapter lies in four flat buffers of one layout, replicated matrices first, then the sharded
-ones. So summing gradients, clipping and stepping are a few operations on long vectors, whatever the number of layers.
+All float32 state of an adapter lies in four flat buffers of one layout: replicated matrices first, then those split
+over TP, then those split over EP. So summing gradients, clipping and stepping are a few operations on long vectors,
+whatever the number of layers. A pipeline stage holds the matrices of its own layers.
 
 `LoraWeights` is what a forward needs; `Adapter` is one that can be trained; a snapshot is a `LoraWeights` that is
 frozen, in the compute dtype, and shares nothing with the adapter it was taken from.
@@ -13,16 +14,21 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .interface import Layout
+from .placement import Place
 from .projections import Projection
 
 
 class LoraPair(NamedTuple):
-    """This rank's part of one projection's matrices: a [rank, d_in (/ tp_size)], b [d_out (/ tp_size), rank]."""
+    """This rank's part of one projection's matrices: a [rank, d_in (/ tp_size)], b [d_out (/ tp_size), rank].
+
+    Experts: a [E or 1, rank, d_in], b [E or 1, d_out, rank], with E this rank's experts.
+    """
 
     a: Tensor
     b: Tensor
@@ -36,6 +42,8 @@ class LoraWeights:
     alpha: float
     targets: tuple[str, ...]
     pairs: Mapping[str, LoraPair]
+    per_expert: bool = False
+    """see projections.projections"""
     _stacks: dict[tuple[str, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -60,35 +68,37 @@ class LoraWeights:
         copies = {
             path: LoraPair(*(part.detach().to(dtype, copy=True) for part in pair)) for path, pair in self.pairs.items()
         }
-        return LoraWeights(self.rank, self.alpha, self.targets, copies)
+        return LoraWeights(self.rank, self.alpha, self.targets, copies, self.per_expert)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Place of one matrix in the flat buffers of one rank."""
+    """Place of one matrix (or stack of experts' matrices) in the flat buffers of one rank."""
 
     key: str
     """PEFT's name: base_model.model.<path>.lora_A.weight, or lora_B"""
     path: str
-    full_shape: tuple[int, int]
+    full_shape: tuple[int, ...]
+    axis: Literal["tp", "ep"] | None
+    """what the matrix is split over; None where every rank of the stage holds the whole"""
     split_dim: int | None
-    """dimension split over TP; None where every rank holds the whole matrix"""
-    local_shape: tuple[int, int]
+    local_shape: tuple[int, ...]
     offset: int
 
     @property
     def size(self) -> int:
-        return self.local_shape[0] * self.local_shape[1]
+        return math.prod(self.local_shape)
 
     def view(self, flat: Tensor) -> Tensor:
         return flat[self.offset : self.offset + self.size].view(self.local_shape)
 
-    def part_of(self, full: Tensor, tp_rank: int) -> Tensor:
-        """The slice of the full matrix that tp_rank holds."""
+    def slice_of(self, place: Place) -> tuple[slice, ...]:
+        """The index of this rank's part in the full matrix."""
         if self.split_dim is None:
-            return full
+            return ()
         size = self.local_shape[self.split_dim]
-        return full.narrow(self.split_dim, tp_rank * size, size)
+        part = place.tp_rank if self.axis == "tp" else place.ep_rank
+        return (*[slice(None)] * self.split_dim, slice(part * size, (part + 1) * size))
 
 
 def peft_key(path: str, letter: str) -> str:
@@ -96,26 +106,33 @@ def peft_key(path: str, letter: str) -> str:
     return f"base_model.model.{path}.lora_{letter}.weight"
 
 
-def shard_layout(wanted: Iterable[Projection], rank: int, tp_size: int) -> list[Shard]:
-    """Where every matrix lies in the flat buffers: replicated ones first. The same on every TP rank."""
-    matrices: list[tuple[str, str, tuple[int, int], int | None]] = []
+def shard_layout(wanted: Iterable[Projection], rank: int, layout: Layout) -> list[Shard]:
+    """Where every matrix lies in the flat buffers. The same on every rank of a stage."""
+    matrices: list[tuple[str, str, tuple[int, ...], Literal["tp", "ep"] | None, int | None]] = []
     for projection in wanted:
-        column = projection.sharding == "column"
-        key_a, key_b = peft_key(projection.path, "A"), peft_key(projection.path, "B")
-        matrices.append((key_a, projection.path, (rank, projection.d_in), None if column else 1))
-        matrices.append((key_b, projection.path, (projection.d_out, rank), 0 if column else None))
-    if tp_size == 1:
-        matrices = [(key, path, shape, None) for key, path, shape, _ in matrices]
-    matrices.sort(key=lambda matrix: matrix[3] is not None)  # stable: replicated first
+        for letter, shape in (("A", projection.shape_a(rank)), ("B", projection.shape_b(rank))):
+            axis, split_dim = _split(projection, letter, shape, layout)
+            matrices.append((peft_key(projection.path, letter), projection.path, shape, axis, split_dim))
+    matrices.sort(key=lambda matrix: (None, "tp", "ep").index(matrix[3]))  # stable
     shards, offset = [], 0
-    for key, path, shape, split_dim in matrices:
-        rows, columns = shape
+    for key, path, shape, axis, split_dim in matrices:
         local = shape
         if split_dim is not None:
-            local = (rows // tp_size, columns) if split_dim == 0 else (rows, columns // tp_size)
-        shards.append(Shard(key, path, shape, split_dim, local, offset))
+            parts = layout.tp_size if axis == "tp" else layout.ep_size
+            local = tuple(n // parts if dim == split_dim else n for dim, n in enumerate(shape))
+        shards.append(Shard(key, path, shape, axis, split_dim, local, offset))
         offset += shards[-1].size
     return shards
+
+
+def _split(
+    projection: Projection, letter: str, shape: tuple[int, ...], layout: Layout
+) -> tuple[Literal["tp", "ep"] | None, int | None]:
+    """Axis and dimension; (None, None) for a replicated matrix."""
+    if projection.sharding == "expert":
+        return ("ep", 0) if layout.ep_size > 1 and shape[0] > 1 else (None, None)
+    split_letter, dim = ("B", 0) if projection.sharding == "column" else ("A", 1)
+    return ("tp", dim) if layout.tp_size > 1 and letter == split_letter else (None, None)
 
 
 class Adapter:
@@ -123,7 +140,7 @@ class Adapter:
 
     Attributes:
         weights, grads, exp_avg, exp_avg_sq: float32 [num_local] on the model's device.
-        num_replicated: the first entries, equal on all TP ranks.
+        replicated, over_tp, over_ep: which entries are equal on all ranks of the stage, split over TP, over EP.
         step: optimizer steps taken.
         has_gradients: a pass has added to grads since they were last zeroed.
     """
@@ -135,16 +152,20 @@ class Adapter:
         rank: int,
         alpha: float,
         targets: tuple[str, ...],
-        tp_rank: int,
-        tp_size: int,
+        per_expert: bool,
+        layout: Layout,
+        place: Place,
         device: torch.device,
     ) -> None:
-        self.shards = shard_layout(wanted, rank, tp_size)
-        self.tp_rank, self.tp_size = tp_rank, tp_size
-        num_local = sum(shard.size for shard in self.shards)
-        self.num_replicated = sum(shard.size for shard in self.shards if shard.split_dim is None)
+        """`wanted`: the projections of this rank's stage."""
+        self.shards = shard_layout(wanted, rank, layout)
+        self.place = place
+        sizes = {axis: sum(s.size for s in self.shards if s.axis == axis) for axis in (None, "tp", "ep")}
+        self.replicated = slice(0, sizes[None])
+        self.over_tp = slice(sizes[None], sizes[None] + sizes["tp"])
+        self.over_ep = slice(sizes[None] + sizes["tp"], sum(sizes.values()))
         self.weights, self.grads, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(num_local, dtype=torch.float32, device=device) for _ in range(4)
+            torch.zeros(sum(sizes.values()), dtype=torch.float32, device=device) for _ in range(4)
         )
         self.step = 0
         self.has_gradients = False
@@ -159,12 +180,12 @@ class Adapter:
             )
             for projection in wanted
         }
-        self.lora = LoraWeights(rank, alpha, targets, pairs)
+        self.lora = LoraWeights(rank, alpha, targets, pairs, per_expert)
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters over all TP ranks, replicated ones counted once."""
-        return self.num_replicated + (self.weights.numel() - self.num_replicated) * self.tp_size
+        """Trainable parameters of this stage over all its ranks, replicated ones counted once."""
+        return sum(math.prod(shard.full_shape) for shard in self.shards)
 
     def zero_grad(self) -> None:
         self.grads.zero_()
@@ -178,7 +199,7 @@ class Adapter:
             self.grads.copy_(saved)
 
     def initialize(self, seed: int) -> None:
-        """A as PEFT draws it (Kaiming uniform with a = sqrt(5): bound 1 / sqrt(d_in)), B zero.
+        """A as PEFT draws it (Kaiming uniform with a = sqrt(5): bound 1 / sqrt(d_in)), for experts too; B zero.
 
         Every matrix has a generator of its own and is drawn whole on the CPU, so the numbers depend on the seed and
         the name only: not on the layout, the device or which other projections are trained.
@@ -190,9 +211,9 @@ class Adapter:
                     view.zero_()
                     continue
                 full = torch.empty(shard.full_shape, dtype=torch.float32)
-                bound = 1.0 / math.sqrt(shard.full_shape[1])
+                bound = 1.0 / math.sqrt(shard.full_shape[-1])
                 full.uniform_(-bound, bound, generator=_generator(seed, shard.path))
-                view.copy_(shard.part_of(full, self.tp_rank))
+                view.copy_(full[shard.slice_of(self.place)])
 
 
 def _generator(seed: int, path: str) -> torch.Generator:

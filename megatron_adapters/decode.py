@@ -170,6 +170,7 @@ class Decoder:
                     break
                 self._start_waiting()
                 self._step()
+                self._forward.join_others()
                 self._settle(on_finished)
             return [result for result in self._results if result is not None]
         finally:

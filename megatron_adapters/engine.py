@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from tinker_hpc.errors import RequestError, ShapeError, WeightsError
 
@@ -25,13 +25,13 @@ from .decode import Admit, Decoder, OnFinished
 from .families import check_layout, read_architecture
 from .grad_sync import gradient_norm, sum_gradients
 from .interface import AdamParams, Datum, Layout, LoraSpec, LossFn, ModelInfo, PassOutput
-from .lora_linear import Segment
 from .model import Model
 from .optimizer import step_
-from .packing import pack, split_over_ranks
+from .placement import stage_layers
 from .projections import parameters_per_rank, projections, target_names
 from .sample_request import SampledSequence, SampleRequest, SampleResult
 from .sampler import make_decoder
+from .training_pass import TrainingPass, plan_micro_batches
 
 __all__ = [
     "AdamParams",
@@ -84,13 +84,20 @@ class Engine:
 
     @classmethod
     def start(
-        cls, base_model_folder: Path, layout: Layout, *, dtype: str | None = None, token_budget: int = TOKEN_BUDGET
+        cls,
+        base_model_folder: Path,
+        layout: Layout,
+        *,
+        dtype: str | None = None,
+        token_budget: int = TOKEN_BUDGET,
+        recompute: bool = False,
     ) -> Engine:
         """Join the other ranks (torchrun's environment; none means one process) and load this rank's shard.
 
         Args:
             dtype: "float32" or "bfloat16"; None means bfloat16 on CUDA and float32 on CPU.
             token_budget: most tokens of a micro-batch, but for a single longer sequence.
+            recompute: keep only each layer's input for the backward and compute the rest again: a third more time.
         Raises: ConfigError for a model or layout that cannot run, WeightsError for a checkpoint that does not fit;
             both before any communication or memory is spent.
         Collectives: creation of the process groups.
@@ -98,7 +105,8 @@ class Engine:
         arch, hf_config = read_architecture(base_model_folder)
         check_layout(arch, layout)
         ranks = runtime.start(layout, dtype)
-        return cls(Model(ranks, arch, hf_config, base_model_folder), base_model_folder, token_budget)
+        model = Model(ranks, arch, hf_config, base_model_folder, recompute=recompute)
+        return cls(model, base_model_folder, token_budget)
 
     def stop(self) -> None:
         """Leave the process groups; the engine is of no use afterwards."""
@@ -123,16 +131,12 @@ class Engine:
         }
         if not any(switches.values()):
             raise RequestError("train_attn, train_mlp and train_unembed are all false. Set at least one of them.")
-        adapter = self._new_adapter(spec.rank, spec.alpha, target_names(**switches))
-        expected = spec.rank * parameters_per_rank(self.model.arch, **switches)
-        if adapter.num_parameters != expected:
-            raise WeightsError(
-                f"adapter {adapter_id!r} of rank {spec.rank} has {adapter.num_parameters} trainable parameters, the "
-                f"formula says {expected}. This is a bug of tinker_hpc; please report the base model and layout."
-            )
+        targets = target_names(**switches)
+        adapter = self._new_adapter(spec.rank, spec.alpha, targets, per_expert=spec.per_expert)
+        self._check_count(adapter, spec, targets, switches)
         adapter.initialize(spec.seed)
         self.adapters[adapter_id] = adapter
-        return adapter.num_parameters
+        return spec.rank * parameters_per_rank(self.model.arch, **switches, per_expert=spec.per_expert)
 
     def drop_adapter(self, adapter_id: str) -> None:
         """Forget an adapter and free its memory. Collectives: none."""
@@ -145,7 +149,9 @@ class Engine:
         Gradients of passes since the last optimizer step are not saved.
         """
         adapter = self._adapter(adapter_id)
-        adapter_files.save(adapter, self.runtime, folder, optimizer=optimizer, base_model=str(self.base_model_folder))
+        base_model = str(self.base_model_folder)
+        arch = self.model.arch
+        adapter_files.save(adapter, self.runtime, arch, folder, optimizer=optimizer, base_model=base_model)
 
     def load_adapter(self, adapter_id: str, folder: Path, *, optimizer: bool) -> None:
         """Create the adapter from `folder`, or replace it: weights, rank, targets; pending gradients are dropped.
@@ -154,8 +160,8 @@ class Engine:
         Raises: WeightsError, leaving an existing adapter as it was. Collectives: none.
         """
         config = adapter_files.read_config(folder, self.model.arch)
-        adapter = self._new_adapter(config.rank, config.alpha, config.targets)
-        adapter_files.load(adapter, folder, optimizer=optimizer)
+        adapter = self._new_adapter(config.rank, config.alpha, config.targets, per_expert=config.per_expert)
+        adapter_files.load(adapter, self.model.arch, folder, optimizer=optimizer)
         self.adapters[adapter_id] = adapter
 
     # ---- the whole state, for a worker that is started again
@@ -163,7 +169,9 @@ class Engine:
     def copy_adapter(self, adapter_id: str) -> HostCopy:
         """Weights, optimizer state and pending gradients, on rank 0. Collectives: see training_state.copy_adapter."""
         adapter = self._adapter(adapter_id)
-        return training_state.copy_adapter(adapter, self.runtime, base_model=str(self.base_model_folder))
+        return training_state.copy_adapter(
+            adapter, self.runtime, self.model.arch, base_model=str(self.base_model_folder)
+        )
 
     def restore_adapter(self, adapter_id: str, folder: Path, *, same_layout: bool) -> None:
         """Create the adapter from what `copy_adapter(...).write(folder)` wrote, under this layout or another.
@@ -196,7 +204,7 @@ class Engine:
         """Snapshot from an adapter's folder. Raises: WeightsError. Collectives: none."""
         arch = self.model.arch
         config = adapter_files.read_config(folder, arch)
-        self.snapshots[snapshot_id] = adapter_files.load_snapshot(folder, arch, config, self.runtime)
+        self.snapshots[snapshot_id] = adapter_files.load_snapshot(folder, arch, config, self.runtime, self.model.layers)
 
     def drop_snapshot(self, snapshot_id: str) -> None:
         """Forget a snapshot. Collectives: none."""
@@ -235,35 +243,42 @@ class Engine:
 
         Raises: RequestError or ShapeError for data that cannot be run, before anything is computed; RequestError if
             the loss of a backward pass is not finite; whatever loss_fn raises, on every rank.
-        Collectives: those of the model within each TP group, once per micro-batch of that data-parallel rank (their
-            numbers differ between data-parallel ranks, which is why gradients wait for optim_step); at the end the
-            results are summed over the DP group on the CPU.
+        Collectives: see training_pass.py; the number of micro-batches differs between data-parallel ranks unless they
+            share experts, which is why gradients wait for optim_step. At the end the results are summed over all ranks
+            on the CPU.
         """
         adapter = self._adapter(adapter_id)
         self._check(data)
         if self._decoder is not None:
             self._decoder.release_memory()
+        layout, place = self.runtime.layout, self.runtime.place
         lengths = [len(datum.tokens) for datum in data]
-        mine = split_over_ranks(lengths, self.runtime.layout.dp_size)[self.runtime.dp_rank]
+        batches = plan_micro_batches(lengths, layout, place.dp_rank, self.token_budget)
         starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
         saved = adapter.grads.clone() if backward and adapter.has_gradients else None
-        # Every position is written by one data-parallel rank and zero elsewhere, so the sum is a gather.
+        # Every position is written by one rank and zero elsewhere, so the sum is a gather; the loss goes with it.
         trailing = data[0].inputs["target_tokens"].shape[1:]
         logprobs = torch.zeros(int(starts[-1]), *trailing, dtype=torch.float32)
         loss_sum = torch.zeros(1, dtype=torch.float64)
         failure: Exception | None = None
+        running = TrainingPass(self.model, adapter, loss_fn, backward)
         try:
-            for members in pack(mine, lengths, self.token_budget):
-                loss, computed = self._run_micro_batch(adapter, [data[i] for i in members], loss_fn, backward)
-                loss_sum += loss
-                for index, values in zip(members, computed.split([lengths[i] for i in members]), strict=True):
-                    logprobs[starts[index] : starts[index + 1]] = values
+            running.run([[data[i] for i in members] for members in batches])
+            failure = running.failure
         except Exception as error:  # another data-parallel rank may have had other data, and waits for us below
             failure = error
-        if self.runtime.layout.dp_size > 1:
+        if failure is None and self.runtime.is_last_stage:
+            loss_sum += sum(running.losses)
+            for members, computed in zip(batches, running.logprobs, strict=True):
+                for index, values in zip(members, computed.split([lengths[i] for i in members]), strict=True):
+                    logprobs[starts[index] : starts[index + 1]] = values
+        if layout.dp_size * layout.pp_size > 1:
             failure = runtime.first_failure(self.runtime, failure)
-            dist.all_reduce(logprobs, group=self.runtime.dp_group)
-            dist.all_reduce(loss_sum, group=self.runtime.dp_group)
+            if place.tp_rank > 0:  # TP ranks hold the same results
+                logprobs.zero_()
+                loss_sum.zero_()
+            dist.all_reduce(logprobs, group=self.control_group)
+            dist.all_reduce(loss_sum, group=self.control_group)
         total = loss_sum.item()
         if failure is None and backward and not np.isfinite(total):
             failure = RequestError(
@@ -298,47 +313,38 @@ class Engine:
         step_(adapter, adam, norm)
         return {"grad_norm:mean": norm}
 
-    def _run_micro_batch(
-        self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn, backward: bool
-    ) -> tuple[float, Tensor]:
-        """Loss and logprobs (float32 [tokens] or [tokens, K] on the CPU) of sequences packed into one forward."""
-        model, device = self.model, self.runtime.device
-        lengths = [len(datum.tokens) for datum in data]
-        num_tokens = sum(lengths)
-        padding = model.padded_length(num_tokens) - num_tokens
-        padded_lengths = [*lengths, padding] if padding else lengths  # the padding is a sequence of its own
-        bounds = [0, *np.cumsum(padded_lengths).tolist()]
-        positions = np.concatenate([np.arange(n, dtype=np.int64) for n in padded_lengths])
-        tokens = np.concatenate([*(datum.tokens for datum in data), np.zeros(padding, np.int32)]).astype(np.int64)
-        inputs = {
-            key: torch.from_numpy(np.concatenate([datum.inputs[key] for datum in data])).to(device)
-            for key in data[0].inputs
-        }
-        targets = inputs["target_tokens"].long()
-        padded_targets = torch.cat((targets, targets.new_zeros(padding, *targets.shape[1:])))
-        segment_ids_T = torch.from_numpy(np.repeat(np.arange(len(data)), lengths)).to(device)
-        segments = [Segment(adapter.lora, 0, len(tokens))]
-        with torch.set_grad_enabled(backward):
-            context = model.context(bounds, torch.from_numpy(positions).to(device))
-            hidden_TD = model.hidden_states(torch.from_numpy(tokens).to(device), context, segments)
-            logprobs = model.head.target_logprobs(hidden_TD, padded_targets, segments)[:num_tokens]
-            loss = loss_fn(logprobs, inputs, segment_ids_T)
-            if backward and loss.requires_grad:
-                loss.backward()
-        return loss.detach().item(), logprobs.detach().cpu()
-
     # ---- checks
 
-    def _new_adapter(self, rank: int, alpha: float, targets: tuple[str, ...]) -> Adapter:
+    def _new_adapter(self, rank: int, alpha: float, targets: tuple[str, ...], *, per_expert: bool) -> Adapter:
+        wanted = projections(self.model.arch, targets, per_expert=per_expert, layers=self.model.layers)
         return Adapter(
-            projections(self.model.arch, targets),
+            wanted,
             rank=rank,
             alpha=alpha,
             targets=targets,
-            tp_rank=self.runtime.tp_rank,
-            tp_size=self.runtime.layout.tp_size,
+            per_expert=per_expert,
+            layout=self.runtime.layout,
+            place=self.runtime.place,
             device=self.runtime.device,
         )
+
+    def _check_count(
+        self, adapter: Adapter, spec: LoraSpec, targets: tuple[str, ...], switches: dict[str, bool]
+    ) -> None:
+        """The matrices of all stages, this one's as they were built, against the closed formula."""
+        arch, layout = self.model.arch, self.runtime.layout
+        found = adapter.num_parameters
+        for pp_rank in range(layout.pp_size):
+            if pp_rank != self.runtime.place.pp_rank:
+                layers = stage_layers(arch.num_layers, layout, pp_rank)
+                elsewhere = projections(arch, targets, per_expert=spec.per_expert, layers=layers)
+                found += sum(prod(p.shape_a(spec.rank)) + prod(p.shape_b(spec.rank)) for p in elsewhere)
+        expected = spec.rank * parameters_per_rank(arch, **switches, per_expert=spec.per_expert)
+        if found != expected:
+            raise WeightsError(
+                f"an adapter of rank {spec.rank} has {found} trainable parameters, the formula says {expected}. This "
+                "is a bug of tinker_hpc; please report the base model and layout."
+            )
 
     def _adapter(self, adapter_id: str) -> Adapter:
         if adapter_id not in self.adapters:

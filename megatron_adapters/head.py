@@ -41,6 +41,10 @@ class LmHead:
     vocab_start: int
     tp_group: dist.ProcessGroup
 
+    @property
+    def vocab_size(self) -> int:
+        return self.weight_VD.shape[0] * self.tp_group.size()
+
     def target_logprobs(self, hidden_TD: Tensor, targets: Tensor, segments: Sequence[Segment]) -> Tensor:
         """log p of every target, float32 in the shape of `targets`, differentiable in hidden_TD and the adapters.
 

@@ -16,16 +16,34 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks share the work. world_size = tp_size * dp_size; sequence parallel where tp_size > 1."""
+    """How the ranks share the work. world_size = tp_size * dp_size * pp_size; sequence parallel where tp_size > 1.
+
+    Experts are spread over the ranks of one pipeline stage whatever its TP and DP: ep_size divides tp_size * dp_size,
+    and an expert is never split further (megatron-core's expert tensor parallelism is 1).
+    """
 
     tp_size: int = 1
     """Ranks that split every weight matrix; consecutive ranks, best on one node."""
     dp_size: int = 1
-    """Copies of the model, each working on its own part of a batch."""
+    """Copies of all but the experts, each working on its own part of a batch."""
+    pp_size: int = 1
+    """Stages that hold consecutive layers each."""
+    ep_size: int = 1
+    """Ranks of a stage that share its experts out among them."""
 
     @property
     def world_size(self) -> int:
-        return self.tp_size * self.dp_size
+        return self.tp_size * self.dp_size * self.pp_size
+
+    @property
+    def expert_copies(self) -> int:
+        """Ranks of a stage that hold the same experts."""
+        return self.tp_size * self.dp_size // self.ep_size
+
+    @property
+    def experts_span_copies(self) -> bool:
+        """Ranks of different data-parallel copies exchange tokens, so they must step together, data or not."""
+        return self.tp_size % self.ep_size != 0
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,8 @@ class LoraSpec:
     train_attn: bool = True
     train_unembed: bool = True
     alpha: float = 32.0
+    per_expert: bool = False
+    """Mixture of experts: A and B of its own for every expert, instead of sharing the factor on the hidden side."""
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,14 @@ refuses packing and materialises the scores.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -63,6 +66,7 @@ def transformer_config(arch: Architecture, layout: Layout, dtype: torch.dtype, *
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
         tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
         sequence_parallel=layout.tp_size > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -70,8 +74,13 @@ def transformer_config(arch: Architecture, layout: Layout, dtype: torch.dtype, *
     )
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Specification of all decoder layers and the final norm."""
+def block_spec(
+    config: TransformerConfig, arch: Architecture, stage: Sequence[int], *, is_last: bool
+) -> TransformerBlockSubmodules:
+    """Specification of a stage's decoder layers, and the final norm on the last.
+
+    Layers with experts come without MLP: model.py puts a MoeMlp there, which megatron-core's builder does not know.
+    """
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
@@ -79,5 +88,7 @@ def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    norm: Any = RMSNorm  # build_module takes a class as well as a ModuleSpec; the annotation does not say so
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=norm)
+    sparse: Any = replace(layer, submodules=replace(parts, mlp=IdentityOp))
+    specs = [sparse if index in arch.expert_layers else layer for index in stage]
+    norm: Any = RMSNorm if is_last else None
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)

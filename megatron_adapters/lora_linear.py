@@ -52,23 +52,57 @@ class Routing:
 
     def __init__(self, tp_rank: int, tp_size: int) -> None:
         self.tp_rank, self.tp_size = tp_rank, tp_size
-        self.all: tuple[Segment, ...] = ()
-        self.local: tuple[Segment, ...] = ()
+        self._set((), (), ())
+
+    def _set(
+        self, all_: tuple[Segment, ...], local: tuple[Segment, ...], table: tuple[LoraWeights | None, ...]
+    ) -> None:
+        self.all, self.local, self.table = all_, local, table
+        self._numbers_L: Tensor | None = None
 
     @contextmanager
-    def use(self, segments: Sequence[Segment], num_tokens: int) -> Iterator[None]:
-        """Route the forward inside the `with`. Segments must tile 0..num_tokens, a multiple of tp_size, in order."""
+    def use(
+        self, segments: Sequence[Segment], num_tokens: int, table: Sequence[LoraWeights | None] | None = None
+    ) -> Iterator[None]:
+        """Route the forward inside the `with`.
+
+        Args:
+            segments: must tile 0..num_tokens, a multiple of tp_size, in order.
+            table: every adapter (None: the base alone) that the ranks sharing experts with this one may use in this
+                forward, the same list on all of them: tokens travel to experts with their adapter's place in it. None:
+                those of the segments, where the ranks that share experts have the same segments.
+        """
         check_tiling(segments, num_tokens)
         share = num_tokens // self.tp_size
-        self.all = tuple(segments)
-        self.local = tuple(clip_segments(segments, self.tp_rank * share, (self.tp_rank + 1) * share))
+        local = clip_segments(segments, self.tp_rank * share, (self.tp_rank + 1) * share)
+        if table is None:
+            table = list({id(segment.lora): segment.lora for segment in segments}.values())
+        with self.as_it_was(tuple(segments), tuple(local), tuple(table)):
+            yield
+
+    @contextmanager
+    def as_it_was(
+        self, all_: tuple[Segment, ...], local: tuple[Segment, ...], table: tuple[LoraWeights | None, ...]
+    ) -> Iterator[None]:
+        """Route as during an earlier `use`: a layer that is computed again for its backward."""
+        before = (self.all, self.local, self.table)
+        self._set(all_, local, table)
         try:
             yield
         finally:
-            self.all = self.local = ()
+            self._set(*before)
 
     def adapts(self, paths: Sequence[str]) -> bool:
         return any(segment.width(paths) for segment in self.all)
+
+    def local_numbers(self, device: torch.device) -> Tensor:
+        """Place in the table of each of this rank's tokens' adapters, int64 [L]."""
+        if self._numbers_L is None:
+            place = {id(lora): number for number, lora in enumerate(self.table)}
+            numbers = torch.tensor([place[id(segment.lora)] for segment in self.local])
+            lengths = torch.tensor([segment.end - segment.start for segment in self.local])
+            self._numbers_L = numbers.repeat_interleave(lengths).to(device)
+        return self._numbers_L
 
 
 def check_tiling(segments: Sequence[Segment], num_tokens: int) -> None:

@@ -1,7 +1,7 @@
 """Step 6 of a request: the base model with its adapters. Before: engine.py. After: the loss, or token_sampler.py.
 
-Training:  hidden = model.hidden_states(tokens_T, context, segments); model.head.target_logprobs(hidden, ...)
-Decoding:  the same hidden_states with a context that has a cache, under torch.no_grad(), then model.head.logits on
+Training:  training_pass.py takes `stage` outputs from stage to stage; on the last, model.own_head.target_logprobs(...)
+Decoding:  model.hidden_states with a context that has a cache, under torch.no_grad(), then model.head.logits on
            the rows wanted. T must be a multiple of tp_size (`padded_length`): pad with a dummy sequence.
 """
 
@@ -16,78 +16,166 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+from .adapters import LoraWeights
 from .attention import AttentionCache, PackedContext, packed_context
+from .experts import StackedExperts
 from .families import Architecture
 from .head import LmHead
 from .interface import Layout
 from .layers import block_spec, transformer_config
+from .links import Links
 from .lora_linear import LoraLinear, Routing, Segment
+from .moe import MoeMlp, Router
+from .placement import FIRST_RANK, Place, stage_layers
 from .projections import layer_path
+from .recompute import recompute_layers
 from .rope import RotaryTable
 from .runtime import Runtime
+from .stage_head import shared_head
 from .weights import load_weights
 
+Table = Sequence[LoraWeights | None] | None
 Merge = Callable[[list[Tensor]], Tensor]
 Split = Callable[[Tensor], list[Tensor]]
 """Between the outputs of several projections and their fused layout; see LoraLinear."""
 
 
-def build_gpt(arch: Architecture, layout: Layout, dtype: torch.dtype, *, on_cpu: bool) -> GPTModel:
-    """This rank's shard of the base, frozen, its weights not yet set. megatron-core's groups must exist."""
+def build_gpt(
+    arch: Architecture, layout: Layout, dtype: torch.dtype, *, on_cpu: bool, place: Place = FIRST_RANK
+) -> GPTModel:
+    """A rank's shard of the base, frozen, its weights not yet set. megatron-core's groups must exist."""
     config = transformer_config(arch, layout, dtype, on_cpu=on_cpu)
+    is_last = place.pp_rank == layout.pp_size - 1
+    layers = stage_layers(arch.num_layers, layout, place.pp_rank)
     gpt = GPTModel(
         config,
-        block_spec(config),  # type: ignore[arg-type]  # a block specification is accepted, only not annotated
+        # A block specification is accepted, only not annotated.
+        block_spec(config, arch, layers, is_last=is_last),  # type: ignore[arg-type]
         vocab_size=arch.vocab_size,
         max_sequence_length=arch.max_context,
+        pre_process=place.pp_rank == 0,
+        post_process=is_last,
         position_embedding_type="none",
-        share_embeddings_and_output_weights=arch.tied_embeddings,
+        # Two stages cannot share a matrix; frozen copies need no synchronising either.
+        share_embeddings_and_output_weights=arch.tied_embeddings and layout.pp_size == 1,
     )
+    decoder: Any = gpt.decoder
+    for index, layer in enumerate(decoder.layers):
+        # Attention counts the layers of its stage, as a cache does that holds those alone.
+        layer.self_attention.core_attention.layer_number = index + 1
+        if layers[index] in arch.expert_layers:
+            layer.mlp = _experts(arch, layers[index], layout, dtype, on_cpu=on_cpu)
     gpt.requires_grad_(False)
     return gpt
 
 
-class Model:
-    """This rank's shard of the frozen base, its linears wrapped for LoRA."""
+def _experts(arch: Architecture, layer: int, layout: Layout, dtype: torch.dtype, *, on_cpu: bool) -> MoeMlp:
+    assert arch.experts is not None
+    # None is torch's current default, which may be the meta device.
+    where: dict[str, Any] = {"dtype": dtype, "device": None if on_cpu else torch.device("cuda")}
+    stacked = StackedExperts(
+        layer=layer,
+        num_local=arch.experts.count // layout.ep_size,
+        hidden_size=arch.hidden_size,
+        ffn_size=arch.experts.ffn_size,
+        **where,
+    )
+    return MoeMlp(Router(arch.experts, arch.hidden_size, **where), stacked)
 
-    def __init__(self, runtime: Runtime, arch: Architecture, hf_config: Any, folder: Path) -> None:
-        layout = runtime.layout
-        gpt = build_gpt(arch, layout, runtime.dtype, on_cpu=runtime.device.type == "cpu")
-        load_weights(gpt, folder, arch, runtime.tp_rank, layout.tp_size)
-        self.gpt = gpt.to(runtime.device).eval()  # eval: dropout modules become the identity
+
+class Model:
+    """This rank's shard of the frozen base, its linears wrapped for LoRA.
+
+    Attributes:
+        head: the unembedding; with several stages its results reach all of them, without gradients.
+        own_head: the unembedding of this rank: on the last stage, None on the others.
+    """
+
+    def __init__(
+        self, runtime: Runtime, arch: Architecture, hf_config: Any, folder: Path, *, recompute: bool = False
+    ) -> None:
+        layout, place = runtime.layout, runtime.place
+        self.layers = stage_layers(arch.num_layers, layout, place.pp_rank)
+        gpt = build_gpt(arch, layout, runtime.dtype, on_cpu=runtime.device.type == "cpu", place=place)
         self.arch = arch
         self.runtime = runtime
+        self.routing = Routing(place.tp_rank, layout.tp_size)
+        load_weights(gpt, folder, arch, layout, place)
+        self.gpt = gpt.to(runtime.device).eval()  # eval: dropout modules become the identity
         self.rotary = RotaryTable(hf_config, arch.head_dim, runtime.device)
-        self.routing = Routing(runtime.tp_rank, layout.tp_size)
-        unembedding: Any = gpt.embedding.word_embeddings if arch.tied_embeddings else gpt.output_layer
-        vocab_start = runtime.tp_rank * (arch.vocab_size // layout.tp_size)
-        self.head = LmHead(unembedding.weight.detach(), vocab_start, runtime.tp_group)
+        self.own_head = _head(gpt, arch, runtime) if runtime.is_last_stage else None
+        self.head = shared_head(self.own_head, arch.vocab_size, runtime)
         _wrap_linears(self.gpt, arch, runtime, self.routing)
+        if recompute:
+            recompute_layers(gpt, self.routing)
 
     def padded_length(self, num_tokens: int) -> int:
-        """Tokens of a forward after padding: sequence parallelism needs equal shares."""
-        return num_tokens + -num_tokens % self.runtime.layout.tp_size
+        """Tokens of a forward after padding: sequence parallelism needs equal shares, and no rank may have none."""
+        return max(num_tokens + -num_tokens % self.runtime.layout.tp_size, self.runtime.layout.tp_size)
 
     def context(self, bounds: Sequence[int], positions_T: Tensor, cache: AttentionCache | None = None) -> PackedContext:
         """See attention.packed_context."""
         return packed_context(tuple(bounds), positions_T, self.rotary, cache)
 
-    def hidden_states(self, tokens_T: Tensor, context: PackedContext, segments: Sequence[Segment]) -> Tensor:
-        """Final (normed) hidden states of all tokens [T, D], equal on all TP ranks.
+    def stage(
+        self,
+        tokens_T: Tensor,
+        context: PackedContext,
+        segments: Sequence[Segment],
+        *,
+        arrived_L1D: Tensor | None = None,
+        table: Table = None,
+    ) -> Tensor:
+        """This stage's layers: hidden states of this rank's share of the tokens, [L, 1, D]; normed on the last stage.
 
         Args:
-            tokens_T: int64 [T] on the model's device, T a multiple of tp_size.
+            tokens_T: int64 [T] on the model's device, T a multiple of tp_size; embedded on the first stage.
             segments: which tokens use which adapter; must tile 0..T.
-        Collectives: per layer the sequence-parallel gathers and reduce-scatters of megatron-core and LoRA over the
-            TP group, at the end one all-gather [T, D].
+            arrived_L1D: what the stage before made of them; None on the first stage.
+            table: see Routing.use.
+        Collectives: per layer the sequence-parallel gathers and reduce-scatters of megatron-core and LoRA over the TP
+            group, and MoeMlp's over the EP group.
         """
-        with self.routing.use(segments, tokens_T.shape[0]):
-            embedded = self.gpt.embedding(tokens_T[None], None)
-            hidden_L1D = self.gpt.decoder(embedded, attention_mask=None, packed_seq_params=context)
+        with self.routing.use(segments, tokens_T.shape[0], table):
+            if arrived_L1D is None:
+                embedded: Tensor = self.gpt.embedding(tokens_T[None], None)
+                # Experts exchange gradients in backward: on every rank and in every layer, whatever is trained.
+                arrived_L1D = embedded.detach().requires_grad_(
+                    self.arch.experts is not None and torch.is_grad_enabled()
+                )
+            self.gpt.decoder.set_input_tensor(arrived_L1D)
+            return self.gpt.decoder(arrived_L1D, attention_mask=None, packed_seq_params=context)
+
+    def hidden_states(
+        self, tokens_T: Tensor, context: PackedContext, segments: Sequence[Segment], table: Table = None
+    ) -> Tensor:
+        """Final (normed) hidden states of all tokens [T, D], equal on all TP ranks; on stages before the last, zeros.
+
+        For one forward alone, without gradients where there are several stages. Arguments as for `stage`.
+        Collectives: those of `stage`; between stages one message [L, 1, D]; at the end `whole_sequence`.
+        """
+        runtime, links = self.runtime, Links(self.runtime)
+        num_tokens = tokens_T.shape[0]
+        arrived = links.receive_hidden(num_tokens // runtime.layout.tp_size, self.arch.hidden_size)
+        hidden_L1D = self.stage(tokens_T, context, segments, arrived_L1D=arrived, table=table)
+        links.send_hidden(hidden_L1D)
+        links.finish()
+        if not runtime.is_last_stage:
+            return hidden_L1D.new_zeros(num_tokens, self.arch.hidden_size)
+        return self.whole_sequence(hidden_L1D)
+
+    def whole_sequence(self, hidden_L1D: Tensor) -> Tensor:
+        """[L, 1, D] of each TP rank -> [T, D] on all of them. Collectives: one all-gather over the TP group."""
         # Every rank's head sees all tokens but its own vocabulary, so gradients are summed on the way back.
         return gather_from_sequence_parallel_region(
             hidden_L1D[:, 0], tensor_parallel_output_grad=True, group=self.runtime.tp_group
         )
+
+
+def _head(gpt: Any, arch: Architecture, runtime: Runtime) -> LmHead:
+    unembedding = gpt.embedding.word_embeddings if gpt.share_embeddings_and_output_weights else gpt.output_layer
+    vocab_start = runtime.tp_rank * (arch.vocab_size // runtime.layout.tp_size)
+    return LmHead(unembedding.weight.detach(), vocab_start, runtime.tp_group)
 
 
 def _wrap_linears(gpt: nn.Module, arch: Architecture, runtime: Runtime, routing: Routing) -> None:
@@ -119,9 +207,13 @@ def _wrap_linears(gpt: nn.Module, arch: Architecture, runtime: Runtime, routing:
         ("mlp", "linear_fc2", ("down_proj",), "row", (hidden,), merge_side_by_side, whole),
     ]
     decoder: Any = gpt.decoder
-    for index, layer in enumerate(decoder.layers):
+    for layer in decoder.layers:
+        index = layer.layer_number - 1
         for block, linear, names, sharding, out_sizes, merge, split in fused:
             owner = getattr(layer, block)
+            if isinstance(owner, MoeMlp):
+                owner.connect(routing, runtime.ep_group)
+                continue
             wrapped = LoraLinear(
                 getattr(owner, linear),
                 [layer_path(index, name) for name in names],

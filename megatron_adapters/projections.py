@@ -5,7 +5,7 @@ One list serves the LoRA layers, the optimizer, the files and the count, so that
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,23 +17,36 @@ UNEMBED = ("lm_head",)
 ROW_PARALLEL = ("o_proj", "down_proj")
 """Input sharded over TP; all others have their output sharded (column parallel)."""
 
+EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+"""Stacked matrices of all experts, by the names Tinker's checkpoints give them."""
+
 
 @dataclass(frozen=True)
 class Projection:
-    """One frozen matrix W [d_out, d_in] and the place of its A [rank, d_in] and B [d_out, rank].
+    """One frozen matrix W [d_out, d_in], or one per expert, and the place of its A [rank, d_in] and B [d_out, rank].
 
     Sharding over TP (Megatron's rule): column: A replicated, B split by rows; row: A split by columns, B replicated.
+    Sharding over EP: matrices of an expert lie where the expert lies; a matrix that all experts share is replicated.
     """
 
     path: str
-    """the module's Hugging Face path, e.g. model.layers.0.self_attn.q_proj"""
+    """the module's Hugging Face path, e.g. model.layers.0.self_attn.q_proj; experts: model.layers.0.mlp.experts.w1"""
     d_in: int
     d_out: int
-    sharding: Literal["column", "row"]
+    sharding: Literal["column", "row", "expert"]
+    experts_a: int | None = None
+    """Experts' A are stacked, [experts_a, rank, d_in]: 1 where all share it. None: a plain matrix, no experts."""
+    experts_b: int | None = None
 
     @property
     def name(self) -> str:
         return self.path.rsplit(".", 1)[-1]
+
+    def shape_a(self, rank: int) -> tuple[int, ...]:
+        return (rank, self.d_in) if self.experts_a is None else (self.experts_a, rank, self.d_in)
+
+    def shape_b(self, rank: int) -> tuple[int, ...]:
+        return (self.d_out, rank) if self.experts_b is None else (self.experts_b, self.d_out, rank)
 
 
 def layer_path(layer: int, name: str) -> str:
@@ -42,13 +55,26 @@ def layer_path(layer: int, name: str) -> str:
     return f"model.layers.{layer}.{block}.{name}"
 
 
+def expert_path(layer: int, name: str) -> str:
+    """Path of a stacked expert projection; name is gate_proj, up_proj or down_proj."""
+    return f"model.layers.{layer}.mlp.experts.{EXPERT_NAMES[name]}"
+
+
 def target_names(*, train_attn: bool, train_mlp: bool, train_unembed: bool) -> tuple[str, ...]:
-    """Projection names (PEFT's target_modules) that the three switches select."""
+    """Projection names (PEFT's target_modules) that the three switches select; MLP includes the experts."""
     return (ATTENTION if train_attn else ()) + (MLP if train_mlp else ()) + (UNEMBED if train_unembed else ())
 
 
-def projections(arch: Architecture, targets: Iterable[str]) -> list[Projection]:
-    """Every adapted matrix of the model, layer by layer, the unembedding last."""
+def projections(
+    arch: Architecture, targets: Iterable[str], *, per_expert: bool = False, layers: Sequence[int] | None = None
+) -> list[Projection]:
+    """Every adapted matrix of the model, layer by layer, the unembedding last.
+
+    Args:
+        per_expert: every expert has its own A and B. Else "shared-outer", as Tinker trains: of each expert matrix the
+            factor on the hidden side (A of w1 and w3, B of w2) is shared by all experts of the layer.
+        layers: only these, and the unembedding only with the last one: a pipeline stage. None: all.
+    """
     widths = {
         "q_proj": (arch.hidden_size, arch.q_size),
         "k_proj": (arch.hidden_size, arch.kv_size),
@@ -60,24 +86,45 @@ def projections(arch: Architecture, targets: Iterable[str]) -> list[Projection]:
         "lm_head": (arch.hidden_size, arch.vocab_size),
     }
     wanted = set(targets)
-    found = [
-        Projection(layer_path(layer, name), *widths[name], "row" if name in ROW_PARALLEL else "column")
-        for layer in range(arch.num_layers)
-        for name in ATTENTION + MLP
-        if name in wanted
-    ]
-    if "lm_head" in wanted:
+    layers = range(arch.num_layers) if layers is None else layers
+    found = []
+    for layer in layers:
+        for name in ATTENTION + MLP:
+            if name not in wanted:
+                continue
+            if name in MLP and layer in arch.expert_layers:
+                found.append(_expert_projection(arch, layer, name, per_expert))
+            else:
+                sharding = "row" if name in ROW_PARALLEL else "column"
+                found.append(Projection(layer_path(layer, name), *widths[name], sharding))
+    if "lm_head" in wanted and arch.num_layers - 1 in layers:
         found.append(Projection("lm_head", *widths["lm_head"], "column"))
     return found
 
 
-def parameters_per_rank(arch: Architecture, *, train_attn: bool, train_mlp: bool, train_unembed: bool) -> int:
+def _expert_projection(arch: Architecture, layer: int, name: str, per_expert: bool) -> Projection:
+    assert arch.experts is not None
+    count, hidden, ffn = arch.experts.count, arch.hidden_size, arch.experts.ffn_size
+    shared = count if per_expert else 1
+    path = expert_path(layer, name)
+    if name == "down_proj":
+        return Projection(path, ffn, hidden, "expert", count, shared)
+    return Projection(path, hidden, ffn, "expert", shared, count)
+
+
+def parameters_per_rank(
+    arch: Architecture, *, train_attn: bool, train_mlp: bool, train_unembed: bool, per_expert: bool = False
+) -> int:
     """Trainable parameters per unit of LoRA rank, by the closed formula ("LoRA Without Regret" / Tinker's table).
 
-    attention L*[(H+q) + 2(H+kv) + (q+H)], MLP L*3*(H+I), unembedding H+V. Independent of the tensors, which are
-    checked against it.
+    attention L*[(H+q) + 2(H+kv) + (q+H)], MLP L*3*(H+I), unembedding H+V; layers with E experts L*3*(H + E*I), or
+    with factors per expert L*3*E*(H+I). Independent of the tensors, which are checked against it.
     """
-    layers, hidden = arch.num_layers, arch.hidden_size
-    attention = layers * ((hidden + arch.q_size) + 2 * (hidden + arch.kv_size) + (arch.q_size + hidden))
-    mlp = layers * 3 * (hidden + arch.ffn_size)
+    hidden = arch.hidden_size
+    attention = arch.num_layers * ((hidden + arch.q_size) + 2 * (hidden + arch.kv_size) + (arch.q_size + hidden))
+    mlp = (arch.num_layers - len(arch.expert_layers)) * 3 * (hidden + arch.ffn_size)
+    if arch.experts is not None:
+        count, ffn = arch.experts.count, arch.experts.ffn_size
+        per_layer = count * (hidden + ffn) if per_expert else hidden + count * ffn
+        mlp += len(arch.expert_layers) * 3 * per_layer
     return attention * train_attn + mlp * train_mlp + (hidden + arch.vocab_size) * train_unembed

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from .adapters import LoraWeights
-from .head import CHUNK_ELEMENTS, LmHead
+from .head import CHUNK_ELEMENTS
 from .lora_linear import Segment
 from .philox import uniform_numbers
 from .sample_request import NO_LOGPROB, NO_TOKEN, PromptScores, SampleRequest, TokenLogprobs
+from .stage_head import Head
 from .token_sampler import SamplingRows, sample_tokens, top_logprobs
 
 ALTERNATIVES_STREAM = 1
@@ -39,7 +40,7 @@ class Prompt:
 
 
 @torch.no_grad()
-def score_prompts(head: LmHead, prompts: Sequence[Prompt | None]) -> list[PromptScores | None]:
+def score_prompts(head: Head, prompts: Sequence[Prompt | None]) -> list[PromptScores | None]:
     """Answer what each request asks about its prompt; None stays None.
 
     Collectives: over the TP group those of `LmHead.target_logprobs` once if any prompt wants its own logprobs, and per
@@ -56,7 +57,7 @@ def score_prompts(head: LmHead, prompts: Sequence[Prompt | None]) -> list[Prompt
     return scores
 
 
-def _own_logprobs(head: LmHead, prompts: Sequence[Prompt]) -> list[npt.NDArray[np.float32]]:
+def _own_logprobs(head: Head, prompts: Sequence[Prompt]) -> list[npt.NDArray[np.float32]]:
     """log p of each prompt token after those before it: float32 [P], NaN where not asked for."""
     if not prompts:
         return []
@@ -103,9 +104,9 @@ class _Distributions:
         if request.target_prompt_logprobs is not None:
             self.targets = np.zeros(request.target_prompt_logprobs.ids.size, np.float32)
 
-    def scored(self, head: LmHead, logprobs: npt.NDArray[np.float32] | None) -> PromptScores:
+    def scored(self, head: Head, logprobs: npt.NDArray[np.float32] | None) -> PromptScores:
         hidden_PD, lora = self.prompt.hidden_PD, self.prompt.lora
-        width = head.weight_VD.shape[0] * head.tp_group.size() * max(1, self.request.prompt_alt_tokens_k)
+        width = head.vocab_size * max(1, self.request.prompt_alt_tokens_k)
         step = max(1, CHUNK_ELEMENTS // width)
         for start in range(self._first_row(), self.num_rows, step):
             end = min(start + step, self.num_rows)

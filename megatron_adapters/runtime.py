@@ -18,6 +18,7 @@ from tinker_hpc.errors import ConfigError
 
 from . import cpu_shims
 from .interface import Layout
+from .placement import Place, place_of
 
 CONTROL_TIMEOUT = timedelta(days=30)
 """An idle worker's ranks wait on rank 0's next broadcast for as long as nobody sends a request."""
@@ -27,18 +28,41 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Runtime:
-    """This rank's place. Ranks are numbered tp fastest: global_rank = dp_rank * tp_size + tp_rank."""
+    """This rank's place (placement.py has the numbering) and the groups it talks over."""
 
     layout: Layout
     device: torch.device
     dtype: torch.dtype
     global_rank: int
-    tp_rank: int
-    dp_rank: int
+    place: Place
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
+    """the ranks of a stage that together hold all its experts"""
+    expert_copies_group: dist.ProcessGroup
+    """the ranks of a stage that hold the same experts as this one"""
+    forward_group: dist.ProcessGroup
+    """the stages of this rank's column of the pipeline: activations, sent onwards only"""
+    backward_group: dist.ProcessGroup
+    """the same ranks: gradients, sent backwards only; of its own, since NCCL runs a group's messages in order"""
     control_group: dist.ProcessGroup
-    """gloo over all ranks: small CPU tensors and Python objects, never weights"""
+    """gloo over all ranks: small CPU tensors and Python objects, and adapters on their way to a file"""
+
+    @property
+    def tp_rank(self) -> int:
+        return self.place.tp_rank
+
+    @property
+    def dp_rank(self) -> int:
+        return self.place.dp_rank
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.place.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.place.pp_rank == self.layout.pp_size - 1
 
 
 def start(layout: Layout, dtype: str | None = None) -> Runtime:
@@ -52,8 +76,8 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != layout.world_size:
         raise ConfigError(
-            f"{world_size} processes were started, but tp_size {layout.tp_size} * dp_size {layout.dp_size} needs "
-            f"{layout.world_size}. Change the layout or the number of ranks."
+            f"{world_size} processes were started, but tp_size {layout.tp_size} * dp_size {layout.dp_size} * pp_size "
+            f"{layout.pp_size} needs {layout.world_size}. Change the layout or the number of ranks."
         )
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
@@ -68,19 +92,27 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp_size, create_gloo_process_groups=False
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        expert_model_parallel_size=layout.ep_size,
+        expert_tensor_parallel_size=1,  # its default is the TP size, which gloo's collectives cannot serve
+        create_gloo_process_groups=False,
     )
     control_group: Any = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     mpu: Any = parallel_state  # its annotations admit None, which initialize_model_parallel rules out
+    forward_group: Any = mpu.get_pipeline_model_parallel_group()
     return Runtime(
         layout=layout,
         device=device,
         dtype=compute_dtype,
         global_rank=dist.get_rank(),
-        tp_rank=mpu.get_tensor_model_parallel_rank(),
-        dp_rank=mpu.get_data_parallel_rank(),
+        place=place_of(dist.get_rank(), layout),
         tp_group=mpu.get_tensor_model_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
+        ep_group=mpu.get_expert_model_parallel_group(),
+        expert_copies_group=mpu.get_expert_data_parallel_group(),
+        forward_group=forward_group,
+        backward_group=_second_pipeline_group(layout) if layout.pp_size > 1 else forward_group,
         control_group=control_group,
     )
 
@@ -141,6 +173,14 @@ def _join(world_size: int, cuda: bool) -> None:
         dist.init_process_group(backend)
     elif world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _second_pipeline_group(layout: Layout) -> Any:
+    """Groups of the ranks that differ in their stage alone; returns this rank's. Every rank makes all of them."""
+    stage_size = layout.tp_size * layout.dp_size
+    columns = [list(range(column, layout.world_size, stage_size)) for column in range(stage_size)]
+    mine = [dist.new_group(ranks) for ranks in columns]
+    return mine[dist.get_rank() % stage_size]
 
 
 def _dtype(name: str | None, cuda: bool) -> torch.dtype:

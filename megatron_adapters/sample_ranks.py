@@ -20,25 +20,38 @@ Event = TypeVar("Event")
 
 @dataclass(frozen=True)
 class SampleRanks:
-    """This rank's place, and the groups to talk over; the groups may be None where the size is 1."""
+    """This rank's place, and the groups to talk over; the groups may be None where the size is 1.
+
+    Pipeline stages behave as TP ranks do: they take the same tokens.
+    """
 
     tp_size: int = 1
     tp_rank: int = 0
     tp_group: dist.ProcessGroup | None = None
     dp_size: int = 1
     dp_rank: int = 0
+    pp_size: int = 1
+    pp_rank: int = 0
+    pp_group: dist.ProcessGroup | None = None
     control_group: dist.ProcessGroup | None = None
     """gloo over all ranks"""
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.dp_size * self.pp_size
 
     def agree(self, tokens_B: Tensor, logprobs_B: Tensor) -> tuple[list[int], list[float]]:
         """What TP rank 0 drew. Its word is taken so that a last-bit difference can never part the ranks.
 
         Args: tokens_B: int64 [B]; logprobs_B: float32 [B]; of the right shape on every rank, read on TP rank 0 only.
-        Collectives: one broadcast over tp_group where tp_size > 1.
+        Collectives: one broadcast over tp_group where tp_size > 1, one over pp_group where pp_size > 1.
         """
-        if self.tp_size > 1:
+        if self.tp_size * self.pp_size > 1:
             both_2B = torch.stack([tokens_B.double(), logprobs_B.double()])  # exact: ids stay below 2**53
-            dist.broadcast(both_2B, group=self.tp_group, group_src=0)
+            if self.tp_size > 1:
+                dist.broadcast(both_2B, group=self.tp_group, group_src=0)
+            if self.pp_size > 1:
+                dist.broadcast(both_2B, group=self.pp_group, group_src=0)
             tokens_B, logprobs_B = both_2B[0].long(), both_2B[1].float()
         return tokens_B.tolist(), logprobs_B.tolist()
 
@@ -54,14 +67,15 @@ class SampleRanks:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control_group)
         if not flag.item():
             return []
-        mine = events if self.tp_rank == 0 else []  # TP ranks hold the same events; one copy is enough
-        gathered: list[list[Event]] = [[] for _ in range(self.tp_size * self.dp_size)]
+        # TP ranks and stages hold the same events; one copy is enough
+        mine = events if self.tp_rank == self.pp_rank == 0 else []
+        gathered: list[list[Event]] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(gathered, mine, group=self.control_group)
         return [event for part in gathered for event in part]
 
     def agree_on_least(self, value: int) -> int:
         """The smallest of all ranks' values. Collectives: one all-reduce over control_group, unless alone."""
-        if self.tp_size * self.dp_size == 1:
+        if self.world_size == 1:
             return value
         least = torch.tensor([value])
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.control_group)

@@ -40,10 +40,13 @@ def make_decoder(model: Model, snapshots: Mapping[str, LoraWeights], base_model_
         tp_group=runtime.tp_group,
         dp_size=runtime.layout.dp_size,
         dp_rank=runtime.dp_rank,
+        pp_size=runtime.layout.pp_size,
+        pp_rank=runtime.place.pp_rank,
+        pp_group=runtime.forward_group,
         control_group=runtime.control_group,
     )
     shape = KvShape(
-        num_layers=arch.num_layers,
+        num_layers=len(model.layers),
         num_kv_heads=arch.num_kv_heads // runtime.layout.tp_size,
         head_dim=arch.head_dim,
         dtype=runtime.dtype,

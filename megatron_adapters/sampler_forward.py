@@ -11,6 +11,7 @@ from itertools import groupby, pairwise
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .adapters import LoraWeights
@@ -27,10 +28,12 @@ class ModelForward:
     def __init__(self, model: Model, snapshots: Mapping[str, LoraWeights]) -> None:
         self._model = model
         self._snapshots = snapshots
+        self._joint = model.runtime.layout.experts_span_copies
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[PrefillRow]) -> Prefilled:
         """Collectives: those of `Model.hidden_states`, `LmHead.logits`, and `score_prompts`."""
+        self._announce(True)
         device = self._model.runtime.device
         lengths = [len(row.tokens) for row in rows]
         num_tokens = sum(lengths)
@@ -46,6 +49,7 @@ class ModelForward:
             torch.from_numpy(tokens_T.astype(np.int64)).to(device),
             context,
             self._segments(snapshot_ids, lengths, padding),
+            self._table(),
         )
         last_B = torch.tensor(bounds[1 : len(rows) + 1], device=device) - 1
         logits_BV = self._model.head.logits(hidden_TD[last_B], self._segments(snapshot_ids, [1] * len(rows)))
@@ -66,6 +70,7 @@ class ModelForward:
         attention: DecodeAttention,
     ) -> Tensor:
         """Collectives: those of `Model.hidden_states` and `LmHead.logits`."""
+        self._announce(True)
         device = self._model.runtime.device
         num_rows = len(tokens)
         padding = self._model.padded_length(num_rows) - num_rows
@@ -77,8 +82,37 @@ class ModelForward:
             torch.tensor([*tokens, *[0] * padding], device=device),
             context,
             self._segments(snapshot_ids, ones, padding),
+            self._table(),
         )
         return self._model.head.logits(hidden_TD[:num_rows], self._segments(snapshot_ids, ones))
+
+    @torch.no_grad()
+    def join_others(self) -> None:
+        """While another rank that shares experts with this one still has a pass to do, take part with padding.
+
+        Collectives: per pass of the busiest rank one all-reduce of a flag over the control group (as before every pass
+        of our own), and `Model.hidden_states`.
+        """
+        if not self._joint:
+            return
+        model = self._model
+        while self._announce(False):
+            length = model.padded_length(0)
+            zeros_T = torch.zeros(length, dtype=torch.int64, device=model.runtime.device)
+            context = model.context([0, length], torch.arange(length, device=model.runtime.device))
+            model.hidden_states(zeros_T, context, [Segment(None, 0, length)], self._table())
+
+    def _announce(self, has_pass: bool) -> bool:
+        """Say whether this rank is about to do a pass; True if any is."""
+        if not self._joint:
+            return has_pass
+        flag = torch.tensor([int(has_pass)])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._model.runtime.control_group)
+        return bool(flag.item())
+
+    def _table(self) -> list[LoraWeights | None] | None:
+        """See Routing.use: ranks with other requests use other adapters, so all that are known."""
+        return [None, *self._snapshots.values()] if self._joint else None
 
     def _segments(self, snapshot_ids: Sequence[str | None], lengths: Sequence[int], padding: int = 0) -> list[Segment]:
         """One segment for every run of equal weights; padding uses the base alone."""

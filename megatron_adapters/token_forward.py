@@ -58,3 +58,7 @@ class TokenForward(Protocol):
     ) -> Tensor:
         """Logits [B, V] after these tokens at these positions."""
         ...
+
+    def join_others(self) -> None:
+        """Called once an iteration, after its passes: wait until all ranks that share experts have done theirs."""
+        ...

@@ -16,26 +16,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .adapter_files import GRADIENTS_FILE, HostCopy, collect, gather, open_file, peft_config, read_into
-from .adapters import Adapter, LoraWeights, peft_key, shard_layout
+from .adapter_files import GRADIENTS_FILE, HostCopy, collect, gather, peft_config, read_into, stage_shards
+from .adapter_tensors import AdapterTensors
+from .adapters import Adapter, LoraWeights, peft_key
 from .families import Architecture
 from .grad_sync import keep_one_share, sum_gradients
-from .projections import projections
 from .runtime import Runtime
 
 
-def copy_adapter(adapter: Adapter, runtime: Runtime, *, base_model: str) -> HostCopy:
+def copy_adapter(adapter: Adapter, runtime: Runtime, arch: Architecture, *, base_model: str) -> HostCopy:
     """Everything of the adapter that later results depend on.
 
-    Collectives: those of adapter_files.collect; with pending gradients also those of grad_sync.sum_gradients, an
-        all-gather over the TP group, and a gather of every rank's share over the control group.
+    Collectives: those of adapter_files.collect; with pending gradients also those of grad_sync.sum_gradients and
+        adapter_files.gather, and a gather of every rank's share over the control group.
     """
-    copy = collect(adapter, runtime, optimizer=True, base_model=base_model)
+    copy = collect(adapter, runtime, arch, optimizer=True, base_model=base_model)
     if not adapter.has_gradients:
         return copy
     whole = adapter.grads.clone()
     sum_gradients(adapter, runtime, whole)
-    gradients = gather(adapter.shards, whole, runtime)
+    gradients = gather(adapter.lora, whole, runtime, arch)
     shares = _gather_shares(adapter.grads, runtime)
     return replace(copy, gradients=gradients | {f"rank.{rank}": share for rank, share in enumerate(shares)})
 
@@ -47,9 +47,9 @@ def restore_gradients(adapter: Adapter, folder: Path, runtime: Runtime, *, same_
     """
     if not (folder / GRADIENTS_FILE).exists():
         return
-    with open_file(folder / GRADIENTS_FILE) as file:
+    with AdapterTensors(folder / GRADIENTS_FILE) as file:
         if same_layout:
-            adapter.grads.copy_(file.get_tensor(f"rank.{runtime.global_rank}"))
+            adapter.grads.copy_(file.read(f"rank.{runtime.global_rank}"))
         else:
             read_into(adapter, adapter.grads, file, "")
             keep_one_share(adapter, runtime)
@@ -57,8 +57,8 @@ def restore_gradients(adapter: Adapter, folder: Path, runtime: Runtime, *, same_
 
 
 def copy_snapshot(weights: LoraWeights, arch: Architecture, runtime: Runtime, *, base_model: str) -> HostCopy:
-    """A sampling snapshot, in the compute dtype. Collectives: one all-gather over the TP group."""
-    shards = shard_layout(projections(arch, weights.targets), weights.rank, runtime.layout.tp_size)
+    """A sampling snapshot, in the compute dtype. Collectives: those of adapter_files.gather."""
+    shards = stage_shards(weights, arch, runtime.layout, runtime.place.pp_rank)
     flat = torch.empty(sum(shard.size for shard in shards), dtype=runtime.dtype, device=runtime.device)
     parts = {
         peft_key(path, letter): part
@@ -68,7 +68,7 @@ def copy_snapshot(weights: LoraWeights, arch: Architecture, runtime: Runtime, *,
     for shard in shards:
         shard.view(flat).copy_(parts[shard.key])
     config = peft_config(weights.rank, weights.alpha, weights.targets, base_model)
-    return HostCopy(config, gather(shards, flat, runtime), {}, 0)
+    return HostCopy(config, gather(weights, flat, runtime, arch), {}, 0)
 
 
 def _gather_shares(grads: Tensor, runtime: Runtime) -> list[Tensor]:

@@ -7,7 +7,7 @@ with what the architecture requires, so that a wrong folder fails at once and wi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,11 @@ from torch import Tensor
 
 from tinker_hpc.errors import WeightsError
 
+from .experts import StackedExperts
 from .families import Architecture
+from .interface import Layout
+from .moe import MoeMlp
+from .placement import Place
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Buffers that old exports carry; we compute them."""
@@ -63,15 +67,26 @@ def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
             f"{prefix}self_attn.k_proj.weight": (kv, hidden),
             f"{prefix}self_attn.v_proj.weight": (kv, hidden),
             f"{prefix}self_attn.o_proj.weight": (hidden, q),
-            f"{prefix}mlp.gate_proj.weight": (ffn, hidden),
-            f"{prefix}mlp.up_proj.weight": (ffn, hidden),
-            f"{prefix}mlp.down_proj.weight": (hidden, ffn),
         }
+        if layer in arch.expert_layers and arch.experts is not None:
+            shapes[f"{prefix}mlp.gate.weight"] = (arch.experts.count, hidden)
+            for expert in range(arch.experts.count):
+                shapes |= _mlp_shapes(f"{prefix}mlp.experts.{expert}.", hidden, arch.experts.ffn_size)
+        else:
+            shapes |= _mlp_shapes(f"{prefix}mlp.", hidden, ffn)
         if arch.qkv_bias:
             shapes |= {f"{prefix}self_attn.{x}_proj.bias": (n,) for x, n in (("q", q), ("k", kv), ("v", kv))}
         if arch.qk_norm:
             shapes |= {f"{prefix}self_attn.{x}_norm.weight": (arch.head_dim,) for x in "qk"}
     return shapes
+
+
+def _mlp_shapes(prefix: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}gate_proj.weight": (ffn, hidden),
+        f"{prefix}up_proj.weight": (ffn, hidden),
+        f"{prefix}down_proj.weight": (hidden, ffn),
+    }
 
 
 def check_tensors(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -99,19 +114,20 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, t
 
 
 @torch.no_grad()
-def load_weights(model: Any, folder: Path, arch: Architecture, tp_rank: int, tp_size: int) -> None:
-    """Copy the checkpoint in `folder` into `model`, cast to the model's dtype.
+def load_weights(model: Any, folder: Path, arch: Architecture, layout: Layout, place: Place) -> None:
+    """Copy this rank's part of the checkpoint in `folder` into `model`, cast to the model's dtype.
 
     Args:
-        model: megatron-core GPTModel with plain (not LoRA-wrapped) linear layers.
+        model: this stage's megatron-core GPTModel with plain (not LoRA-wrapped) linear layers, MoeMlp for experts.
     Raises: WeightsError, on every rank alike, before any tensor is touched.
-    Collectives: none; every rank reads its own slices.
+    Collectives: none; every rank reads its own slices, one tensor at a time.
     """
     checkpoint = Checkpoint(folder)
     found = {name: shape for name, shape in checkpoint.shapes.items() if not name.endswith(IGNORED_SUFFIXES)}
     if arch.tied_embeddings:
         found.pop("lm_head.weight", None)  # some exports repeat the tied matrix
     check_tensors(found, expected_shapes(arch), str(folder))
+    tp_rank, tp_size = place.tp_rank, layout.tp_size
 
     def whole(name: str) -> Tensor:
         return checkpoint.read(name)
@@ -122,14 +138,17 @@ def load_weights(model: Any, folder: Path, arch: Architecture, tp_rank: int, tp_
     def columns(name: str) -> Tensor:
         return checkpoint.read(name, 1, tp_rank, tp_size)
 
-    model.embedding.word_embeddings.weight.copy_(rows("model.embed_tokens.weight"))
-    model.decoder.final_layernorm.weight.copy_(whole("model.norm.weight"))
-    if not arch.tied_embeddings:
-        model.output_layer.weight.copy_(rows("lm_head.weight"))
+    if model.pre_process:
+        model.embedding.word_embeddings.weight.copy_(rows("model.embed_tokens.weight"))
+    if model.post_process:
+        model.decoder.final_layernorm.weight.copy_(whole("model.norm.weight"))
+        if not model.share_embeddings_and_output_weights:  # tied ones are shared where one stage holds both ends
+            name = "model.embed_tokens.weight" if arch.tied_embeddings else "lm_head.weight"
+            model.output_layer.weight.copy_(rows(name))
     groups = arch.num_kv_heads // tp_size
-    for index, layer in enumerate(model.decoder.layers):
-        prefix = f"model.layers.{index}."
-        attention, mlp = layer.self_attention, layer.mlp
+    for layer in model.decoder.layers:
+        prefix = f"model.layers.{layer.layer_number - 1}."
+        attention = layer.self_attention
         layer.input_layernorm.weight.copy_(whole(f"{prefix}input_layernorm.weight"))
         layer.pre_mlp_layernorm.weight.copy_(whole(f"{prefix}post_attention_layernorm.weight"))
         qkv = [rows(f"{prefix}self_attn.{x}_proj.weight") for x in "qkv"]
@@ -141,9 +160,22 @@ def load_weights(model: Any, folder: Path, arch: Architecture, tp_rank: int, tp_
             attention.q_layernorm.weight.copy_(whole(f"{prefix}self_attn.q_norm.weight"))
             attention.k_layernorm.weight.copy_(whole(f"{prefix}self_attn.k_norm.weight"))
         attention.linear_proj.weight.copy_(columns(f"{prefix}self_attn.o_proj.weight"))
-        fc1 = torch.cat([rows(f"{prefix}mlp.gate_proj.weight"), rows(f"{prefix}mlp.up_proj.weight")])
-        mlp.linear_fc1.weight.copy_(fc1)
-        mlp.linear_fc2.weight.copy_(columns(f"{prefix}mlp.down_proj.weight"))
+        if isinstance(layer.mlp, MoeMlp):
+            layer.mlp.router.weight.copy_(whole(f"{prefix}mlp.gate.weight"))
+            _load_experts(layer.mlp.experts, whole, f"{prefix}mlp.experts.", place.ep_rank)
+        else:
+            fc1 = torch.cat([rows(f"{prefix}mlp.gate_proj.weight"), rows(f"{prefix}mlp.up_proj.weight")])
+            layer.mlp.linear_fc1.weight.copy_(fc1)
+            layer.mlp.linear_fc2.weight.copy_(columns(f"{prefix}mlp.down_proj.weight"))
+
+
+def _load_experts(experts: StackedExperts, whole: Callable[[str], Tensor], prefix: str, ep_rank: int) -> None:
+    num_local, _, ffn = experts.down_EDF.shape
+    for local in range(num_local):
+        name = f"{prefix}{ep_rank * num_local + local}"
+        experts.gate_up_EGD[local, :ffn].copy_(whole(f"{name}.gate_proj.weight"))
+        experts.gate_up_EGD[local, ffn:].copy_(whole(f"{name}.up_proj.weight"))
+        experts.down_EDF[local].copy_(whole(f"{name}.down_proj.weight"))
 
 
 def interleave_qkv(q: Tensor, k: Tensor, v: Tensor, *, groups: int) -> Tensor:

@@ -42,13 +42,18 @@ def measure(name: str, layout_fields: dict[str, int], lora_rank: int) -> dict[st
     from megatron_adapters.families import check_layout, read_architecture
     from megatron_adapters.interface import Layout
     from megatron_adapters.model import build_gpt
+    from megatron_adapters.placement import FIRST_RANK, stage_layers
     from megatron_adapters.projections import projections, target_names
 
     layout = Layout(**layout_fields)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp_size, create_gloo_process_groups=False
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        expert_model_parallel_size=layout.ep_size,
+        expert_tensor_parallel_size=1,
+        create_gloo_process_groups=False,
     )
     with tempfile.TemporaryDirectory() as folder:
         arch, _ = read_architecture(published_configs.write(name, Path(folder)))
@@ -57,9 +62,16 @@ def measure(name: str, layout_fields: dict[str, int], lora_rank: int) -> dict[st
     def adapter(**switches: bool) -> Adapter:
         targets = target_names(**{"train_attn": False, "train_mlp": False, "train_unembed": False, **switches})
         device = torch.device("meta")
-        wanted = projections(arch, targets)
+        wanted = projections(arch, targets, layers=stage_layers(arch.num_layers, layout, 0))
         return Adapter(
-            wanted, rank=lora_rank, alpha=32.0, targets=targets, tp_rank=0, tp_size=layout.tp_size, device=device
+            wanted,
+            rank=lora_rank,
+            alpha=32.0,
+            targets=targets,
+            per_expert=False,
+            layout=layout,
+            place=FIRST_RANK,
+            device=device,
         )
 
     with torch.device("meta"):

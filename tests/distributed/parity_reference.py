@@ -5,6 +5,7 @@ Everything here is made from seeds and written into a folder, so that ranks of a
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from peft_stacks import PeftParameters, random_adapter
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 LENGTHS = (17, 9, 31, 6)  # 63 tokens: odd, so tensor parallelism has to pad
 VOCAB = 128
 RANK = 8
 ADAM = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12, "weight_decay": 0.1, "grad_clip_norm": 1.0}
 STEPS = 5
+MLP_TARGETS = ["gate_proj", "up_proj", "down_proj"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 
 _SIZES: dict[str, Any] = {
@@ -41,12 +45,24 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "head_dim": 32,
+    "tie_word_embeddings": False,
+}
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_SIZES, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False),
     "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=False),
     "qwen3_bf16": lambda: Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=True),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_SIZES, **_EXPERTS, norm_topk_prob=True, decoder_sparse_step=1),
+    # Weights that are not scaled to sum to 1, and A and B of its own for every expert.
+    "qwen3_moe_per_expert": lambda: Qwen3MoeConfig(**_SIZES, **_EXPERTS, norm_topk_prob=False, decoder_sparse_step=1),
 }
+DENSE = tuple(name for name in CONFIGS if "moe" not in name)
+EXPERTS = tuple(name for name in CONFIGS if "moe" in name)
 
 
 @dataclass(frozen=True)
@@ -86,7 +102,8 @@ def build(family: str, folder: Path) -> Reference:
 
     model_folder, adapter_folder = folder / "model", folder / "adapter"
     _save_random_model(family, model_folder)
-    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
+    targets = [name for name in TARGETS if family in DENSE or name not in MLP_TARGETS]
+    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns about tied embeddings; the numbers are what we want
         model = get_peft_model(load_transformers(model_folder), config)
@@ -96,22 +113,33 @@ def build(family: str, folder: Path) -> Reference:
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     model.save_pretrained(str(adapter_folder), save_embedding_layers=False)
+    num_experts, shared = getattr(model.config, "num_experts", 0), family == "qwen3_moe"
+    if num_experts:
+        model = _with_experts(model_folder, adapter_folder, generator, shared=shared)
     logits = [logits_of(model, sequence.tokens) for sequence in sequences()]
-    trained = {peft_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = PeftParameters(model, num_experts, shared=shared)
     _loss(model).backward()
-    grads = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
-    assert grads.keys() == trained.keys()
-    losses, norms = _train(model, list(trained.values()))
+    grads = parameters.grads()
+    losses, norms = _train(model, parameters)
     return Reference(family, model_folder, adapter_folder, logits, grads, losses, norms)
+
+
+def _with_experts(model_folder: Path, adapter_folder: Path, generator: torch.Generator, *, shared: bool) -> Any:
+    """Add a pair of matrices for each expert to the saved adapter, as published adapters hold them, and load it."""
+    from peft import PeftModel
+
+    base = load_transformers(model_folder)
+    tensors = load_file(adapter_folder / "adapter_model.safetensors")
+    tensors |= random_adapter(base, RANK, base.config.num_experts, generator, shared=shared)
+    config = json.loads((adapter_folder / "adapter_config.json").read_text()) | {"target_modules": TARGETS}
+    (adapter_folder / "adapter_config.json").write_text(json.dumps(config))
+    metadata = {"format": "pt"} | ({"expert_lora": "shared_outer"} if shared else {})
+    save_file(tensors, adapter_folder / "adapter_model.safetensors", metadata=metadata)
+    return PeftModel.from_pretrained(base, str(adapter_folder), is_trainable=True)
 
 
 def load_transformers(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-
-
-def peft_name(name: str) -> str:
-    """The parameter's name in a saved adapter."""
-    return name.replace(".default", "")
 
 
 def logits_of(model: Any, tokens: np.ndarray) -> torch.Tensor:
@@ -128,10 +156,14 @@ def _loss(model: Any) -> torch.Tensor:
     return total
 
 
-def _train(model: Any, parameters: list[torch.nn.Parameter]) -> tuple[list[float], list[float]]:
-    """STEPS steps of torch's AdamW with its global-norm clipping, from zero gradients."""
+def _train(model: Any, parameters: PeftParameters) -> tuple[list[float], list[float]]:
+    """STEPS steps of torch's AdamW with its global-norm clipping, from zero gradients.
+
+    On copies of the parameters, so that a factor that experts share is stepped (and clipped) once.
+    """
+    values = {name: torch.nn.Parameter(value) for name, value in parameters.values().items()}
     optimizer = torch.optim.AdamW(
-        parameters,
+        values.values(),
         lr=ADAM["learning_rate"],
         betas=(ADAM["beta1"], ADAM["beta2"]),
         eps=ADAM["eps"],
@@ -139,11 +171,14 @@ def _train(model: Any, parameters: list[torch.nn.Parameter]) -> tuple[list[float
     )
     losses, norms = [], []
     for _ in range(STEPS):
-        optimizer.zero_grad()
+        parameters.zero_grad()
         loss = _loss(model)
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, ADAM["grad_clip_norm"])))
+        for name, grad in parameters.grads().items():
+            values[name].grad = grad
+        norms.append(float(torch.nn.utils.clip_grad_norm_(values.values(), ADAM["grad_clip_norm"])))
         optimizer.step()
+        parameters.write(values)
         losses.append(float(loss.detach()))
     return losses, norms
 

@@ -51,13 +51,13 @@ class Bench:
         adapter = self.engine.adapters[adapter_id]
         kept = adapter.grads.clone()
         sum_gradients(adapter, self.engine.runtime)
-        full = adapter_files._gather(adapter, adapter.grads, self.engine.runtime)
+        full = adapter_files.gather(adapter.lora, adapter.grads, self.engine.runtime, self.engine.model.arch)
         adapter.grads.copy_(kept)
         return full
 
     def weights(self, adapter_id: str) -> dict[str, Tensor]:
         adapter = self.engine.adapters[adapter_id]
-        return adapter_files._gather(adapter, adapter.weights, self.engine.runtime)
+        return adapter_files.gather(adapter.lora, adapter.weights, self.engine.runtime, self.engine.model.arch)
 
     def logits(self, segments: list[tuple[Any, int]], data: list[Datum] | None = None) -> list[Tensor]:
         """Logits of every sequence; segments gives the adapter weights of each of them."""

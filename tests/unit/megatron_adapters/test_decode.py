@@ -41,6 +41,9 @@ class Forward:
         scores = [PromptScores(np.arange(len(row.tokens), dtype=np.float32)) if row.scored else None for row in rows]
         return Prefilled(torch.stack(logits), scores)
 
+    def join_others(self) -> None:
+        pass
+
     def decode(
         self,
         tokens: Sequence[int],

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from megatron_adapters.adapters import shard_layout
 from megatron_adapters.families import Architecture, architecture
+from megatron_adapters.interface import Layout
 from megatron_adapters.projections import parameters_per_rank, projections, target_names
 
 ALL = {"train_attn": True, "train_mlp": True, "train_unembed": True}
@@ -61,7 +62,7 @@ def test_formula_gives_the_published_counts(name: str) -> None:
 @pytest.mark.parametrize("tp_size", [1, 2, 8])
 def test_matrices_hold_as_many_parameters_as_the_formula_says(name: str, tp_size: int) -> None:
     arch = PUBLISHED[name][0]
-    shards = shard_layout(projections(arch, target_names(**ALL)), 32, tp_size)
+    shards = shard_layout(projections(arch, target_names(**ALL)), 32, Layout(tp_size))
     total = sum(shard.size * (1 if shard.split_dim is None else tp_size) for shard in shards)
     assert total == 32 * parameters_per_rank(arch, **ALL)
     assert total == 32 * sum(PUBLISHED[name][1:])
@@ -74,7 +75,7 @@ def test_tied_embeddings_do_not_change_the_count() -> None:
 
 def test_names_are_pefts() -> None:
     arch = llama(1, 64, 96, 4, 2)
-    keys = {shard.key for shard in shard_layout(projections(arch, target_names(**ALL)), 8, 1)}
+    keys = {shard.key for shard in shard_layout(projections(arch, target_names(**ALL)), 8, Layout())}
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in keys
     assert "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight" in keys
     assert "base_model.model.lm_head.lora_A.weight" in keys

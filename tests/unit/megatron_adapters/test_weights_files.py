@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from megatron_adapters.adapter_files import canonical, peft_config, read_config
+from megatron_adapters.adapter_files import assemble, owned, peft_config, read_config
 from megatron_adapters.adapters import Adapter
 from megatron_adapters.families import Architecture, architecture
+from megatron_adapters.interface import Layout
+from megatron_adapters.placement import place_of, stage_layers
 from megatron_adapters.projections import projections, target_names
 from megatron_adapters.weights import Checkpoint, check_tensors, expected_shapes, interleave_qkv
 from tinker_hpc.errors import WeightsError
@@ -25,7 +27,19 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+SINGLE = Layout()
 ALL = target_names(train_attn=True, train_mlp=True, train_unembed=True)
+
+
+MOE = Qwen3MoeConfig(
+    **TINY,
+    head_dim=4,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    decoder_sparse_step=1,
+    tie_word_embeddings=False,
+)
 
 
 @pytest.fixture
@@ -33,7 +47,9 @@ def arch() -> Architecture:
     return architecture(Qwen3Config(**TINY, head_dim=4, tie_word_embeddings=False))
 
 
-@pytest.mark.parametrize("config", [Qwen3Config(**TINY, head_dim=4), Qwen2Config(**TINY)], ids=["qwen3", "qwen2"])
+@pytest.mark.parametrize(
+    "config", [Qwen3Config(**TINY, head_dim=4), Qwen2Config(**TINY), MOE], ids=["qwen3", "qwen2", "qwen3_moe"]
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_expected_tensors_are_those_transformers_saves(config: Qwen3Config, tied: bool, tmp_path: Path) -> None:
     config.tie_word_embeddings = tied
@@ -94,33 +110,51 @@ def test_interleaving_groups_queries_with_their_key_and_value() -> None:
     assert interleave_qkv(q, k, v, groups=2).flatten().tolist() == [1, 2, 10, 100, 3, 4, 20, 200]
 
 
-def build(arch: Architecture, tp_rank: int, tp_size: int) -> Adapter:
+def build(arch: Architecture, global_rank: int = 0, layout: Layout = SINGLE, *, per_expert: bool = False) -> Adapter:
+    place = place_of(global_rank, layout)
     adapter = Adapter(
-        projections(arch, ALL),
+        projections(arch, ALL, per_expert=per_expert, layers=stage_layers(arch.num_layers, layout, place.pp_rank)),
         rank=4,
         alpha=32.0,
         targets=ALL,
-        tp_rank=tp_rank,
-        tp_size=tp_size,
+        per_expert=per_expert,
+        layout=layout,
+        place=place,
         device=torch.device("cpu"),
     )
     adapter.initialize(seed=9)
     return adapter
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_shards_of_any_layout_make_the_same_full_matrices(arch: Architecture, tp_size: int) -> None:
-    ranks = [build(arch, rank, tp_size) for rank in range(tp_size)]
-    whole = build(arch, 0, 1)
-    joined = canonical(ranks[0].shards, [adapter.weights for adapter in ranks])
-    expected = canonical(whole.shards, [whole.weights])
+def full_matrices(ranks: list[Adapter], layout: Layout) -> dict[str, torch.Tensor]:
+    parts = {
+        rank: torch.cat([shard.view(adapter.weights).flatten() for shard in mine])
+        for rank, adapter in enumerate(ranks)
+        if (mine := owned(adapter.shards, adapter.place))
+    }
+    stage_size = layout.tp_size * layout.dp_size
+    return assemble(parts, [ranks[stage * stage_size].shards for stage in range(layout.pp_size)], layout)
+
+
+@pytest.mark.parametrize("per_expert", [False, True])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(2), Layout(1, 2), Layout(2, 2, 2), Layout(1, 2, 1, 2), Layout(2, 1, 2, 2), Layout(2, 2, 1, 4)],
+    ids=str,
+)
+def test_shards_of_any_layout_make_the_same_full_matrices(layout: Layout, per_expert: bool) -> None:
+    arch = architecture(MOE)
+    ranks = [build(arch, rank, layout, per_expert=per_expert) for rank in range(layout.world_size)]
+    whole = build(arch, per_expert=per_expert)
+    joined, expected = full_matrices(ranks, layout), full_matrices([whole], SINGLE)
     assert joined.keys() == expected.keys()
     assert all(torch.equal(joined[key], expected[key]) for key in expected)
-    assert ranks[0].num_parameters == whole.num_parameters
+    stages = ranks[:: layout.tp_size * layout.dp_size]
+    assert sum(adapter.num_parameters for adapter in stages) == whole.num_parameters
 
 
 def test_gradients_land_in_the_flat_buffer(arch: Architecture) -> None:
-    adapter = build(arch, 0, 1)
+    adapter = build(arch)
     path = "model.layers.0.mlp.up_proj"
     pair = adapter.lora.pairs[path]
     for _ in range(2):  # accumulates
@@ -133,7 +167,7 @@ def test_gradients_land_in_the_flat_buffer(arch: Architecture) -> None:
 
 
 def test_a_snapshot_keeps_its_numbers(arch: Architecture) -> None:
-    adapter = build(arch, 0, 1)
+    adapter = build(arch)
     snapshot = adapter.lora.snapshot(torch.float32)
     before = snapshot.pairs["lm_head"].a.clone()
     adapter.weights.add_(1.0)
@@ -142,7 +176,7 @@ def test_a_snapshot_keeps_its_numbers(arch: Architecture) -> None:
 
 
 def test_seeds_and_names_make_different_matrices(arch: Architecture) -> None:
-    adapter, other = build(arch, 0, 1), build(arch, 0, 1)
+    adapter, other = build(arch), build(arch)
     other.initialize(seed=10)
     pairs = adapter.lora.pairs
     assert not torch.equal(pairs["lm_head"].a, other.lora.pairs["lm_head"].a)
@@ -151,9 +185,8 @@ def test_seeds_and_names_make_different_matrices(arch: Architecture) -> None:
 
 
 def write_adapter(folder: Path, arch: Architecture, **config: object) -> None:
-    adapter = build(arch, 0, 1)
-    tensors = {key: x.detach().clone() for key, x in canonical(adapter.shards, [adapter.weights]).items()}
-    save_file(tensors, folder / "adapter_model.safetensors")
+    adapter = build(arch)
+    save_file(full_matrices([adapter], SINGLE), folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({**peft_config(4, 32.0, ALL, "base"), **config}))
 
 

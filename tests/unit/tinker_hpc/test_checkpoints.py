@@ -10,6 +10,7 @@ from tinker_hpc.checkpoints import all_checkpoints, checkpoints_of_run, export_p
 from tinker_hpc.errors import ConfigError, DataRootError
 from tinker_hpc.run_folder import RunFolder, checkpoint_folder, write_json
 
+EMPTY_SAFETENSORS = b"\x08\0\0\0\0\0\0\0{}      "
 MODEL = "s-20261123-abc:train:0"
 
 
@@ -17,7 +18,7 @@ def save(root: Path, model_id: str, kind: str, name: str, *, created_at: float =
     folder = checkpoint_folder(root, model_id, kind, name)
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text("{}")
-    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "adapter_model.safetensors").write_bytes(EMPTY_SAFETENSORS)
     (folder / "optimizer.safetensors").write_bytes(b"adam")
     if complete:
         path = f"tinker://{model_id}/{kind}/{name}"

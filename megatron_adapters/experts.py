@@ -1,0 +1,104 @@
+"""The experts of one layer that this rank holds: stacked frozen gated MLPs, and the LoRA added to them.
+
+LoRA "shared-outer", as Tinker trains it: of each expert matrix the factor on the hidden side is shared by all experts
+of the layer, the other is the expert's own. Per-expert adapters are the same code with both factors stacked. Which
+experts a rank holds changes nothing about the numbers: shared factors are replicated, and their gradients summed over
+all ranks of the stage (grad_sync.py).
+
+Shapes: N rows sorted by expert, E experts of this rank, D hidden, F the experts' width, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapters import LoraPair, LoraWeights
+from .grouped import Groups, frozen_grouped, grouped
+from .projections import expert_path
+
+
+class StackedExperts(nn.Module):
+    """`gate_up_EGD` [E, 2F, D] (gate above up) and `down_EDF` [E, D, F]."""
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        num_local: int,
+        hidden_size: int,
+        ffn_size: int,
+        dtype: torch.dtype,
+        device: torch.device | None,
+    ) -> None:
+        super().__init__()
+
+        def frozen(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.gate_up_EGD = frozen(num_local, 2 * ffn_size, hidden_size)
+        self.down_EDF = frozen(num_local, hidden_size, ffn_size)
+        self.paths = tuple(expert_path(layer, name) for name in ("gate_proj", "up_proj", "down_proj"))
+
+    # Views made once: frozen_linear.py remembers how it laid out a matrix by the tensor object.
+    @cached_property
+    def _gate_up(self) -> tuple[Tensor, ...]:
+        return self.gate_up_EGD.detach().unbind()
+
+    @cached_property
+    def _down(self) -> tuple[Tensor, ...]:
+        return self.down_EDF.detach().unbind()
+
+    def forward(
+        self, x_ND: Tensor, groups: Groups, table: Sequence[LoraWeights | None], numbers_N: Tensor | None
+    ) -> Tensor:
+        """[N, D], not yet weighted. Row n uses the adapter table[numbers_N[n]]; without numbers all use table[0].
+
+        Collectives: none.
+        """
+        gate, up, down = self.paths
+        gate_up_NG = frozen_grouped(x_ND, self.gate_up_EGD, self._gate_up, groups)
+        rows = _Rows(groups, table, numbers_N)
+        gate_NF, up_NF = gate_up_NG.chunk(2, dim=-1)
+        gate_NF, up_NF = rows.adapted(gate_NF, x_ND, gate), rows.adapted(up_NF, x_ND, up)
+        act_NF = F.silu(gate_NF) * up_NF
+        return rows.adapted(frozen_grouped(act_NF, self.down_EDF, self._down, groups), act_NF, down)
+
+
+class _Rows:
+    """The rows of one forward, by the adapter they use."""
+
+    def __init__(self, groups: Groups, table: Sequence[LoraWeights | None], numbers_N: Tensor | None) -> None:
+        self.parts: list[tuple[LoraWeights, Tensor | None, Groups]] = []
+        """adapter, its rows (None: all), and how they are grouped by expert"""
+        if numbers_N is None:
+            self.parts = [(table[0], None, groups)] if table[0] is not None else []
+            return
+        expert_N = groups.expert_of_row(len(numbers_N))
+        for number, lora in enumerate(table):
+            rows = (numbers_N == number).nonzero()[:, 0]
+            if lora is not None and len(rows):
+                counts_E = torch.bincount(expert_N[rows], minlength=len(groups.counts_E))
+                self.parts.append((lora, rows, Groups(counts_E)))
+
+    def adapted(self, out_NO: Tensor, x_NI: Tensor, path: str) -> Tensor:
+        """out plus the update of the projection `path`."""
+        for lora, rows, groups in self.parts:
+            pair = lora.pairs.get(path)
+            if pair is None:
+                continue
+            if rows is None:
+                out_NO = out_NO + _delta(x_NI, pair, lora.scaling, groups)
+            else:
+                out_NO = out_NO.index_add(0, rows, _delta(x_NI[rows], pair, lora.scaling, groups))
+        return out_NO
+
+
+def _delta(x_NI: Tensor, pair: LoraPair, scaling: float, groups: Groups) -> Tensor:
+    """(alpha / rank) * (x A^T) B^T with each row's expert's A and B."""
+    h_NR = grouped(x_NI, pair.a.to(x_NI.dtype), groups) * scaling
+    return grouped(h_NR, pair.b.to(x_NI.dtype), groups)

@@ -1,0 +1,108 @@
+"""The model facts that the rest of the package reads, and how the families' common fields become them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tinker_hpc.errors import ConfigError
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those whose frequencies do not depend on the length of the sequence at hand."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts of a layer: each token goes through `top_k` of `count` gated MLPs of width `ffn_size`."""
+
+    count: int
+    top_k: int
+    ffn_size: int
+    normalize_weights: bool
+    """the weights of a token's chosen experts are scaled to sum to 1 (norm_topk_prob)"""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes and switches of one decoder. Widths count elements; all before any sharding."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+    norm_eps: float
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    eos_token_ids: tuple[int, ...]
+    experts: Experts | None = None
+    expert_layers: frozenset[int] = frozenset()
+    """layers (from 0) whose MLP is a mixture of experts; the others are dense"""
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+
+def decoder(hf_config: Any, *, qkv_bias: bool = False, qk_norm: bool = False, **more: Any) -> Architecture:
+    """The architecture of a decoder that names its sizes as Llama does.
+
+    Args:
+        hf_config: a transformers configuration.
+        more: further fields of `Architecture`, or others than Llama's.
+    Raises: ConfigError for a switch we do not implement; better than wrong numbers.
+    """
+    _refuse_unsupported(hf_config)
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    fields: dict[str, Any] = {
+        "model_type": hf_config.model_type,
+        "num_layers": hf_config.num_hidden_layers,
+        "hidden_size": hf_config.hidden_size,
+        "ffn_size": hf_config.intermediate_size,
+        "num_heads": hf_config.num_attention_heads,
+        "num_kv_heads": hf_config.num_key_value_heads,
+        "head_dim": head_dim,
+        "vocab_size": hf_config.vocab_size,
+        "max_context": hf_config.max_position_embeddings,
+        "norm_eps": hf_config.rms_norm_eps,
+        "tied_embeddings": bool(hf_config.tie_word_embeddings),
+        "qkv_bias": qkv_bias,
+        "qk_norm": qk_norm,
+        "eos_token_ids": as_ids(getattr(hf_config, "eos_token_id", None)),
+    }
+    return Architecture(**(fields | more))
+
+
+def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _refuse_unsupported(hf_config: Any) -> None:
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    problems = []
+    if getattr(hf_config, "hidden_act", "silu") != "silu":
+        problems.append(f"hidden_act {hf_config.hidden_act!r} (only silu)")
+    if getattr(hf_config, "attention_bias", False):
+        problems.append("attention_bias true")
+    if getattr(hf_config, "mlp_bias", False):
+        problems.append("mlp_bias true")
+    if getattr(hf_config, "use_sliding_window", False):
+        problems.append("use_sliding_window true")
+    if rope.get("rope_type", "default") not in ROPE_TYPES:
+        problems.append(f"rope_type {rope['rope_type']!r} (only {', '.join(ROPE_TYPES)})")
+    if problems:
+        raise ConfigError(
+            f"this {hf_config.model_type} model uses {'; '.join(problems)}, which is not implemented. "
+            "Choose another base model."
+        )
