@@ -52,7 +52,7 @@ class _SharedHead:
 
     @torch.no_grad()
     def target_logprobs(self, hidden_TD: Tensor, targets: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """As LmHead.target_logprobs, without gradients. Collectives: its own, then one broadcast in the shape of targets."""
+        """As LmHead.target_logprobs, without gradients. Collectives: its own, then one broadcast of the result."""
         if self._own is not None:
             return self._shared(self._own.target_logprobs(hidden_TD, targets, segments))
         return self._shared(torch.empty(targets.shape, device=hidden_TD.device))
