@@ -13,11 +13,13 @@ from launch.children import Child, gateway_argv, gateway_environment
 from launch.gateway_client import GatewayAddress, answers, read_address
 from launch.job_spec import JobSpec
 from launch.log_tail import error_line, last_lines
-from launch.patience import until_written
+from launch.patience import until_there_is_room, until_written
 from launch.run_record import RunRecord
 from tinker_hpc.run_folder import RunFolder
 
 _MAX_STARTS_PER_MINUTE = 5
+_EARLY_STARTS = 2
+"""A gateway that fails before the loop is there gets one more chance: the disk may have been full for a moment."""
 _KILLED = (128 + signal.SIGKILL, 128 + signal.SIGTERM)
 _PROBE_EVERY_S = 15.0
 _START_PATIENCE_S = 60.0
@@ -65,12 +67,13 @@ class GatewayKeeper:
             return self._probe(self._child, in_use=in_use)
         text = self._child.log_text()
         said = (error_line(text) or last_lines(text, 3)).rstrip(".") or f"exit code {code}"
-        if not in_use and code not in _KILLED:
+        if not in_use and code not in _KILLED and len(self._starts) >= _EARLY_STARTS:
             return f"the gateway could not start: {said}. Log: {self._child.log}"
         recent = [at for at in self._starts if time.monotonic() - at < 60]
         if len(recent) > _MAX_STARTS_PER_MINUTE:
             return f"the gateway ended {len(recent)} times within a minute: {said}. Log: {self._child.log}"
         self._record.event("gateway_restarted", exit_code=code, error=said)
+        until_there_is_room(self._run_folder.logs)  # on a full disk it cannot even say what is wrong
         self.start()
         return None
 

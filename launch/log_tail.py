@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import signal
 from pathlib import Path
@@ -84,6 +86,11 @@ def were_killed(text: str) -> bool:
     """Whether the ranks' last failure in the agent's log is that somebody killed one (pure)."""
     failures = _AGENT_VERDICT.findall(text)
     return bool(failures) and int(failures[-1][0]) in _KILLED
+
+
+def disk_refused(text: str) -> bool:
+    """Whether a log says that the disk was full, over quota or read-only (pure)."""
+    return any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 
 
 def last_lines(text: str, count: int = 15) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from tinker_hpc.errors import DataRootError
+from tinker_hpc.run_folder import write_bytes
 
 _T = TypeVar("_T")
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 _SAY_EVERY_S = 60.0
 _PAUSE_S = 1.0
+_ROOM_BYTES = 1 << 18
 
 
 def passes(error: OSError) -> bool:
@@ -35,3 +39,16 @@ def until_written(action: Callable[[], _T], *, sleep: Callable[[float], None] = 
                 said_at = now
                 print(f"tinker_hpc: the disk refuses ({error}); trying again until it does not", flush=True)
             sleep(_PAUSE_S)
+
+
+def until_there_is_room(folder: Path) -> None:
+    """Wait until a small file can be written in a folder: for a process that cannot wait by itself."""
+
+    def write() -> None:
+        path = folder / f".room-{os.getpid()}"
+        try:
+            write_bytes(path, b"\0" * _ROOM_BYTES)
+        finally:
+            path.unlink(missing_ok=True)
+
+    until_written(write)

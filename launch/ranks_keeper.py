@@ -13,9 +13,9 @@ import time
 from typing import Any
 
 from launch import progress
-from launch.log_tail import num_failed_starts, were_killed
+from launch.log_tail import disk_refused, num_failed_starts, were_killed
 from launch.node import LISTING_POLL_S, POLL_S, Node
-from launch.patience import until_written
+from launch.patience import until_there_is_room, until_written
 from launch.run_record import RunRecord, listed
 from tinker_hpc.run_folder import read_json, write_json
 
@@ -86,7 +86,11 @@ class RanksKeeper:
             # Ranks that were never ready have nothing to resume, and loading a large model takes minutes each time.
             why = self._node.agent_failure(1)
             agent.kill()
-            self._gone(why)
+            if disk_refused(agent.log_text()):
+                until_there_is_room(self._run_folder.logs)
+                self._agent_ended(why, killed=True)
+            else:
+                self._gone(why)
             return
         self._next_listing = time.monotonic() + (LISTING_POLL_S if self._record.worker_phase == "ready" else POLL_S)
         for node_rank in range(1, self._spec.nodes):
