@@ -264,7 +264,7 @@ def test_slurmctld_down_for_two_minutes(cluster: SlurmCluster, unharmed: Numbers
 
 
 def away(cluster: SlurmCluster, unharmed: Numbers, *, seconds: float) -> None:
-    run = train(cluster, pause_s=max(1.0, seconds / 20))
+    run = train(cluster, pause_s=max(1.0, seconds / 12))
     wait_for_steps(cluster, run, 2)
     cluster.script("daemon", "stop", "slurmctld")
     before = steps(cluster, run)
