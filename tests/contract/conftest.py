@@ -1,14 +1,10 @@
-"""What the contract tests run against.
+"""What the contract tests run against: a gateway and a one-rank worker on this machine, started once.
 
-By default a gateway and a one-rank worker on this machine, started once. The same tests run against any other server:
-
-    TINKER_HPC_CONTRACT_BASE_URL=http://127.0.0.1:8765 TINKER_HPC_CONTRACT_API_KEY=tml-... \
-    TINKER_HPC_CONTRACT_BASE_MODEL=Qwen/Qwen3-8B pytest tests/contract -m slow
+Tests of the semantics, which any other server can be asked to pass, are in conformance/.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -33,11 +29,6 @@ def sdk_environment() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def service() -> Iterator[serving.Service]:
     """A gateway with a real worker behind it."""
-    base_url = os.environ.get("TINKER_HPC_CONTRACT_BASE_URL")
-    if base_url:
-        key = os.environ["TINKER_HPC_CONTRACT_API_KEY"]
-        yield serving.Service(base_url, key, os.environ["TINKER_HPC_CONTRACT_BASE_MODEL"])
-        return
     # Not below pytest's own folders: nobody else may pass those, and publishing refuses where nobody could come.
     with tempfile.TemporaryDirectory(prefix="tinker_hpc-contract-") as name:
         folder = Path(name)

@@ -113,6 +113,11 @@ class Processes:
             self.stop(name)
 
 
+def done(value: Any, timeout_s: float = 120.0) -> Any:
+    """A result, or a client. Old SDKs return clients where new ones return futures of them."""
+    return value.result(timeout=timeout_s) if hasattr(value, "result") else value
+
+
 def new_run(root: Path, base_model: str | Path = TINY) -> tuple[RunFolder, WorkerFolder]:
     """A run folder with one declared worker."""
     root.mkdir(mode=0o700, exist_ok=True)
