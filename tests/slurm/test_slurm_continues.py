@@ -228,6 +228,21 @@ def test_a_node_vanishes(cluster: SlurmCluster, unharmed: Numbers) -> None:
     assert len(status_of(cluster, run)["job_ids"]) == 3
 
 
+def test_a_node_is_only_unreachable(cluster: SlurmCluster, unharmed: Numbers) -> None:
+    """Its slurmd is dead, its processes are not: Slurm starts the next job while the old one still works."""
+    run = train(cluster, pause_s=2.0)
+    wait_for_steps(cluster, run, 3)
+    node = status_of(cluster, run)["nodes"][0]
+    recovery = Recovery(cluster, run, "slurmd dead, processes alive, SlurmdTimeout 10 s")
+    cluster.script("daemon", "kill", node)
+    recovery.wait()
+    events = cluster.events(run["run_id"])
+    assert "superseded" in events, "the old job saw the new one's claim and ended what it had started"
+    left = cluster.script("sh", node, "pgrep", "-f", f"-m tinker_hpc.*{run['run_id']}", check=False).stdout
+    assert left == "", f"still running on {node}: {left}"
+    assert numbers(cluster, run) == unharmed
+
+
 def test_killed_one_by_one(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """Rank, agent, gateway, loop: each is replaced in place, the queue never hears of it. Then the supervisor."""
     run = train(cluster)
