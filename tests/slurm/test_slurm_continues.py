@@ -290,7 +290,8 @@ def away(cluster: SlurmCluster, unharmed: Numbers, *, seconds: float) -> None:
     assert during >= 3, "the run does not need the controller"
     cluster.script("daemon", "stop", "slurmdbd")
     try:
-        until(lambda: "UP" in cluster.slurm("scontrol", "ping"), timeout_s=30, what="slurmctld")
+        answers = lambda: "UP" in cluster.script("exec", "scontrol", "ping", check=False).stdout  # noqa: E731
+        until(answers, timeout_s=30, what="slurmctld")
         recovery = Recovery(cluster, run, "job cancelled by root while slurmdbd is down")
         until(
             lambda: cluster.script("exec", "scancel", run["job_id"], check=False).returncode == 0,
