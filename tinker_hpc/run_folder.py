@@ -31,6 +31,7 @@
           results/           result log, written by the worker that holds the lease
           lease/             fencing numbers
           snapshots/         worker rank 0: its whole state now and then (worker/snapshot_files.py)
+          aside/             worker rank 0: sampling snapshots unused for a while (worker/aside.py)
           metrics.jsonl      worker rank 0: a line per optimizer step
           poison/<seq>.json  worker, any rank but 0, once: a request that broke this rank alone (worker/poison.py)
 
@@ -204,6 +205,10 @@ class WorkerFolder:
     @property
     def snapshots(self) -> Path:
         return self.path / "snapshots"
+
+    @property
+    def aside(self) -> Path:
+        return self.path / "aside"
 
     @property
     def metrics(self) -> Path:

@@ -260,19 +260,30 @@ def test_sampling_from_base_snapshot_and_folder(worker: WorkerUnderTest, tmp_pat
     assert "sampler 'nobody' is not known" in unknown["error"] and unknown["category"] == "user"
 
 
-def test_old_snapshots_make_room_for_new_ones(worker: WorkerUnderTest) -> None:
+def test_old_snapshots_are_set_aside_and_come_back(worker: WorkerUnderTest) -> None:
     worker.ok(worker.create_model("many:0"))
 
     def snapshot(name: str) -> None:
         worker.ok(worker.send("save_sampler_weights", model_id="many:0", sampling_session_id=name))
 
+    def sampled(name: str) -> tuple[list[int], list[float]]:
+        arrays = worker.ok(worker.sample(name, seed=4, max_tokens=8)).arrays
+        return arrays["tokens"].tolist(), arrays["logprobs"].tolist()
+
+    train(worker, "many:0", range(2))
     snapshot("kept"), snapshot("old")
+    before = {name: sampled(name) for name in ("kept", "old")}
     for n in range(MAX_SNAPSHOTS - 1):
-        worker.ok(worker.sample("kept", max_tokens=1))  # what is used stays, however old
+        train(worker, "many:0", range(1))
+        worker.ok(worker.sample("kept", max_tokens=1))  # what is used stays in memory, however old
         snapshot(f"new-{n}")
-    dropped = worker.result(worker.sample("old")).header
-    assert dropped["category"] == "user" and "many:0 has saved 16 newer snapshots" in dropped["error"]
-    worker.ok(worker.sample("kept")), worker.ok(worker.sample("new-0"))
+    aside = worker.folder.aside
+    assert [path.name for path in aside.iterdir()] == ["old"]
+    assert sampled("kept") == before["kept"] != sampled("new-0")
+    assert sampled("old") == before["old"], "to the bit: the same numbers, from the disk"
+    assert {path.name for path in aside.iterdir()} == {"old", "new-1"}
+    together = [worker.sample(name, seed=4, max_tokens=8) for name in ("new-1", "old", "new-2")]
+    assert [worker.ok(request).header["stop_reasons"] for request in together] == [["length"]] * 3
 
 
 def test_sampled_logprobs_are_the_trainers(worker: WorkerUnderTest) -> None:

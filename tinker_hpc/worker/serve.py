@@ -15,6 +15,7 @@ from megatron_adapters.engine import TOKEN_BUDGET, Engine, Layout
 from tinker_hpc.errors import ConfigError
 from tinker_hpc.log import Bell, Lease, LogReader, Record, ResultLog, ResultReader
 from tinker_hpc.run_folder import WorkerFolder, read_json
+from tinker_hpc.worker.aside import SnapshotsAside
 from tinker_hpc.worker.desk import Desk
 from tinker_hpc.worker.loop import Loop
 from tinker_hpc.worker.metrics import MetricsFile
@@ -46,7 +47,8 @@ def serve(folder: WorkerFolder, owner: dict[str, Any]) -> None:
     engine = Engine.start(folder_of_model, layout, dtype=dtype, token_budget=token_budget)
     ranks = Ranks(engine.control_group, engine.global_rank, engine.world_size)
     metrics = MetricsFile(folder.metrics) if ranks.is_first else None
-    train_step = TrainStep(engine, ranks, declaration["base_model"], metrics)
+    aside = SnapshotsAside(folder.aside, engine, ranks)
+    train_step = TrainStep(engine, ranks, declaration["base_model"], metrics, aside)
     sample_step = SampleStep(engine, ranks, train_step)
     first = _FirstRank(folder, owner, declaration) if ranks.is_first else None
     snapshots = SnapshotStep(engine, layout, train_step, folder.snapshots, writer=first.writer if first else None)

@@ -20,6 +20,7 @@ from megatron_adapters.interface import AdamParams, LoraSpec
 from tinker_hpc.errors import RequestError
 from tinker_hpc.log import Record
 from tinker_hpc.worker import checkpoint
+from tinker_hpc.worker.aside import SnapshotsAside
 from tinker_hpc.worker.batch import lora_spec, num_loss_tokens, pass_result, to_data
 from tinker_hpc.worker.checkpoint import Checkpoint
 from tinker_hpc.worker.losses import bind
@@ -30,7 +31,9 @@ from tinker_hpc.worker.sampler_gap import sampler_gap
 Answer = tuple[dict[str, Any], Mapping[str, np.ndarray]]
 """Fields and arrays of a result."""
 MAX_SNAPSHOTS = 16
-"""Per model, in memory: each costs a copy of the adapter. The one sampled from longest ago goes first."""
+"""Per model, in memory: each costs a copy of the adapter. The one sampled from longest ago is set aside first."""
+MAX_ASIDE = 112
+"""Per model, on the disk beside those; beyond it the one set aside longest ago is lost."""
 
 
 @dataclass
@@ -45,7 +48,9 @@ class ModelState:
 class TrainStep:
     """The models of this worker."""
 
-    def __init__(self, engine: Engine, ranks: Ranks, base_model: str, metrics: MetricsFile | None) -> None:
+    def __init__(
+        self, engine: Engine, ranks: Ranks, base_model: str, metrics: MetricsFile | None, aside: SnapshotsAside
+    ) -> None:
         self._engine = engine
         self._ranks = ranks
         self._base_model = base_model
@@ -56,6 +61,8 @@ class TrainStep:
         self.in_use: set[str] = set()
         """Samplers of the samples under way: not to be dropped."""
         self._snapshot_of: dict[str, str] = {}
+        self._aside = aside
+        self._set_aside: dict[str, str] = {}  # sampler: whose snapshot it is, oldest first
         self._evicted: dict[str, str] = {}
         self._operations: dict[str, Callable[[Record], Answer]] = {
             "create_model": self._create_model,
@@ -77,21 +84,32 @@ class TrainStep:
         return self._operations[request.header["op"]](request)
 
     def snapshot_for(self, sampling_session_id: str) -> str | None:
-        """The snapshot a sampler reads. Raises: RequestError if it made room for newer ones."""
+        """The snapshot a sampler reads, brought back to memory where it was set aside.
+
+        Raises: RequestError if it made room for newer ones, or cannot be read back.
+        Collectives: where it was set aside those of SnapshotsAside.
+        """
         if sampling_session_id in self._evicted:
             raise RequestError(
                 f"sampler {sampling_session_id} was dropped: {self._evicted[sampling_session_id]} has saved "
-                f"{MAX_SNAPSHOTS} newer snapshots since it was last used. Keep weights with "
+                f"{MAX_SNAPSHOTS + MAX_ASIDE} newer snapshots since it was last used. Keep weights with "
                 "save_weights_for_sampler(name) and open them by path."
             )
+        if sampling_session_id in self._set_aside:
+            self._aside.bring_back(sampling_session_id)
+            owner = self._set_aside.pop(sampling_session_id)
+            self.samplers[sampling_session_id] = sampling_session_id
+            self._make_room(owner)
         self.samplers.move_to_end(sampling_session_id)
         return self.samplers[sampling_session_id]
 
     def state(self) -> dict[str, Any]:
-        """What of this a snapshot must hold beside the engine's tensors, as JSON values."""
+        """What of this a snapshot must hold beside the engine's tensors, as JSON values. On rank 0."""
+        self._aside.flush()
         return {
             "models": {model_id: asdict(model) for model_id, model in self._models.items()},
             "samplers": [[sampler, used, self._snapshot_of.get(sampler)] for sampler, used in self.samplers.items()],
+            "aside": dict(self._set_aside),
             "evicted": dict(self._evicted),
         }
 
@@ -104,6 +122,8 @@ class TrainStep:
             self.samplers[sampler] = used
             if owner is not None:
                 self._snapshot_of[sampler] = owner
+        self._set_aside.update(state.get("aside", {}))
+        self._snapshot_of.update(self._set_aside)
         self._evicted.update(state["evicted"])
 
     def touch(self, sampling_session_ids: Iterable[str]) -> None:
@@ -252,11 +272,16 @@ class TrainStep:
         return wanted
 
     def _make_room(self, owner: str) -> None:
-        """Drop the snapshot of this owner that was used longest ago, beyond MAX_SNAPSHOTS."""
+        """Set aside the snapshot of this owner that was used longest ago, beyond MAX_SNAPSHOTS."""
         own = [sampler for sampler in self.samplers if self._snapshot_of.get(sampler) == owner]
         for sampler in [sampler for sampler in own[:-MAX_SNAPSHOTS] if sampler not in self.in_use]:
-            self._engine.drop_snapshot(sampler)
+            self._aside.put(sampler)
             del self.samplers[sampler]
+            self._set_aside[sampler] = owner
+        lost = [sampler for sampler, whose in self._set_aside.items() if whose == owner]
+        for sampler in lost[: max(0, len(lost) - MAX_ASIDE)]:
+            self._aside.forget(sampler)
+            del self._set_aside[sampler]
             self._evicted[sampler] = owner
 
 

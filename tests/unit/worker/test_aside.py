@@ -1,0 +1,91 @@
+"""Sampling snapshots on the disk: written once, brought back, lost with words when the disk lost them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_adapters.adapter_files import WEIGHTS_FILE, HostCopy
+from tinker_hpc.errors import RequestError, WeightsError
+from tinker_hpc.worker.aside import SnapshotsAside
+from tinker_hpc.worker.ranks import Ranks
+from tinker_hpc.worker.train_step import TrainStep
+
+
+class Engine:
+    """Snapshots as the engine keeps them, each of one matrix."""
+
+    def __init__(self) -> None:
+        self.snapshots: dict[str, float] = {}
+        self.num_copies = 0
+
+    def copy_snapshot(self, name: str) -> HostCopy:
+        self.num_copies += 1
+        return HostCopy({"name": name}, {"a": torch.full((2, 2), self.snapshots[name])}, {}, 0)
+
+    def drop_snapshot(self, name: str) -> None:
+        del self.snapshots[name]
+
+    def load_snapshot(self, name: str, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        if not folder.exists():
+            raise WeightsError(f"no folder {folder}.")
+        self.snapshots[name] = load_file(folder / WEIGHTS_FILE)["a"][0, 0].item()
+
+
+def make(folder: Path) -> tuple[Any, SnapshotsAside]:
+    engine: Any = Engine()
+    return engine, SnapshotsAside(folder / "aside", engine, Ranks(None, 0, 1))
+
+
+def test_a_snapshot_is_written_once_however_often_it_comes_and_goes(tmp_path: Path) -> None:
+    engine, aside = make(tmp_path)
+    engine.snapshots = {"s:sample:1": 3.5, "s:sample:2": 4.5}
+    for _ in range(3):
+        for name in ("s:sample:1", "s:sample:2"):
+            aside.put(name)
+        assert engine.snapshots == {}
+        for name in ("s:sample:2", "s:sample:1"):
+            aside.bring_back(name)
+    assert engine.snapshots == {"s:sample:1": 3.5, "s:sample:2": 4.5} and engine.num_copies == 2
+    aside.forget("s:sample:1")
+    aside.flush()
+    assert [path.name for path in (tmp_path / "aside").iterdir()] == ["s_sample_2"]
+
+
+def test_a_snapshot_that_the_disk_has_not_is_refused_with_words(tmp_path: Path, capsys) -> None:
+    engine, aside = make(tmp_path)
+    engine.snapshots = {"one": 1.0}
+    (tmp_path / "aside").write_text("a file where the folder should be")
+    aside.put("one")
+    with pytest.raises(RequestError, match=r"sampler one was set aside .* cannot be read back"):
+        aside.bring_back("one")
+    assert "could not be set aside" in capsys.readouterr().out
+
+
+def test_beyond_what_is_kept_the_oldest_is_lost_and_says_so(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tinker_hpc.worker.train_step.MAX_SNAPSHOTS", 2)
+    monkeypatch.setattr("tinker_hpc.worker.train_step.MAX_ASIDE", 3)
+    engine, aside = make(tmp_path)
+    step = TrainStep(engine, Ranks(None, 0, 1), "base", None, aside)
+    for number in range(7):
+        name = f"s{number}"
+        engine.snapshots[name] = float(number)
+        step.samplers[name] = name
+        step._snapshot_of[name] = "m"
+        step._make_room("m")
+    assert list(step.samplers) == ["s5", "s6"] and set(engine.snapshots) == {"s5", "s6"}
+    for lost in ("s0", "s1"):
+        with pytest.raises(RequestError, match="m has saved 5 newer snapshots"):
+            step.snapshot_for(lost)
+    assert step.snapshot_for("s3") == "s3" and engine.snapshots == {"s6": 6.0, "s3": 3.0}
+    assert step.state()["aside"] == {"s2": "m", "s4": "m", "s5": "m"}
+
+    restarted = TrainStep(engine, Ranks(None, 0, 1), "base", None, make(tmp_path)[1])
+    restarted._aside._engine = engine
+    restarted.restore(step.state())
+    assert restarted.snapshot_for("s2") == "s2" and engine.snapshots["s2"] == 2.0

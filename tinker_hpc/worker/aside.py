@@ -1,0 +1,91 @@
+"""Sampling snapshots that nobody used for a while, on the disk: brought back when a sample asks for one.
+
+Rank 0 writes canonical full matrices in a thread of its own; any layout reads them. A snapshot never changes, so it is
+written once, however often it comes and goes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from megatron_adapters.engine import Engine, HostCopy
+from tinker_hpc.errors import RequestError, WeightsError
+from tinker_hpc.run_folder import make_private, model_folder_name
+from tinker_hpc.worker.ranks import Ranks
+
+MAX_WRITING = 2
+"""Copies in host memory on their way to the disk; the next waits."""
+
+
+class SnapshotsAside:
+    """The same calls in the same order on every rank."""
+
+    def __init__(self, folder: Path, engine: Engine, ranks: Ranks) -> None:
+        self._folder = folder
+        self._engine = engine
+        self._ranks = ranks
+        self._writing: dict[str, Future[None]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="aside")
+        self._written: set[str] = set()
+
+    def put(self, sampler: str) -> None:
+        """Take a snapshot out of the engine's memory. Collectives: Engine.copy_snapshot, unless it was here before."""
+        if sampler not in self._written:
+            self._written.add(sampler)
+            copy = self._engine.copy_snapshot(sampler)
+            if self._ranks.is_first:
+                while len(self._writing) >= MAX_WRITING:
+                    self._settle(next(iter(self._writing)))
+                self._writing[sampler] = self._thread.submit(self._write, sampler, copy)
+        self._engine.drop_snapshot(sampler)
+
+    def bring_back(self, sampler: str) -> None:
+        """Into the engine again.
+
+        Raises: RequestError if the disk does not have it: it was full then, or somebody removed it since.
+        Collectives: Ranks.on_first.
+        """
+        self._ranks.on_first(lambda: self._settle(sampler))
+        try:
+            self._engine.load_snapshot(sampler, self._of(sampler))
+        except (WeightsError, OSError) as error:
+            raise RequestError(
+                f"sampler {sampler} was set aside in {self._of(sampler)} and cannot be read back: {error} "
+                "Keep weights that you need for long with save_weights_for_sampler(name) and open them by path."
+            ) from error
+
+    def forget(self, sampler: str) -> None:
+        """Nobody can ask for it any more."""
+        self._written.discard(sampler)
+        if self._ranks.is_first:
+            self._settle(sampler)
+            shutil.rmtree(self._of(sampler), ignore_errors=True)
+
+    def flush(self) -> None:
+        """On rank 0: wait until everything is on the disk."""
+        for sampler in list(self._writing):
+            self._settle(sampler)
+
+    def _settle(self, sampler: str) -> None:
+        """Wait for its writing. A write that failed leaves no folder, and is told when somebody asks for it."""
+        writing = self._writing.pop(sampler, None)
+        if writing is not None and writing.exception() is not None:
+            print(f"worker: sampler {sampler} could not be set aside: {writing.exception()}", flush=True)
+
+    def _write(self, sampler: str, copy: HostCopy) -> None:
+        final = self._of(sampler)
+        if final.exists():
+            return
+        temporary = final.with_name(f".tmp-{final.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            copy.write(make_private(make_private(self._folder) / temporary.name))
+            temporary.rename(final)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _of(self, sampler: str) -> Path:
+        return self._folder / model_folder_name(sampler)
