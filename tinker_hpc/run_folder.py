@@ -3,6 +3,7 @@
     <data root>/                       0700 (0710 once something is published: gateway/publishing.py)
       checkpoints/<model id>/{weights,sampler_weights,external_weights}/<name>/   adapter, optimizer, checkpoint.json
                                  .<name>.retention.json   gateway: how long it is kept, where that was changed
+      sites/<cluster>.json   a job that was refused something: how jobs are continued there (launch/site.py)
       runs/<run id>/
         run.json             client, once: the job spec
         submitted.json       client, once: the first job's id, cluster, time
