@@ -20,7 +20,7 @@ from launch.first_node import TERM_GRACE_S, FirstNode
 from launch.job_spec import JobSpec
 from launch.node import OtherNode, Place
 from tinker_hpc.errors import DataRootError
-from tinker_hpc.run_folder import RunFolder, check_private, read_json
+from tinker_hpc.run_folder import RunFolder, check_data_root, check_private, read_json
 
 
 class Supervise:
@@ -65,6 +65,6 @@ def check_own(run_folder: RunFolder) -> None:
     """
     folders = [run_folder.slurm, run_folder.logs, run_folder.attempts, run_folder.jobs, run_folder.path / "workers"]
     files = [run_folder.spec, run_folder.payload, run_folder.gateway]
-    # The data root itself may be behind a link that an administrator made.
-    for path in [run_folder.data_root.resolve(), run_folder.path, *folders, *files]:
+    check_data_root(run_folder.data_root)
+    for path in [run_folder.path, *folders, *files]:
         check_private(path)
