@@ -35,15 +35,9 @@ class Numbers:
 def train(slurm: SlurmCluster, **options: Any) -> dict[str, Any]:
     """Submit the loop of this module."""
     resources = {"memory": "2G", **options.pop("resources", {})}
-    return slurm.submit(
-        "python",
-        str(PROGRAMS / "sft_loop.py"),
-        str(TINY_MODEL),
-        str(STEPS),
-        str(PAUSE_S),
-        resources=resources,
-        **options,
-    )
+    pause_s = options.pop("pause_s", PAUSE_S)
+    loop = [str(PROGRAMS / "sft_loop.py"), str(TINY_MODEL), str(STEPS), str(pause_s)]
+    return slurm.submit("python", *loop, resources=resources, **options)
 
 
 def numbers(cluster: SlurmCluster, run: dict[str, Any]) -> Numbers:
