@@ -8,7 +8,6 @@ anything is communicated, so a bad one raises everywhere and nobody waits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -20,11 +19,13 @@ from tinker_hpc.errors import RequestError, ShapeError, WeightsError
 
 from . import adapter_files, runtime, training_state
 from .adapter_files import HostCopy
+from .adapter_room import AdapterRoom, memory_for_adapters
 from .adapters import Adapter, LoraWeights
 from .decode import Admit, Decoder, OnFinished
 from .families import check_layout, read_architecture
 from .grad_sync import gradient_norm, sum_gradients
-from .interface import AdamParams, Datum, Layout, LoraSpec, LossFn, ModelInfo, PassOutput
+from .interface import AdamParams, Datum, Layout, LoraSpec, LossFn, ModelInfo, Pass, PassOutput
+from .mixed_batch import Results, arrange
 from .model import Model
 from .optimizer import step_
 from .placement import stage_layers
@@ -42,6 +43,7 @@ __all__ = [
     "LoraSpec",
     "LossFn",
     "ModelInfo",
+    "Pass",
     "PassOutput",
     "SampleRequest",
     "SampleResult",
@@ -57,6 +59,7 @@ class Engine:
 
     Attributes:
         info: facts of the base model. global_rank, world_size: this process.
+        adapters: by id; their tensors may be elsewhere (adapter_room.py), so reach them through the methods.
         control_group: gloo over all ranks, for the caller's own broadcasts of CPU data.
         model, runtime: for sampling (decode.py).
     """
@@ -79,6 +82,7 @@ class Engine:
         self.world_size = self.runtime.layout.world_size
         self.control_group = self.runtime.control_group
         self.adapters: dict[str, Adapter] = {}
+        self.room = AdapterRoom(self.runtime.device, memory_for_adapters(self.runtime.device))
         self.snapshots: dict[str, LoraWeights] = {}
         self._decoder: Decoder | None = None
 
@@ -110,6 +114,7 @@ class Engine:
 
     def stop(self) -> None:
         """Leave the process groups; the engine is of no use afterwards."""
+        self.room.close()
         runtime.stop()
 
     # ---- adapters
@@ -135,13 +140,15 @@ class Engine:
         adapter = self._new_adapter(spec.rank, spec.alpha, targets, per_expert=spec.per_expert)
         self._check_count(adapter, spec, targets, switches)
         adapter.initialize(spec.seed)
-        self.adapters[adapter_id] = adapter
+        self._keep(adapter_id, adapter)
         return spec.rank * parameters_per_rank(self.model.arch, **switches, per_expert=spec.per_expert)
 
     def drop_adapter(self, adapter_id: str) -> None:
         """Forget an adapter and free its memory. Collectives: none."""
-        self._adapter(adapter_id)
+        if adapter_id not in self.adapters:
+            raise self._unknown(adapter_id)
         del self.adapters[adapter_id]
+        self.room.remove(adapter_id)
 
     def save_adapter(self, adapter_id: str, folder: Path, *, optimizer: bool) -> None:
         """Write PEFT's files, and with `optimizer` the Adam state, into `folder`; see adapter_files.save.
@@ -162,7 +169,7 @@ class Engine:
         config = adapter_files.read_config(folder, self.model.arch)
         adapter = self._new_adapter(config.rank, config.alpha, config.targets, per_expert=config.per_expert)
         adapter_files.load(adapter, self.model.arch, folder, optimizer=optimizer)
-        self.adapters[adapter_id] = adapter
+        self._keep(adapter_id, adapter)
 
     # ---- the whole state, for a worker that is started again
 
@@ -191,6 +198,8 @@ class Engine:
 
     def forget(self) -> None:
         """Drop every adapter and snapshot; the base model stays. Collectives: none."""
+        for adapter_id in self.adapters:
+            self.room.remove(adapter_id)
         self.adapters.clear()
         self.snapshots.clear()
 
@@ -237,62 +246,105 @@ class Engine:
     # ---- training
 
     def run_pass(self, adapter_id: str, data: Sequence[Datum], loss_fn: LossFn, *, backward: bool) -> PassOutput:
-        """Logprobs of the target tokens and the summed loss; with `backward` the gradients are added to the adapter's.
+        """One pass by itself; see run_passes. Raises: what run_passes gives as the pass's failure."""
+        [outcome] = self.run_passes([Pass(adapter_id, data, loss_fn)], backward=backward)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
-        A pass counts wholly or not at all: if it raises, the gradients are what they were before.
+    def run_passes(self, passes: Sequence[Pass], *, backward: bool) -> list[PassOutput | Exception]:
+        """Logprobs of the target tokens and the summed loss of each pass; with `backward` its gradients are added to
+        its adapter's. Passes of any adapters are mixed in micro-batches.
 
-        Raises: RequestError or ShapeError for data that cannot be run, before anything is computed; RequestError if
-            the loss of a backward pass is not finite; whatever loss_fn raises, on every rank.
+        A pass counts wholly or not at all. One that fails is given as its exception, the same on every rank, and the
+        others as if it had not been there: RequestError or ShapeError for data that cannot be run, before anything is
+        computed; RequestError if the loss of a backward pass is not finite; whatever its loss_fn raises.
+
+        Raises: what the model raises (memory), which concerns no pass in particular; no gradient is changed then.
         Collectives: see training_pass.py; the number of micro-batches differs between data-parallel ranks unless they
             share experts, which is why gradients wait for optim_step. At the end the results are summed over all ranks
-            on the CPU.
+            on the CPU. After a failed backward pass the others run once more.
         """
-        adapter = self._adapter(adapter_id)
-        self._check(data)
+        outcomes: dict[int, PassOutput | Exception] = {}
+        for index, one in enumerate(passes):
+            try:
+                if one.adapter_id not in self.adapters:
+                    raise self._unknown(one.adapter_id)
+                self._check(one.data)
+            except (RequestError, ShapeError) as error:
+                outcomes[index] = error
         if self._decoder is not None:
             self._decoder.release_memory()
+        while left := [index for index in range(len(passes)) if index not in outcomes]:
+            results = self._run_together([passes[index] for index in left], backward)
+            if results.failures and backward:  # what they left in the gradients is gone; the others begin again
+                outcomes |= {left[place]: error for place, error in results.failures.items()}
+                continue
+            for place, index in enumerate(left):
+                outcomes[index] = results.failures.get(place) or results.output(place)
+        return [outcomes[index] for index in range(len(passes))]
+
+    def _run_together(self, passes: Sequence[Pass], backward: bool) -> Results:
+        """Run passes that have been checked. Where one failed, all gradients are as they were before."""
+        adapters = {one.adapter_id: self.adapters[one.adapter_id] for one in passes}
+        self.room.use(adapters.keys())
+        saved = {key: adapter.grads.clone() for key, adapter in adapters.items() if backward and adapter.has_gradients}
+
+        def restore() -> None:
+            for key, adapter in adapters.items():
+                if backward:
+                    adapter.restore_grad(saved.get(key))
+
+        results = Results.empty(passes)
+        items = arrange(passes)
+        lengths = [len(item.datum.tokens) for item in items]
         layout, place = self.runtime.layout, self.runtime.place
-        lengths = [len(datum.tokens) for datum in data]
         batches = plan_micro_batches(lengths, layout, place.dp_rank, self.token_budget)
-        starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-        saved = adapter.grads.clone() if backward and adapter.has_gradients else None
-        # Every position is written by one rank and zero elsewhere, so the sum is a gather; the loss goes with it.
-        trailing = data[0].inputs["target_tokens"].shape[1:]
-        logprobs = torch.zeros(int(starts[-1]), *trailing, dtype=torch.float32)
-        loss_sum = torch.zeros(1, dtype=torch.float64)
+        loras = {key: adapter.lora for key, adapter in adapters.items()}
         failure: Exception | None = None
-        running = TrainingPass(self.model, adapter, loss_fn, backward)
         try:
-            running.run([[data[i] for i in members] for members in batches])
-            failure = running.failure
+            running = TrainingPass(self.model, passes, loras, results, backward)
+            running.run([[items[index] for index in members] for members in batches])
         except Exception as error:  # another data-parallel rank may have had other data, and waits for us below
             failure = error
-        if failure is None and self.runtime.is_last_stage:
-            loss_sum += sum(running.losses)
-            for members, computed in zip(batches, running.logprobs, strict=True):
-                for index, values in zip(members, computed.split([lengths[i] for i in members]), strict=True):
-                    logprobs[starts[index] : starts[index + 1]] = values
         if layout.dp_size * layout.pp_size > 1:
             failure = runtime.first_failure(self.runtime, failure)
-            if place.tp_rank > 0:  # TP ranks hold the same results
-                logprobs.zero_()
-                loss_sum.zero_()
-            dist.all_reduce(logprobs, group=self.control_group)
-            dist.all_reduce(loss_sum, group=self.control_group)
-        total = loss_sum.item()
-        if failure is None and backward and not np.isfinite(total):
-            failure = RequestError(
-                f"the loss of this pass is {total}, so its gradients were not added. Look for NaN or infinite loss "
-                "inputs, or weights that a large learning rate has destroyed."
-            )
+            if failure is None:
+                self._share(results)
         if failure is not None:
-            if backward:
-                adapter.restore_grad(saved)
+            restore()
             raise failure
-        adapter.has_gradients |= backward
-        flat = logprobs.numpy()
-        pieces = [flat[start:end] for start, end in pairwise(starts)]
-        return PassOutput(pieces, total, {"loss:sum": total})
+        if backward:
+            for index, total in enumerate(results.loss_sums.tolist()):
+                if not np.isfinite(total) and index not in results.failures:
+                    results.failures[index] = RequestError(
+                        f"the loss of this pass is {total}, so its gradients were not added. Look for NaN or infinite "
+                        "loss inputs, or weights that a large learning rate has destroyed."
+                    )
+            if results.failures:
+                restore()
+                return results
+            for adapter in adapters.values():
+                adapter.has_gradients = True
+        return results
+
+    def _share(self, results: Results) -> None:
+        """Give every rank the results of all. Every number is computed by one data-parallel rank of the last stage and
+        zero elsewhere (but on its TP ranks, which hold the same), so the sum is a gather.
+        """
+        losses = torch.from_numpy(results.loss_sums)
+        flat = torch.cat([torch.from_numpy(piece).flatten() for pieces in results.logprobs for piece in pieces])
+        if self.runtime.tp_rank > 0:
+            losses.zero_()
+            flat.zero_()
+        dist.all_reduce(losses, group=self.control_group)
+        dist.all_reduce(flat, group=self.control_group)
+        start = 0
+        for pieces in results.logprobs:
+            for place, piece in enumerate(pieces):
+                pieces[place] = flat[start : start + piece.size].view(piece.shape).numpy()
+                start += piece.size
+        results.failures = runtime.first_failures(self.runtime, results.failures, len(results.loss_sums))
 
     def optim_step(self, adapter_id: str, adam: AdamParams) -> dict[str, float]:
         """One AdamW step on the gradients accumulated since the last one; then they are zero.
@@ -346,10 +398,19 @@ class Engine:
                 "is a bug of tinker_hpc; please report the base model and layout."
             )
 
+    def _keep(self, adapter_id: str, adapter: Adapter) -> None:
+        self.adapters[adapter_id] = adapter
+        self.room.add(adapter_id, adapter)
+
     def _adapter(self, adapter_id: str) -> Adapter:
+        """The adapter, its state on the device."""
         if adapter_id not in self.adapters:
-            raise RequestError(f"no adapter {adapter_id!r}. Known: {', '.join(self.adapters) or 'none'}.")
+            raise self._unknown(adapter_id)
+        self.room.use([adapter_id])
         return self.adapters[adapter_id]
+
+    def _unknown(self, adapter_id: str) -> RequestError:
+        return RequestError(f"no adapter {adapter_id!r}. Known: {', '.join(self.adapters) or 'none'}.")
 
     def _check(self, data: Sequence[Datum]) -> None:
         """Refuse data that the model cannot run; what a loss needs beyond target_tokens is the loss's business."""

@@ -7,7 +7,7 @@ Legend of the shape suffixes used in this package:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,3 +114,12 @@ With K targets a token, logprobs are [T, K].
 segment_ids_T numbers the sequences of the micro-batch from 0. How a batch is cut into micro-batches depends on the
 layout, so a loss must be a sum over sequences.
 """
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One adapter's data and loss: the unit that counts wholly or not at all."""
+
+    adapter_id: str
+    data: Sequence[Datum]
+    loss_fn: LossFn

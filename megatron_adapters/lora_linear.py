@@ -169,12 +169,17 @@ class LoraLinear(nn.Module):
         up = self.routing.all if self.column else self.routing.local
         width = max(segment.width(self.paths) for segment in self.routing.all)
         h_W = project_down(x[:, 0], down, self.paths, width)
+        if not h_W.requires_grad:  # zeros, where no local token's adapter has these projections: see below
+            h_W.requires_grad_()
         if self.column:
             h_W = gather_from_sequence_parallel_region(h_W, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             h_W = reduce_scatter_to_sequence_parallel_region(h_W, group=self.tp_group)
-        deltas = project_up(h_W, up, self.paths, self.out_sizes)
-        return out + self.merge(deltas)[:, None], bias
+        delta = self.merge(project_up(h_W, up, self.paths, self.out_sizes))
+        if not delta.requires_grad:
+            # The mirror image in backward is a collective too: every TP rank must come to it, whoever's tokens it has.
+            delta = delta + h_W[:0].sum()
+        return out + delta[:, None], bias
 
     def _base(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The frozen linear: output, and the bias where it is left to be added later."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -152,10 +152,30 @@ def first_failure(runtime: Runtime, failure: Exception | None) -> Exception | No
     source = int(lowest)
     if source == none:
         return None
+    return _broadcast_failure(runtime, failure, source)
+
+
+def first_failures(runtime: Runtime, failures: Mapping[int, Exception], count: int) -> dict[int, Exception]:
+    """As first_failure, for `count` things that may fail each by itself: number -> failure, the same on all ranks.
+
+    Collectives: one all-reduce of `count` numbers over control_group, and an object broadcast for each that failed.
+    """
+    none = runtime.layout.world_size
+    lowest = torch.tensor([runtime.global_rank if index in failures else none for index in range(count)])
+    dist.all_reduce(lowest, dist.ReduceOp.MIN, group=runtime.control_group)
+    shared = {}
+    for index, source in enumerate(lowest.tolist()):
+        if source != none:
+            shared[index] = _broadcast_failure(runtime, failures.get(index), source)
+    return shared
+
+
+def _broadcast_failure(runtime: Runtime, failure: Exception | None, source: int) -> Exception:
     shared: list[Exception | None] = [None]
     if source == runtime.global_rank and failure is not None:
         shared = [failure if _pickles(failure) else RuntimeError(f"{type(failure).__name__}: {failure}")]
     dist.broadcast_object_list(shared, src=source, group=runtime.control_group)
+    assert shared[0] is not None
     return shared[0]
 
 

@@ -48,7 +48,7 @@ class Bench:
 
     def grads(self, adapter_id: str) -> dict[str, Tensor]:
         """Canonical gradients, complete over TP and DP, without disturbing the accumulated ones."""
-        adapter = self.engine.adapters[adapter_id]
+        adapter = self.engine._adapter(adapter_id)
         kept = adapter.grads.clone()
         sum_gradients(adapter, self.engine.runtime)
         full = adapter_files.gather(adapter.lora, adapter.grads, self.engine.runtime, self.engine.model.arch)
@@ -56,7 +56,7 @@ class Bench:
         return full
 
     def weights(self, adapter_id: str) -> dict[str, Tensor]:
-        adapter = self.engine.adapters[adapter_id]
+        adapter = self.engine._adapter(adapter_id)
         return adapter_files.gather(adapter.lora, adapter.weights, self.engine.runtime, self.engine.model.arch)
 
     def logits(self, segments: list[tuple[Any, int]], data: list[Datum] | None = None) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -63,15 +64,15 @@ def answers(worker: WorkerUnderTest, seqs: list[int]) -> list[Record]:
 
 
 def assert_same(found: list[Record], expected: list[Record]) -> None:
-    """Training to the bit. Samples to the token: whether two samples decode side by side is a matter of timing, and the
-    last bits of a matrix product depend on the number of its rows."""
+    """Samples to the token. Which passes of two models are computed together, and which samples decode side by side, is
+    a matter of timing, and the last bits of a matrix product depend on the number of its rows; so numbers are close.
+    That redoing gives the same bits is test_killed_at_any_moment_equals_uninterrupted's last part.
+    """
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.header["op"] == theirs.header["op"]
         if mine.header["op"] == "sample":
             assert mine.arrays["tokens"].tolist() == theirs.arrays["tokens"].tolist()
-            np.testing.assert_allclose(mine.arrays["logprobs"], theirs.arrays["logprobs"], atol=1e-4)
-        else:
-            assert mine.arrays["logprobs"].tobytes() == theirs.arrays["logprobs"].tobytes(), mine.header
+        np.testing.assert_allclose(mine.arrays["logprobs"], theirs.arrays["logprobs"], atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,20 @@ def test_killed_at_any_moment_equals_uninterrupted(
         worker.processes[-1].wait()
         worker.start()
     assert_same(answers(worker, seqs), uninterrupted)
+
+    def probe() -> list[bytes]:
+        """What every model computes now, one at a time."""
+        found = [worker.ok(worker.forward_backward(f"{m}:0", 70, forward_only=True)) for m in "abc"]
+        return [record.arrays["logprobs"].tobytes() for record in found]
+
+    before = probe()
+    batches = [record.header["seqs"] for record in worker.records if record.header["op"] == "batch"]
+    assert any(len(batch) > 1 for batch in batches)
+    worker.processes[-1].send_signal(signal.SIGKILL)
+    worker.processes[-1].wait()
+    shutil.rmtree(worker.folder.snapshots, ignore_errors=True)  # so that all of it is computed again
+    worker.start()
+    assert probe() == before, "the recorded batches, mixed ones among them, give the same bits"
     worker.send("close")
     assert worker.processes[-1].wait(120) == 0
     check_answered_once(worker)

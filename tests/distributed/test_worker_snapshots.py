@@ -68,11 +68,15 @@ def starts(worker: WorkerUnderTest) -> list[dict[str, Any]]:
 
 
 def first_half(worker: WorkerUnderTest) -> None:
-    """Leaves pending gradients, moments, a sampler of older weights and one that failed to open."""
+    """Leaves pending gradients, moments, a sampler of older weights and one that failed to open.
+
+    Each pass is waited for: passes of two models that wait together are computed together, and the last bits depend on
+    it (test_worker_redo.py has that case).
+    """
     worker.create_model("a:0"), worker.create_model("b:0", rank=8, seed=2)
     for step in range(3):
-        worker.forward_backward("a:0", step), worker.optim_step("a:0", grad_clip_norm=0.5)
-        worker.forward_backward("b:0", step)
+        worker.ok(worker.forward_backward("a:0", step)), worker.optim_step("a:0", grad_clip_norm=0.5)
+        worker.ok(worker.forward_backward("b:0", step))
     worker.send("save_sampler_weights", model_id="a:0", sampling_session_id="snap")
     worker.send("open_sampler", sampling_session_id="base", source={"type": "base"})
     worker.forward_backward("a:0", 3), worker.optim_step("a:0")
@@ -85,6 +89,7 @@ def second_half(worker: WorkerUnderTest, folder: Path) -> Outcome:
     for model_id in ("a:0", "b:0"):
         seqs += [worker.forward_backward(model_id, 5), worker.optim_step(model_id)]
         seqs.append(worker.forward_backward(model_id, 6))
+        worker.ok(seqs[-1])
     tensors: dict[str, np.ndarray] = {}
     for model_id in ("a:0", "b:0"):
         target = folder / model_id.replace(":", "_")

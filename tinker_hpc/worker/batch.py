@@ -9,7 +9,7 @@ Legend: T tokens of all datums of a request, N tokens of one datum, P prompt tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,25 @@ from tinker_hpc.loss_table import KNOWN_LOSSES
 
 RENAMED: Mapping[str, str] = {"logprobs": "sampling_logprobs"}
 """Wire key -> ours: in a loss, plain `logprobs` are the trainer's."""
+
+
+def train_groups(requests: Sequence[Record], alone: Collection[int]) -> list[list[Record]]:
+    """Cut a training batch, in its order, into what is computed at once: neighbouring passes of different models, all
+    forward_only or none. Anything else is by itself, and so are the passes whose `seq` is in `alone`.
+
+    Passes of one model are never mixed with each other, so that a model that has the worker to itself gives the same
+    bits however its requests come in.
+    """
+    groups: list[list[Record]] = []
+    for request in requests:
+        last = groups[-1][-1].header if groups else {}
+        mixes = all(h.get("op") == "forward_backward" and h["seq"] not in alone for h in (last, request.header))
+        same_kind = mixes and last["forward_only"] == request.header["forward_only"]
+        if same_kind and request.header["model_id"] not in {other.header["model_id"] for other in groups[-1]}:
+            groups[-1].append(request)
+        else:
+            groups.append([request])
+    return groups
 
 
 def lora_spec(header: dict[str, Any]) -> LoraSpec:

@@ -6,7 +6,7 @@ Rank 0's desk: reads requests, decides what runs next, and hands results to the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -50,14 +50,17 @@ class Desk:
         lease: Lease,
         redo: Redo,
         poison: Mapping[int, Failure],
+        alone: Collection[int],
         snapshots: SnapshotStep,
     ) -> None:
+        """poison: requests not to be run, by seq; alone: passes not to be mixed with others (poison.py)."""
         self._requests = requests
         self._publisher = publisher
         self._bell = bell
         self._lease = lease
         self._redo = redo
         self._poison = poison
+        self._alone = alone
         self._snapshots = snapshots
         self._open: set[int] = set()  # read from the log and not finished
         self._schedule = Schedule()
@@ -121,8 +124,8 @@ class Desk:
             if requests:
                 self._record_batch(requests)
         self._note_sampling(samples)
-        command = {"command": "join", "num_samples": len(samples), "snapshot": snapshot, "cancelled": cancelled}
-        return [Record(command), *joined]
+        order = {"command": "join", "num_samples": len(samples), "snapshot": snapshot, "cancelled": cancelled}
+        return [Record({**order, "alone": self._not_mixed(joined)}), *joined]
 
     def coverage(self) -> Coverage:
         """What the state of this moment, between two batches, holds."""
@@ -241,7 +244,12 @@ class Desk:
         touched, self._touched = self._touched, []
         if command == "sample":
             self._note_sampling(requests)
-        return [Record({"command": command, "touched": touched, "snapshot": snapshot}), *requests]
+        order = {"command": command, "touched": touched, "snapshot": snapshot, "alone": self._not_mixed(requests)}
+        return [Record(order), *requests]
+
+    def _not_mixed(self, requests: Sequence[Record]) -> list[int]:
+        """The seqs of passes that are not to be computed together with others."""
+        return [r.header["seq"] for r in requests if r.header["seq"] in self._alone or self._redo.ran_alone(r)]
 
     def _record_batch(self, requests: Sequence[Record]) -> None:
         """Say which requests run together, before their results (nothing if it is recorded already)."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from tinker_hpc.log import Record
+from tinker_hpc.worker.batch import train_groups
 from tinker_hpc.worker.desk import Desk
-from tinker_hpc.worker.poison import leave_note
+from tinker_hpc.worker.poison import leave_alone_notes, leave_note
 from tinker_hpc.worker.ranks import EndWorker, Failure, Ranks, describe
 from tinker_hpc.worker.sample_step import SampleStep
 from tinker_hpc.worker.snapshot_step import Order, SnapshotStep
@@ -44,7 +45,8 @@ class Loop:
         """Returns after `close`, everything answered and durable.
 
         Raises: EndWorker if this worker cannot go on: lease lost, logs damaged, ranks of different states.
-        Collectives: per batch one Ranks.broadcast, those of its steps, and one Ranks.agree per request.
+        Collectives: per batch one Ranks.broadcast, those of its steps, and one Ranks.agree per request or
+            group of passes.
         """
         while True:
             orders = self._ranks.broadcast(self._desk.next_orders() if self._desk else None)
@@ -58,7 +60,7 @@ class Loop:
             if command == "idle":
                 continue
             if command == "train":
-                self._train(requests)
+                self._train(requests, orders[0].header["alone"])
             else:
                 if self._desk:
                     self._desk.sampling_starts()
@@ -77,7 +79,7 @@ class Loop:
         training = orders[1 + num_samples :]
         if training:
             started = time.monotonic()
-            self._train(training)
+            self._train(training, orders[0].header["alone"])
             if self._desk:
                 self._desk.training_done(time.monotonic() - started)
         return orders[1 : 1 + num_samples], orders[0].header["cancelled"]
@@ -86,15 +88,54 @@ class Loop:
         if order is not None:
             self._snapshots.take(order, self._desk.coverage() if self._desk else None)
 
-    def _train(self, requests: Sequence[Record]) -> None:
-        for request in requests:
-            started = time.monotonic()
-            try:
-                outcome = self._run_one(request)
-            except EndWorker as apart:
-                self._break_off([request], apart)
-                raise
-            self._finish(request, outcome, seconds=time.monotonic() - started)
+    def _train(self, requests: Sequence[Record], alone: Collection[int] = ()) -> None:
+        """`alone`: the seqs of passes that are not to be mixed with others."""
+        for group in train_groups(requests, alone):
+            if len(group) > 1:
+                self._train_together(group)
+            else:
+                self._train_one(group[0], alone=group[0].header["seq"] in alone)
+
+    def _train_one(self, request: Record, *, alone: bool) -> None:
+        """`alone` is said in the answer, so that redoing the batch does not mix the request with others either."""
+        started = time.monotonic()
+        try:
+            outcome = self._run_one(request)
+        except EndWorker as apart:
+            self._break_off([request], apart)
+            raise
+        if alone and not isinstance(outcome, Failure):
+            outcome = ({**outcome[0], "alone": True}, outcome[1])
+        self._finish(request, outcome, seconds=time.monotonic() - started)
+
+    def _train_together(self, passes: Sequence[Record]) -> None:
+        """Passes of one or several models in one mixed batch. Where the batch as a whole fails (memory), or breaks one
+        rank, nobody knows whose fault it was: each is then run alone, and only the one to blame fails.
+        """
+        started = time.monotonic()
+        outcomes: list[Answer | Exception] = []
+        failure = None
+        try:
+            outcomes = self._train_step.run_passes(passes)
+        except Exception as error:
+            failure = describe(error)
+            print(f"worker: {len(passes)} passes together failed; each is run alone:", file=sys.stderr)
+            traceback.print_exc()
+        try:
+            failure = self._ranks.agree(failure)
+        except EndWorker as apart:
+            if apart.failure is not None:
+                leave_alone_notes(self._folder, passes)
+            raise
+        if failure is not None:
+            for request in passes:
+                self._train_one(request, alone=True)
+            return
+        self._ranks.require_equal([isinstance(outcome, Exception) for outcome in outcomes])
+        seconds_per_token = (time.monotonic() - started) / sum(request.arrays["tokens"].size for request in passes)
+        for request, outcome in zip(passes, outcomes, strict=True):
+            answer = self._described(request, outcome) if isinstance(outcome, Exception) else outcome
+            self._finish(request, answer, seconds=seconds_per_token * request.arrays["tokens"].size)
 
     def _run_one(self, request: Record) -> Answer | Failure:
         answer: Answer = ({}, {})
@@ -102,11 +143,17 @@ class Loop:
         try:
             answer = self._train_step.run(request)
         except Exception as error:
-            failure = describe(error)
-            if failure.category == "server":
-                print(f"worker: request {request.header['seq']} ({request.header['op']}) failed:", file=sys.stderr)
-                traceback.print_exc()
+            failure = self._described(request, error)
         return self._ranks.agree(failure) or answer
+
+    @staticmethod
+    def _described(request: Record, error: Exception) -> Failure:
+        """What the user hears of it; what is our fault also goes to the worker's own log."""
+        failure = describe(error)
+        if failure.category == "server":
+            print(f"worker: request {request.header['seq']} ({request.header['op']}) failed:", file=sys.stderr)
+            traceback.print_exception(error)
+        return failure
 
     def _break_off(self, requests: Sequence[Record], apart: EndWorker) -> None:
         """The ranks parted over these requests and all will start again: see to it that they are not tried again."""

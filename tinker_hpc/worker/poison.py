@@ -4,7 +4,10 @@ Such a failure ends all ranks, since their states differ, and the restarted rank
 So the rank that it broke leaves a note, and rank 0 of the restarted worker answers it without running it. A rank that
 is killed leaves none: its request is run again.
 
-    <worker folder>/poison/<seq>.json     {"category", "message"}, written once by the rank that failed
+Where several passes were run together, each of them is first run alone; the one that breaks a rank then has its note.
+
+    <worker folder>/poison/<seq>.json        {"category", "message"}, written once by the rank that failed
+    <worker folder>/poison/<seq>.alone.json  {}: not to be mixed with others
 """
 
 from __future__ import annotations
@@ -25,10 +28,24 @@ def leave_note(worker_folder: Path, requests: Iterable[Record], failure: Failure
         write_json(folder / f"{request.header['seq']}.json", note)
 
 
+def leave_alone_notes(worker_folder: Path, requests: Iterable[Record]) -> None:
+    """Say that one of these broke a rank, so that each is to be run by itself. Raises: DataRootError."""
+    folder = make_private(worker_folder / "poison")
+    for request in requests:
+        write_json(folder / f"{request.header['seq']}.alone.json", {})
+
+
+def read_alone_notes(worker_folder: Path) -> set[int]:
+    """The `seq` of each request that is not to be mixed with others."""
+    return {int(path.name.split(".")[0]) for path in (worker_folder / "poison").glob("[0-9]*.alone.json")}
+
+
 def read_notes(worker_folder: Path) -> dict[int, Failure]:
     """Failures by `seq` of the request."""
     notes = {}
     for path in (worker_folder / "poison").glob("[0-9]*.json"):
+        if not path.stem.isdigit():
+            continue
         note = read_json(path)
         if note is not None:
             notes[int(path.stem)] = Failure(**note)

@@ -121,6 +121,19 @@ class Ranks:
             raise EndWorker(f"rank {where} of {self.world_size} failed alone: {agreed.message}", agreed)
         return agreed
 
+    def require_equal(self, flags: Sequence[bool]) -> None:
+        """Raises: EndWorker, on every rank, if the flags of the ranks differ: so do their states then.
+
+        Collectives: over the control group one all-gather.
+        """
+        if self.world_size == 1:
+            return
+        mine = torch.tensor(flags, dtype=torch.int64)
+        everyones = [torch.zeros_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(everyones, mine, group=self._group)
+        if any(not torch.equal(theirs, everyones[0]) for theirs in everyones):
+            raise EndWorker(f"the ranks disagree over which passes failed: {[t.tolist() for t in everyones]}")
+
     def on_first(self, action: Callable[[], Any]) -> Any:
         """Run `action` on rank 0 alone; every rank returns its result (JSON values) or raises its error.
 

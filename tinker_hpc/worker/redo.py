@@ -55,6 +55,10 @@ class Redo:
     def is_answered(self, request: Record) -> bool:
         return request.header["seq"] in self.answered
 
+    def ran_alone(self, request: Record) -> bool:
+        """Whether a pass was computed by itself although its batch holds others."""
+        return bool(self.answered.get(request.header["seq"], {}).get("alone"))
+
     def is_held(self, request: Record) -> bool:
         """Whether its effect is in the snapshot this worker started from."""
         return request.header["seq"] in self.held

@@ -5,7 +5,8 @@ Which requests run next. Pure: no files, no clock, no tensors.
 - Requests of one model run in `seq_id` order, from 1, without gaps: one that came early is held until the gap closes.
 - A `rejected` request only closes its gap.
 - Order is total, so whatever changes or stores weights is a barrier of its model; other models pass freely.
-- Neighbouring forward_backward passes, of one model or of several, are grouped; so are all samples.
+- Neighbouring forward_backward passes, of one model or of several, are grouped, the models taking turns within a group
+  (passes of different models are then computed together: batch.train_groups); so are all samples.
 - Whoever was served longest ago is served next: each model, the samplers' opening, and sampling as a whole.
 """
 
@@ -272,18 +273,22 @@ class Schedule:
         return []
 
     def _take_passes(self, keys: Iterable[str]) -> list[Record]:
-        """Passes at the heads of these lines, within the limits and at least one."""
+        """Passes at the heads of these lines, one of each in turn, within the limits and at least one."""
         taken: list[Record] = []
         num_tokens = 0
-        for key in keys:
+        waiting = deque(keys)
+        while waiting:
+            key = waiting.popleft()
             ready = self._lines[key].ready
-            while ready and ready[0].header["op"] == PASS:
-                size = ready[0].arrays["tokens"].size
-                if taken and (len(taken) == MAX_GROUP_REQUESTS or num_tokens + size > MAX_GROUP_TOKENS):
-                    return taken
-                taken.append(ready.popleft())
-                num_tokens += size
-                self._serve(key)
+            if not ready or ready[0].header["op"] != PASS:
+                continue
+            size = ready[0].arrays["tokens"].size
+            if taken and (len(taken) == MAX_GROUP_REQUESTS or num_tokens + size > MAX_GROUP_TOKENS):
+                return taken
+            taken.append(ready.popleft())
+            num_tokens += size
+            self._serve(key)
+            waiting.append(key)
         return taken
 
     def _serve(self, key: str) -> None:

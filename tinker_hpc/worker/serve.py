@@ -19,7 +19,7 @@ from tinker_hpc.worker.aside import SnapshotsAside
 from tinker_hpc.worker.desk import Desk
 from tinker_hpc.worker.loop import Loop
 from tinker_hpc.worker.metrics import MetricsFile
-from tinker_hpc.worker.poison import read_notes
+from tinker_hpc.worker.poison import read_alone_notes, read_notes
 from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.ranks import Ranks
 from tinker_hpc.worker.redo import Redo
@@ -102,6 +102,7 @@ class _FirstRank:
             lease=self._lease,
             redo=self._redo,
             poison=read_notes(self._folder.path),
+            alone=read_alone_notes(self._folder.path),
             snapshots=snapshots,
         )
 

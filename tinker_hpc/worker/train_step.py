@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_adapters.engine import Engine
-from megatron_adapters.interface import AdamParams, LoraSpec
+from megatron_adapters.interface import AdamParams, LoraSpec, Pass
 from tinker_hpc.errors import RequestError
 from tinker_hpc.log import Record
 from tinker_hpc.worker import checkpoint
@@ -145,24 +145,49 @@ class TrainStep:
         self._models[model_id] = ModelState(LoraSpec(**saved.lora), saved.step if optimizer else 0)
         return {"checkpoint": _identity(saved)}, {}
 
-    def _forward_backward(self, request: Record) -> Answer:
-        header = request.header
+    def run_passes(self, requests: Sequence[Record]) -> list[Answer | Exception]:
+        """Compute forward_backward requests of any models in one mixed batch; all forward_only, or none.
+
+        Returns: each one's answer, or why it failed, which fails no other: equal on every rank.
+        Raises, collectives: see Engine.run_passes. A group that raises has changed nothing.
+        """
         started = time.monotonic()
-        data = to_data(request)
-        loss_fn = bind(header["loss_fn"], header.get("loss_fn_config") or {})
-        backward = not header["forward_only"]
-        output = self._engine.run_pass(header["model_id"], data, loss_fn, backward=backward)
-        gap = sampler_gap(data, output.logprobs)
-        output = replace(output, metrics=output.metrics | gap.metrics())
-        if backward:
-            self._models[header["model_id"]].since_step.add(
-                loss_sum=output.loss_sum,
-                num_loss_tokens=num_loss_tokens(request),
-                num_tokens=int(request.arrays["tokens"].size),
-                seconds=time.monotonic() - started,
-                gap=gap,
-            )
-        return pass_result(output)
+        backward = not requests[0].header["forward_only"]
+        outcomes: dict[int, Answer | Exception] = {}
+        passes: dict[int, Pass] = {}
+        for index, request in enumerate(requests):
+            header = request.header
+            try:
+                loss_fn = bind(header["loss_fn"], header.get("loss_fn_config") or {})
+                passes[index] = Pass(header["model_id"], to_data(request), loss_fn)
+            except Exception as error:
+                outcomes[index] = error
+        outputs = self._engine.run_passes(list(passes.values()), backward=backward)
+        num_tokens = sum(int(requests[index].arrays["tokens"].size) for index in passes)
+        seconds_per_token = (time.monotonic() - started) / max(1, num_tokens)
+        for index, output in zip(passes, outputs, strict=True):
+            if isinstance(output, Exception):
+                outcomes[index] = output
+                continue
+            request = requests[index]
+            gap = sampler_gap(passes[index].data, output.logprobs)
+            outcomes[index] = pass_result(replace(output, metrics=output.metrics | gap.metrics()))
+            if backward:
+                size = int(request.arrays["tokens"].size)
+                self._models[request.header["model_id"]].since_step.add(
+                    loss_sum=output.loss_sum,
+                    num_loss_tokens=num_loss_tokens(request),
+                    num_tokens=size,
+                    seconds=seconds_per_token * size,
+                    gap=gap,
+                )
+        return [outcomes[index] for index in range(len(requests))]
+
+    def _forward_backward(self, request: Record) -> Answer:
+        [outcome] = self.run_passes([request])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def _optim_step(self, request: Record) -> Answer:
         model_id = request.header["model_id"]

@@ -137,6 +137,54 @@ def test_a_busy_model_does_not_starve_a_quiet_one() -> None:
     assert any(b is not None and b.requests[0].header["model_id"] == "quiet:0" for b in waited)
 
 
+def test_models_take_turns_within_a_group() -> None:
+    schedule, log = with_model("busy:0", "quiet:0", "third:0")
+    for seq_id in range(1, 5):
+        schedule.add(log("forward_backward", "busy:0", seq_id))
+    schedule.add(log("forward_backward", "quiet:0", 1))
+    schedule.add(log("forward_backward", "third:0", 1))
+    batch = schedule.next_batch()
+    assert batch is not None
+    names = [r.header["model_id"].split(":")[0] for r in batch.requests]
+    assert names == ["busy", "quiet", "third", "busy", "busy", "busy"]
+
+
+@settings(max_examples=200)
+@given(st.lists(st.lists(st.sampled_from(OPS[:4]), min_size=0, max_size=30), min_size=2, max_size=8), st.data())
+def test_nobody_starves(work: list[list[str]], data: st.DataObject) -> None:
+    """Whoever has work is served within as many batches as there are others with work, whatever they bring meanwhile.
+
+    Others' sizes, operations and arrivals are any; the sampler's work counts as one more.
+    """
+    models = [f"m:{k}" for k in range(len(work))]
+    schedule, log = with_model(*models)
+    schedule.add(log("open_sampler", sampling_session_id="s"))
+    drain(schedule)
+    sent, waited = dict.fromkeys(models, 0), dict.fromkeys(models, 0)
+    queued: dict[str, int] = dict.fromkeys(models, 0)
+    todo = [(model, op) for model, ops in zip(models, work, strict=True) for op in ops]
+    todo = data.draw(st.permutations(todo))
+    while todo or any(queued.values()):
+        for _ in range(data.draw(st.integers(1, 6))):
+            if todo:
+                model, op = todo.pop()
+                sent[model] += 1
+                schedule.add(log(op, model, sent[model], size=data.draw(st.sampled_from([1, 30_000, 100_000]))))
+                queued[model] += 1
+        if data.draw(st.booleans()):
+            schedule.add(log("sample", sampling_session_id="s"))
+        batch = schedule.next_batch()
+        assert batch is not None
+        served = {r.header["model_id"] for r in batch.requests}
+        for request in batch.requests:
+            schedule.finish(request, error=None)
+            if request.header["model_id"] in queued:
+                queued[request.header["model_id"]] -= 1
+        for model in models:
+            waited[model] = 0 if model in served or not queued[model] else waited[model] + 1
+            assert waited[model] <= len(models), f"{model} has work and was passed over {waited[model]} times"
+
+
 def test_samples_and_training_take_turns() -> None:
     schedule, log = with_model("a:0")
     schedule.add(log("open_sampler", sampling_session_id="s"))

@@ -1,0 +1,134 @@
+"""Eight adapters of different rank in one batch, beside one adapter at equal tokens, in one process, interleaved.
+
+    python tests/benchmarks/bench_many_adapters.py           # writes results/many_adapters-<device>-<date>.json
+    python tests/benchmarks/bench_many_adapters.py --quick   # one step of a small model: does it still run?
+
+Every side takes one training step (forward, backward, clipping, AdamW for each adapter) on the same eight sequences of
+128 tokens. All adapters train every linear layer and the unembedding.
+
+mixed        eight adapters (ranks 1, 8, 32, 64, twice), a sequence each, computed together
+one          one adapter of rank 32 with all eight sequences
+one by one   the same eight adapters, a pass after the other
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent.parent)]
+
+
+@dataclass(frozen=True)
+class Config:
+    num_layers: int = 12
+    hidden_size: int = 512
+    ffn_size: int = 1536
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 64
+    vocab_size: int = 8192
+    lora_ranks: tuple[int, ...] = (1, 8, 32, 64, 1, 8, 32, 64)
+    one_rank: int = 32
+    sequence_length: int = 128
+    seed: int = 0
+
+
+QUICK = Config(
+    num_layers=2, hidden_size=64, ffn_size=96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=256,
+    lora_ranks=(1, 4, 8), one_rank=4, sequence_length=16,
+)  # fmt: skip
+
+
+class Sides:
+    """The engine with all adapters, and the three ways to take a step."""
+
+    def __init__(self, model_folder: Path, config: Config) -> None:
+        from megatron_adapters.engine import AdamParams, Datum, Engine, Layout, LoraSpec
+
+        self.engine = Engine.start(model_folder, Layout())
+        self.adam = AdamParams(learning_rate=1e-5, grad_clip_norm=1.0)
+        self.names = [f"rank-{rank}-{place}" for place, rank in enumerate(config.lora_ranks)]
+        for name, rank in zip(self.names, config.lora_ranks, strict=True):
+            self.engine.create_adapter(name, LoraSpec(rank, seed=1))
+        self.engine.create_adapter("one", LoraSpec(config.one_rank, seed=1))
+        random = np.random.default_rng(config.seed)
+        rows = random.integers(3, config.vocab_size, (len(self.names), config.sequence_length + 1), dtype=np.int64)
+        weights = np.ones(config.sequence_length, dtype=np.float32)
+        self.data = [Datum(row[:-1].astype(np.int32), {"target_tokens": row[1:], "weights": weights}) for row in rows]
+        self.num_tokens = rows[:, :-1].size
+
+    def mixed(self) -> None:
+        from megatron_adapters.engine import Pass
+
+        passes = [Pass(name, [datum], cross_entropy) for name, datum in zip(self.names, self.data, strict=True)]
+        for outcome in self.engine.run_passes(passes, backward=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+        for name in self.names:
+            self.engine.optim_step(name, self.adam)
+
+    def one(self) -> None:
+        self.engine.run_pass("one", self.data, cross_entropy, backward=True)
+        self.engine.optim_step("one", self.adam)
+
+    def one_by_one(self) -> None:
+        for name, datum in zip(self.names, self.data, strict=True):
+            self.engine.run_pass(name, [datum], cross_entropy, backward=True)
+            self.engine.optim_step(name, self.adam)
+
+
+def cross_entropy(logprobs_T: Any, inputs: Any, segment_ids_T: Any) -> Any:
+    return -(logprobs_T * inputs["weights"]).sum()
+
+
+def main(argv: list[str] | None = None) -> Path:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one step of a small model, no warm-up")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--results", type=Path, help="folder to write to, instead of results/")
+    options = parser.parse_args(argv)
+    config = QUICK if options.quick else Config()
+    repeats, warmup = (1, 0) if options.quick else (options.repeats, options.warmup)
+    warnings.simplefilter("ignore")  # megatron-core warns about optional packages
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+    import random_models
+    from bench_throughput import timed
+    from record import RESULTS, Outcome
+
+    outcome = Outcome("many_adapters", asdict(config) | {"dtype": "float32"}, warmup, repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        model_folder = random_models.make(
+            "qwen3", Path(folder),
+            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.ffn_size,
+            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, max_position_embeddings=2048,
+            initializer_range=0.05,
+        )  # fmt: skip
+        sides = Sides(model_folder, config)
+        rates: dict[str, list[float]] = {"mixed": [], "one": [], "one by one": []}
+        for repeat in range(-warmup, repeats):
+            for side, step in (("mixed", sides.mixed), ("one", sides.one), ("one by one", sides.one_by_one)):
+                seconds = timed(step)
+                if repeat >= 0:
+                    rates[side].append(sides.num_tokens / seconds)
+        outcome.add("training step, eight adapters", "tokens_per_s", rates)
+        sides.engine.stop()
+    for side, row in outcome.metrics["training step, eight adapters"]["tokens_per_s"].items():
+        print(f"{side:28} {row['median']:10g}  ({row['p10']:g} to {row['p90']:g})")
+    return outcome.write(options.results or RESULTS)
+
+
+if __name__ == "__main__":
+    print(main())

@@ -1,0 +1,47 @@
+"""The other benchmarks still run and write complete records."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.distributed
+
+
+def quick(script: str, folder: Path, *more: str) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / script), "--quick", "--results", str(folder), *more]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = folder.glob("*.json")
+    return json.loads(path.read_text())
+
+
+def test_many_adapters(tmp_path: Path) -> None:
+    rates = quick("bench_many_adapters.py", tmp_path)["metrics"]["training step, eight adapters"]["tokens_per_s"]
+    assert {"mixed", "one", "one by one", "ratio_mixed_to_one", "ratio_mixed_to_one by one"} == set(rates)
+    assert all(row["median"] > 0 for row in rates.values())
+
+
+def test_load_and_memory(tmp_path: Path) -> None:
+    metrics = quick("bench_load_and_memory.py", tmp_path)["metrics"]["one process"]
+    for metric in ("load_s", "peak_memory_gib"):
+        assert metrics[metric]["tinker_hpc"]["median"] > 0 < metrics[metric]["transformers_peft"]["median"]
+
+
+@pytest.mark.parametrize("model", ["Qwen3-8B", "Qwen3-30B-A3B"])
+def test_gpu_shapes_made_tiny(model: str, tmp_path: Path) -> None:
+    record = quick("bench_gpu.py", tmp_path, "--model", model)
+    assert set(record["metrics"]) == {"training", "sampling"}
+    assert record["config"]["flops_per_trained_token"] == 4 * record["config"]["num_active_parameters"]
+    for metrics in record["metrics"].values():
+        assert metrics["tokens_per_s"]["ratio_tinker_hpc_to_transformers_peft"]["median"] > 0

@@ -1,0 +1,133 @@
+"""Adapters that wait on the disk come back to the bit, and those in use never leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_adapters.adapter_room import AdapterRoom
+from megatron_adapters.adapters import Adapter
+from megatron_adapters.interface import AdamParams, Layout
+from megatron_adapters.optimizer import step_
+from megatron_adapters.placement import place_of
+from megatron_adapters.projections import Projection
+
+CPU = torch.device("cpu")
+PROJECTIONS = [Projection("model.layers.0.self_attn.q_proj", 12, 20, "column"), Projection("lm_head", 12, 30, "column")]
+
+
+def make(rank: int, seed: int = 0) -> Adapter:
+    adapter = Adapter(
+        PROJECTIONS,
+        rank=rank,
+        alpha=32.0,
+        targets=("q_proj", "lm_head"),
+        per_expert=False,
+        layout=Layout(),
+        place=place_of(0, Layout()),
+        device=CPU,
+    )
+    adapter.initialize(seed)
+    return adapter
+
+
+def train(adapter: Adapter, seed: int) -> None:
+    """A pass's gradients, as autograd adds them, and on even seeds a step."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, 12, generator=generator)
+    pair = adapter.lora.pairs["lm_head"]
+    ((x @ pair.a.t() + 0.1) @ pair.b.t()).square().sum().backward()
+    adapter.has_gradients = True
+    if seed % 2 == 0:
+        step_(adapter, AdamParams(learning_rate=1e-2), 1.0)
+
+
+def state(adapter: Adapter) -> list[torch.Tensor]:
+    return [x.clone() for x in (adapter.weights, adapter.grads, adapter.exp_avg, adapter.exp_avg_sq)]
+
+
+SIZE = {rank: 16 * make(rank).weights.numel() for rank in (1, 2, 4)}
+
+
+def test_the_one_used_longest_ago_leaves_and_comes_back() -> None:
+    room = AdapterRoom(CPU, most_bytes=2 * SIZE[4])
+    adapters = {name: make(4, seed) for seed, name in enumerate("abc")}
+    for name in "ab":
+        room.add(name, adapters[name])
+        train(adapters[name], 2)
+        train(adapters[name], 3)  # gradients pending
+    before = state(adapters["a"])
+    view = adapters["a"].lora.pairs["lm_head"].b
+    room.add("c", adapters["c"])
+    assert room.is_away("a") and not room.is_away("b") and not room.is_away("c")
+    assert adapters["a"].weights.untyped_storage().nbytes() == 0, "the memory is really free"
+    assert room.bytes_here == 2 * SIZE[4]
+    room.use(["a"])
+    assert room.is_away("b") and not room.is_away("a")
+    assert all(torch.equal(now, then) for now, then in zip(state(adapters["a"]), before, strict=True))
+    assert view is adapters["a"].lora.pairs["lm_head"].b and torch.equal(view, adapters["a"].lora.pairs["lm_head"].b)
+    room.close()
+
+
+def test_all_in_use_stay_whatever_the_bound() -> None:
+    room = AdapterRoom(CPU, most_bytes=0)
+    adapters = {name: make(2, seed) for seed, name in enumerate("abc")}
+    for name, adapter in adapters.items():
+        room.add(name, adapter)
+    assert [room.is_away(name) for name in "abc"] == [True, True, False]
+    room.use(["a", "b"])
+    assert [room.is_away(name) for name in "abc"] == [False, False, True]
+    room.close()
+
+
+def test_files_are_private_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    room = AdapterRoom(CPU, most_bytes=0)
+    room.add("a", make(1))
+    room.add("b", make(1))
+    [folder] = tmp_path.iterdir()
+    assert folder.stat().st_mode & 0o077 == 0 and len(list(folder.iterdir())) == 1
+    room.use(["a"])
+    room.remove("b")
+    assert not list(folder.iterdir()), "what came back or was dropped leaves no file"
+    room.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_adapters_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    room = AdapterRoom(CPU, most_bytes=0)
+    first = make(1)
+    room.add("a", first)
+    before = state(first)
+    room.add("b", make(1))
+    room.add("c", make(1))
+    assert not any(room.is_away(name) for name in "abc")
+    assert all(torch.equal(now, then) for now, then in zip(state(first), before, strict=True))
+    assert capsys.readouterr().err.count("beyond their bound") == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 5)), max_size=25), st.integers(0, 4))
+def test_training_with_and_without_a_bound_is_the_same(steps: list[tuple[str, int]], bound: int) -> None:
+    room = AdapterRoom(CPU, most_bytes=bound * SIZE[2])
+    bounded = {name: make(1 + seed % 3, seed) for seed, name in enumerate("abcd")}
+    free = {name: make(1 + seed % 3, seed) for seed, name in enumerate("abcd")}
+    for name, adapter in bounded.items():
+        room.add(name, adapter)
+    for name, seed in steps:
+        room.use([name])
+        train(bounded[name], seed)
+        train(free[name], seed)
+    for name in "abcd":
+        room.use([name])
+        assert bounded[name].step == free[name].step
+        for ours, theirs in zip(state(bounded[name]), state(free[name]), strict=True):
+            assert torch.equal(ours, theirs)
+    room.close()
