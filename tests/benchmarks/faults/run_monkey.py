@@ -142,9 +142,8 @@ def difference(left: Left, unharmed: Left) -> str:
 def bench(
     cluster: SlurmCluster,
     *,
-    num_runs: int,
+    seeds: Sequence[int],
     num_strikes: int,
-    seed: int,
     parallel: int,
     fill: Path,
     stop_at: float,
@@ -160,7 +159,7 @@ def bench(
         unharmed[loop] = left_by(RunFolder(cluster.run_folder(run["run_id"])))
     finished: list[RunReport] = []
     written = threading.Lock()
-    reports = [RunReport(seed + i, sorted(loops)[i % len(loops)]) for i in range(num_runs)]
+    reports = [RunReport(seed, sorted(loops)[i % len(loops)]) for i, seed in enumerate(seeds)]
 
     def work(report: RunReport) -> RunReport | None:
         if time.time() > stop_at:
@@ -237,6 +236,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--strikes", type=int, default=5, help="planned per run; a run may be over before the last")
     parser.add_argument("--seed", type=int, default=1, help="of the first run; the next has the next")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of every run, instead of --runs and --seed")
     parser.add_argument("--parallel", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no run after so long")
     parser.add_argument("--loops", nargs="+", choices=sorted(LOOPS), default=sorted(LOOPS))
@@ -247,9 +247,8 @@ def main() -> None:
     try:
         report = bench(
             cluster,
-            num_runs=arguments.runs,
+            seeds=arguments.seeds or range(arguments.seed, arguments.seed + arguments.runs),
             num_strikes=arguments.strikes,
-            seed=arguments.seed,
             parallel=arguments.parallel,
             fill=fill,
             stop_at=began + 60 * arguments.minutes,
