@@ -16,7 +16,7 @@ from launch.gateway_keeper import GatewayKeeper
 from launch.job_spec import JobSpec
 from launch.log_tail import error_line, last_lines, last_traceback
 from launch.node import CLOSE_GRACE_S, LISTING_POLL_S, POLL_S, Node, Place
-from launch.patience import passes, until_written
+from launch.patience import passes
 from launch.ranks_keeper import RanksKeeper
 from launch.run_record import RunRecord
 from launch.tenure import Tenure
