@@ -22,7 +22,7 @@ _MEMORY = re.compile(r"[1-9]\d*[KMGT]?")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a worker's ranks are used. World size is tp_size * dp_size."""
+    """How a worker's ranks are used. World size is tp_size * dp_size * pp_size."""
 
     tp_size: int = 1
     """Tensor parallel size; sequence parallel where it is more than 1."""
@@ -32,11 +32,17 @@ class Layout:
     """`float32` or `bfloat16`; None: bfloat16 on CUDA, float32 on CPU."""
     token_budget: int | None = None
     """Tokens of a micro-batch, as planned into the memory; None: the engine's own."""
+    pp_size: int = 1
+    """Pipeline stages."""
+    ep_size: int = 1
+    """Ranks of a stage that share its experts; divides tp_size * dp_size."""
+    recompute: bool = False
+    """Compute activations again in the backward instead of keeping them: less memory, a third more time."""
 
     @property
     def world_size(self) -> int:
         """Number of ranks over all nodes."""
-        return self.tp_size * self.dp_size
+        return self.tp_size * self.dp_size * self.pp_size
 
 
 @dataclass(frozen=True)
@@ -85,15 +91,20 @@ class JobSpec:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.gpus_per_node < 0:
             raise ConfigError(f"gpus_per_node is {self.gpus_per_node}; it must be 0 (CPU) or more.")
-        if self.layout.tp_size < 1 or self.layout.dp_size < 1:
+        layout = self.layout
+        for name in ("tp_size", "dp_size", "pp_size", "ep_size"):
+            if getattr(layout, name) < 1:
+                raise ConfigError(f"{name} is {getattr(layout, name)}; it must be at least 1.")
+        if layout.world_size != self.nodes * self.ranks_per_node:
             raise ConfigError(
-                f"tp_size is {self.layout.tp_size} and dp_size {self.layout.dp_size}; both must be at least 1."
-            )
-        if self.layout.world_size != self.nodes * self.ranks_per_node:
-            raise ConfigError(
-                f"tp_size ({self.layout.tp_size}) * dp_size ({self.layout.dp_size}) = {self.layout.world_size} ranks, "
-                f"but nodes ({self.nodes}) * ranks_per_node ({self.ranks_per_node}) = "
+                f"tp_size ({layout.tp_size}) * dp_size ({layout.dp_size}) * pp_size ({layout.pp_size}) = "
+                f"{layout.world_size} ranks, but nodes ({self.nodes}) * ranks_per_node ({self.ranks_per_node}) = "
                 f"{self.nodes * self.ranks_per_node}. Change the layout or the number of nodes."
+            )
+        if layout.tp_size * layout.dp_size % layout.ep_size:
+            raise ConfigError(
+                f"ep_size ({layout.ep_size}) does not divide tp_size ({layout.tp_size}) * dp_size ({layout.dp_size}), "
+                "the ranks over which experts are spread. Choose one that does."
             )
         if self.gpus_per_node and self.ranks_per_node > self.gpus_per_node:
             raise ConfigError(

@@ -50,6 +50,10 @@ class Resources:
     """Time limit, minutes or "8:00:00". None: the profile's."""
     tp_size: int | None = None
     """Tensor parallel size. None: planned into the GPUs' memory (launch/plan.py); other ranks are data parallel."""
+    pp_size: int | None = None
+    """Pipeline stages. None: planned."""
+    ep_size: int | None = None
+    """Ranks that share the experts of a layer out among them. None: planned; 1 without experts."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -88,7 +92,9 @@ def build_job_spec(
         memory_gib=rank_memory_gib(profile, gpus_per_node, ranks_per_node, resources.memory or profile.memory),
         on_gpu=gpus_per_node > 0,
     )
-    plan = plan_for(base_model, machine, tp_size=resources.tp_size)
+    plan = plan_for(
+        base_model, machine, tp_size=resources.tp_size, pp_size=resources.pp_size, ep_size=resources.ep_size
+    )
     sure = resources.tp_size is None and machine.on_gpu and known_gpu_memory_gib(profile) is not None
     if sure and not plan.fits:
         raise ConfigError(
@@ -110,7 +116,13 @@ def build_job_spec(
         or ranks_per_node * (CPUS_PER_GPU if gpus_per_node else 1),
         memory=resources.memory,
         time_limit_min=parse_time_limit_min(resources.time, default=profile.time_limit_min),
-        layout=Layout(tp_size=plan.tp_size, dp_size=plan.dp_size, token_budget=plan.token_budget),
+        layout=Layout(
+            tp_size=plan.tp_size,
+            dp_size=plan.dp_size,
+            pp_size=plan.pp_size,
+            ep_size=plan.ep_size,
+            token_budget=plan.token_budget,
+        ),
         command=command,
         working_folder=working_folder or os.getcwd(),
         environment=dict(environment or {}),
@@ -147,6 +159,8 @@ def plan_for(
     machine: Machine,
     *,
     tp_size: int | None = None,
+    pp_size: int | None = None,
+    ep_size: int | None = None,
     lora_rank: int = 32,
     num_adapters: int = 1,
 ) -> Plan:
@@ -155,7 +169,7 @@ def plan_for(
     Raises: ConfigError if the model's config.json does not say its size, or nothing divides model and machine.
     """
     sizes = read_sizes(base_model.config, str(base_model.folder / "config.json"))
-    wish = Wish(tp_size=tp_size, ep_size=1, pp_size=1)
+    wish = Wish(tp_size=tp_size, ep_size=ep_size, pp_size=pp_size)
     plan = make_plan(sizes, machine, wish=wish, lora_rank=lora_rank, num_adapters=num_adapters)
     if plan is not None:
         return plan
@@ -163,6 +177,12 @@ def plan_for(
         raise ConfigError(
             f"tp_size is {tp_size}, which does not divide the {machine.world_size} ranks of {machine.nodes} node(s) "
             f"with {machine.ranks_per_node} each. Choose a tp_size that divides {machine.ranks_per_node}."
+        )
+    if pp_size is not None or ep_size is not None:
+        raise ConfigError(
+            f"pp_size is {pp_size} and ep_size {ep_size}: pp_size must divide the {machine.world_size} ranks and the "
+            f"{sizes.num_layers} layers of {base_model.name}, ep_size its experts (1 without) and tp_size * dp_size. "
+            "Choose others, or leave them out."
         )
     raise ConfigError(
         f"tp_size is {tp_size}: it must divide the {machine.ranks_per_node} ranks of a node, and the "

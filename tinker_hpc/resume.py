@@ -86,7 +86,8 @@ def resumed_spec(spec: JobSpec, *, cluster: str | None, resources: Resources, co
         "time": spec.time_limit_min,
     }
     same_ranks = all(asked[name] is None for name in ("nodes", "gpus_per_node", "ranks_per_node"))
-    kept["tp_size"] = spec.layout.tp_size if same_ranks else None
+    sizes = ("tp_size", "pp_size", "ep_size")
+    kept |= {name: getattr(spec.layout, name) if same_ranks else None for name in sizes}
     merged = Resources(**{name: kept.get(name) if value is None else value for name, value in asked.items()})
     fresh = build_job_spec(
         merged,
@@ -101,7 +102,7 @@ def resumed_spec(spec: JobSpec, *, cluster: str | None, resources: Resources, co
         environment=spec.environment,
         serves_run=spec.serves_run,
     )
-    layout = spec.layout if same_ranks and asked["tp_size"] is None else fresh.layout
+    layout = spec.layout if same_ranks and all(asked[name] is None for name in sizes) else fresh.layout
     return replace(fresh, base_model_folder=spec.base_model_folder, layout=layout)
 
 

@@ -44,6 +44,8 @@ def submit(
     memory: str | None = None,
     time: str | int | None = None,
     tp_size: int | None = None,
+    pp_size: int | None = None,
+    ep_size: int | None = None,
     driver: Driver = "together",
     name: str | None = None,
     environment: Mapping[str, str] | None = None,
@@ -61,7 +63,8 @@ def submit(
         base_model: hub name or folder of the model to serve. Several: each gets a worker, that is a job, of its own
             and of this size; the first one's job carries the loop.
         cluster: a profile's name. None: the configuration's default; "local" means this machine.
-        nodes, gpus_per_node, ranks_per_node, cpus_per_node, memory, time, tp_size: see `resources.Resources`.
+        nodes, gpus_per_node, ranks_per_node, cpus_per_node, memory, time, tp_size, pp_size, ep_size: see
+            `resources.Resources`.
         driver: "separate" runs the loop in a small CPU job of its own (in the profile's `driver_partition`), so that
             a preempted GPU job costs the loop nothing but time. "together": on the worker's first node.
         name: start of the run's id. None: the function's name.
@@ -83,6 +86,8 @@ def submit(
         "memory": memory,
         "time": time,
         "tp_size": tp_size,
+        "pp_size": pp_size,
+        "ep_size": ep_size,
         "driver": None if driver == "together" else driver,
         "name": name,
         "environment": environment,
@@ -93,7 +98,9 @@ def submit(
     return submit_loop(
         base_models=[base_model] if isinstance(base_model, str) else base_model,
         cluster=cluster,
-        resources=Resources(nodes, gpus_per_node, ranks_per_node, cpus_per_node, memory, time, tp_size),
+        resources=Resources(
+            nodes, gpus_per_node, ranks_per_node, cpus_per_node, memory, time, tp_size, pp_size, ep_size
+        ),
         name=check_run_name(name, otherwise=function_name),
         payload=payload,
         environment=environment,

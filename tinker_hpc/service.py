@@ -110,6 +110,8 @@ def session(
     memory: str | None = None,
     time: str | int | None = None,
     tp_size: int | None = None,
+    pp_size: int | None = None,
+    ep_size: int | None = None,
     name: str | None = None,
 ) -> Iterator[ServiceClient]:
     """A ServiceClient with a worker of its own, for a notebook or a script; the loop stays here.
@@ -120,7 +122,7 @@ def session(
     Args: as `tinker_hpc.submit`.
     Raises: UnknownBaseModelError, UnknownClusterError, ConfigError, SubmissionError, SessionError.
     """
-    resources = Resources(nodes, gpus_per_node, ranks_per_node, cpus_per_node, memory, time, tp_size)
+    resources = Resources(nodes, gpus_per_node, ranks_per_node, cpus_per_node, memory, time, tp_size, pp_size, ep_size)
     with Session(cluster=cluster, resources=resources, name=name) as running:
         for served in [base_model] if isinstance(base_model, str) else base_model:
             running.serve(served)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import click
@@ -18,7 +19,7 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def size_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The sizes of a job, as one keyword, `resources`."""
-    names = ("nodes", "gpus_per_node", "ranks_per_node", "cpus_per_node", "memory", "time", "tp_size")
+    names = [field.name for field in fields(Resources)]
 
     @functools.wraps(command)
     def with_resources(*args: Any, **kwargs: Any) -> Any:
@@ -36,6 +37,8 @@ def size_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--memory", metavar="SIZE", help="Memory of each node, e.g. 64G (the profile's)."),
         click.option("--time", metavar="LIMIT", help="Time limit of each job: minutes, or 8:00:00 (the profile's)."),
         click.option("--tp-size", type=int, metavar="N", help="Tensor parallel size (chosen from the model's size)."),
+        click.option("--pp-size", type=int, metavar="N", help="Pipeline stages (chosen from the model's size)."),
+        click.option("--ep-size", type=int, metavar="N", help="Ranks that share a layer's experts (chosen)."),
     )
 
 

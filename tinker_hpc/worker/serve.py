@@ -44,7 +44,8 @@ def serve(folder: WorkerFolder, owner: dict[str, Any]) -> None:
     layout, dtype = _layout(declaration)
     token_budget = int((declaration.get("layout") or {}).get("token_budget") or TOKEN_BUDGET)
     folder_of_model = Path(declaration["base_model_folder"])
-    engine = Engine.start(folder_of_model, layout, dtype=dtype, token_budget=token_budget)
+    recompute = bool((declaration.get("layout") or {}).get("recompute"))
+    engine = Engine.start(folder_of_model, layout, dtype=dtype, token_budget=token_budget, recompute=recompute)
     ranks = Ranks(engine.control_group, engine.global_rank, engine.world_size)
     metrics = MetricsFile(folder.metrics) if ranks.is_first else None
     aside = SnapshotsAside(folder.aside, engine, ranks)
@@ -117,8 +118,9 @@ def _layout(declaration: dict[str, Any]) -> tuple[Layout, str | None]:
     """Layout and dtype of worker.json; without any, all ranks share every matrix."""
     given = declaration.get("layout") or {}
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    dp_size = int(given.get("dp_size") or 1)
-    return Layout(tp_size=int(given.get("tp_size") or world_size // dp_size), dp_size=dp_size), given.get("dtype")
+    dp_size, pp_size, ep_size = (int(given.get(name) or 1) for name in ("dp_size", "pp_size", "ep_size"))
+    tp_size = int(given.get("tp_size") or world_size // (dp_size * pp_size))
+    return Layout(tp_size, dp_size, pp_size, ep_size), given.get("dtype")
 
 
 def _redo(folder: WorkerFolder, log: ResultLog) -> Redo:

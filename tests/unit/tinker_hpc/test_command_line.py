@@ -127,8 +127,8 @@ def test_checkpoints_and_export(root: Path, call, tmp_path: Path) -> None:
     write_json(folder.path / "sessions.json", {"s-1": {}})
     saved = checkpoint_folder(root, "s-1:train:0", "sampler_weights", "final")
     saved.mkdir(parents=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (saved / name).write_text("{}")
+    (saved / "adapter_config.json").write_text("{}")
+    (saved / "adapter_model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")  # safetensors without tensors
     write_json(saved / "checkpoint.json", {"base_model": "org/m", "created_at": 5.0, "model_id": "s-1:train:0"})
     path = "tinker://s-1:train:0/sampler_weights/final"
     assert [c["path"] for c in json.loads(call("checkpoints", "--json")[1])] == [path]
@@ -229,6 +229,6 @@ def test_plan(root: Path, call, tmp_path: Path) -> None:
     assert code == 0 and made["fits"] and (made["tp_size"], made["dp_size"], made["dtype"]) == (4, 1, "bfloat16")
     assert made["memory"]["weights"] == 35_278_831_616  # what the built model holds: tests/distributed/meta_model.py
     code, out, _ = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "40")
-    assert code == 0 and "fits              no" in out and "It would not fit on 64 such nodes" in out
+    assert code == 0 and "fits              no" in out and "It would fit on " in out
     code, _, err = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "80", "--tp-size", "3")
     assert code == 2 and "tp_size is 3, which does not divide the 4 ranks" in err

@@ -1,0 +1,58 @@
+"""Pipeline order, places of ranks and micro-batches: pure decisions that all ranks take alike."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_adapters.interface import Layout
+from megatron_adapters.pipeline import schedule
+from megatron_adapters.placement import place_of, stage_layers
+from megatron_adapters.training_pass import plan_micro_batches
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+@pytest.mark.parametrize("num_micro_batches", [0, 1, 3, 9])
+def test_stages_never_wait_for_each_other_in_a_circle(num_micro_batches: int, num_stages: int) -> None:
+    """Runs all stages against each other; a receive happens only after its send."""
+    plans = [list(schedule(num_micro_batches, stage, num_stages, backward=True)) for stage in range(num_stages)]
+    sent: set[tuple[str, int, int]] = set()  # what, micro-batch, stage that did it
+    kept = [0] * num_stages
+    while any(plans):
+        moved = False
+        for stage, plan in enumerate(plans):
+            if not plan:
+                continue
+            what, index = plan[0]
+            before = stage - 1 if what == "forward" else stage + 1
+            if 0 <= before < num_stages and (what, index, before) not in sent:
+                continue
+            if what == "backward":
+                assert ("forward", index, stage) in sent
+            plan.pop(0)
+            sent.add((what, index, stage))
+            kept[stage] += 1 if what == "forward" else -1
+            assert kept[stage] <= num_stages - stage  # activations kept at a time
+            moved = True
+        assert moved, plans
+    assert len(sent) == 2 * num_micro_batches * num_stages
+
+
+def test_places_are_megatrons() -> None:
+    """Order tp-cp-ep-dp-pp (megatron/core/parallel_state.py): TP fastest, stages slowest."""
+    layout = Layout(tp_size=2, dp_size=2, pp_size=2, ep_size=2)
+    places = [place_of(rank, layout) for rank in range(layout.world_size)]
+    assert [p.tp_rank for p in places] == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert [p.dp_rank for p in places] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert [p.pp_rank for p in places] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [p.ep_rank for p in places] == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert [p.expert_copy for p in places] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert list(stage_layers(6, layout, 1)) == [3, 4, 5]
+
+
+def test_ranks_that_share_experts_run_equally_many_micro_batches() -> None:
+    lengths, budget = [9, 9, 9, 2, 2], 10
+    alone = [plan_micro_batches(lengths, Layout(1, 4), rank, budget) for rank in range(4)]
+    assert len({len(plan) for plan in alone}) == 1 or min(map(len, alone)) < max(map(len, alone))
+    few = [plan_micro_batches([9], Layout(1, 4, 1, 4), rank, budget) for rank in range(4)]
+    assert sorted(few) == [[[]], [[]], [[]], [[0]]]
+    assert [plan_micro_batches([9], Layout(1, 4), rank, budget) for rank in range(1, 4)] == [[], [], []]
