@@ -105,7 +105,7 @@ def test_what_cannot_fit_is_refused_before_it_queues() -> None:
     by_hand = spec(Resources(gpus_per_node=2, tp_size=2), small, published("Llama-3.1-70B"))
     assert by_hand.layout.tp_size == 2, "who gives a size by hand gets it"
     assumed = spec(Resources(gpus_per_node=2), ClusterProfile("c"), published("Llama-3.1-70B"))
-    assert assumed.layout.tp_size == 2, "an assumption refuses nobody"
+    assert assumed.layout.world_size == 2, "an assumption refuses nobody"
 
 
 @pytest.mark.parametrize(
