@@ -174,6 +174,7 @@ class FirstNode(Node):
     def _start_loop(self, address: GatewayAddress) -> int | None:
         self.record.event("gateway_ready", base_url=address.base_url)
         self._loop_since = progress.marks(self.run_folder)
+        self.run_folder.begin_loop()
         argv = loop_argv(self.spec, self.run_folder)
         env = loop_environment(self.spec, os.environ, base_url=address.base_url, api_key=address.api_key)
         try:

@@ -3,6 +3,9 @@
 `python -m tinker_hpc.loop --run-dir DIR` runs the user's function on the job's first node, in a process of its own.
 The supervisor has set TINKER_BASE_URL and TINKER_API_KEY, so plain `tinker.ServiceClient()` finds the gateway.
 Its outcome goes to result.pkl, whole or not at all; the exit code is 0 after a return and 1 after an exception.
+
+A run's loop may be started several times: after its node died it begins at the beginning and is given the recorded
+answers (gateway/replay.py). So every start of one run draws the same random numbers.
 """
 
 from __future__ import annotations
@@ -10,13 +13,28 @@ from __future__ import annotations
 import argparse
 import asyncio
 import inspect
+import random
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tinker_hpc.payload import dump_error, dump_success, load_call
-from tinker_hpc.run_folder import RunFolder, write_bytes
+from tinker_hpc.run_folder import RunFolder, fixed_seed, write_bytes
+
+
+def seed_everything(run_id: str) -> None:
+    """Seed `random` and numpy's global generator from the run's id; torch's own default seed is a constant.
+
+    The seed of hashing (PYTHONHASHSEED) has to be there before Python starts: launch/children.py sets it.
+    """
+    seed = fixed_seed(run_id)
+    random.seed(seed)
+    np.random.seed(seed)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(seed)
 
 
 async def _await(awaitable: Any) -> Any:
@@ -29,7 +47,9 @@ def run_loop(folder: RunFolder) -> int:
     Returns: the exit code, 0 after a return, 1 after an exception or a return value that does not pickle.
     """
     try:
-        value = load_call(folder.payload.read_bytes()).result()
+        call = load_call(folder.payload.read_bytes())
+        seed_everything(folder.run_id)  # after the payload's imports, which may draw
+        value = call.result()
         if inspect.isawaitable(value):
             value = asyncio.run(_await(value))
         data, code = dump_success(value), 0

@@ -19,6 +19,9 @@
         reads.json           gateway: the checkpoints it has read; they are kept while it goes on (gateway/retention.py)
         exports/             gateway: archives for download, emptied when it starts
         traces/              gateway: timelines of sessions
+        gateway_lease/       fencing numbers of the gateways, as a worker's lease/
+        loop.json            supervisor: how often the loop was started
+        claims.jsonl         gateway: recorded requests that a loop started again has asked for again
         slurm/               submitit's own folder: scripts, pickles, job logs
         logs/                gateway.log, loop.log, worker-<node rank>.log
         hub/                 supervisor or session: the loop's Hugging Face cache, links only (launch/hub_view.py)
@@ -29,6 +32,7 @@
                              ended and why
           rendezvous.json    first node: address and port for the other nodes
           requests/          request log, written by the gateway
+          rewinds.json       gateway: requests that a loop started again took back (gateway/replay.py)
           results/           result log, written by the worker that holds the lease
           lease/             fencing numbers
           snapshots/         worker rank 0: its whole state now and then (worker/snapshot_files.py)
@@ -46,6 +50,7 @@ import os
 import secrets
 import stat
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +168,11 @@ def check_private(path: Path) -> None:
         )
 
 
+def fixed_seed(run_id: str) -> int:
+    """A seed of the run's own, the same at every start of its loop: 0 to 2**32 - 1, what PYTHONHASHSEED takes."""
+    return zlib.crc32(run_id.encode())
+
+
 def model_folder_name(model_id: str) -> str:
     """Folder name of a model id `<session>:train:<n>`; colons trouble PATH-like variables and rsync."""
     return model_id.replace(":", "_")
@@ -202,6 +212,10 @@ class WorkerFolder:
     @property
     def lease(self) -> Path:
         return self.path / "lease"
+
+    @property
+    def rewinds(self) -> Path:
+        return self.path / "rewinds.json"
 
     @property
     def snapshots(self) -> Path:
@@ -331,6 +345,31 @@ class RunFolder:
     @property
     def attempts(self) -> Path:
         return self.path / "attempts"
+
+    @property
+    def gateway_lease(self) -> Path:
+        return self.path / "gateway_lease"
+
+    @property
+    def loop(self) -> Path:
+        return self.path / "loop.json"
+
+    @property
+    def claims(self) -> Path:
+        return self.path / "claims.jsonl"
+
+    def loop_starts(self) -> int:
+        """How often the loop was started; 0 where nobody counts (a session)."""
+        return int((read_json(self.loop) or {}).get("starts", 0))
+
+    def begin_loop(self) -> int:
+        """Say, before a loop is started, that what asks from now on is a new process which begins at the beginning.
+
+        Returns: the number of this start, from 1. Raises: DataRootError.
+        """
+        starts = self.loop_starts() + 1
+        write_json(self.loop, {"starts": starts, "at": time.time()})
+        return starts
 
     @property
     def slurm(self) -> Path:

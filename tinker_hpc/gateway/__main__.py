@@ -22,16 +22,18 @@ from typing import Any
 import uvicorn
 
 from tinker_hpc.config import load_config
-from tinker_hpc.errors import CorruptLogError, DataRootError, TinkerHpcError
+from tinker_hpc.errors import CorruptLogError, DataRootError, LeaseLostError, TinkerHpcError
 from tinker_hpc.gateway import app
 from tinker_hpc.gateway.desk import Desk
 from tinker_hpc.gateway.ledger import Ledger
 from tinker_hpc.gateway.lookup import Lookup
+from tinker_hpc.gateway.replay import Replay, tell_again
 from tinker_hpc.gateway.retention import Reads
 from tinker_hpc.gateway.retrieval import HOLD_S, Retrieval
 from tinker_hpc.gateway.sessions import Sessions
 from tinker_hpc.gateway.shelf import Shelf
 from tinker_hpc.gateway.workers import Workers
+from tinker_hpc.log import Lease
 from tinker_hpc.run_folder import RunFolder, read_json, write_json
 
 HOST = "127.0.0.1"
@@ -74,16 +76,27 @@ def serve(run: RunFolder, *, hold_s: float = HOLD_S) -> None:
     api_key = known.get("api_key") or f"tml-{secrets.token_urlsafe(32)}"
 
     ledger = Ledger()
-    workers = Workers(run, load_config().base_models)
-    sessions = Sessions(run.sessions)
-    desk = Desk(run.data_root, workers, ledger, sessions, Reads(run.reads))
+    owner = {"host": socket.gethostname(), "pid": os.getpid()}
+    lease = Lease.acquire(run.gateway_lease, owner, holder="gateway")
+    workers = Workers(run, load_config().base_models, lease)
+    replay = Replay(run, ledger, workers)
+    sessions = Sessions(run.sessions, replay)
+    desk = Desk(run.data_root, workers, ledger, sessions, reads=Reads(run.reads), replay=replay)
     lookup = Lookup(run.data_root, ledger, workers, sessions)
     shelf = Shelf(run.data_root, run.exports)
     retrieval = Retrieval(ledger, workers, hold_s=hold_s)
     application = app.build(desk, lookup, retrieval, shelf, run=run, api_key=api_key)
+    superseded: list[str] = []
     for link in workers.scan():  # before gateway.json: what is wrong with one ends this process, with words
-        ledger.replay(link.requests(), link.index)
+        ledger.replay(link.requests(), link.index, link.taken_back)
+        tell_again(link, ledger.rewinds_told.get(link.index, ()))
+    replay.restore()
 
+    def stop(reason: str) -> None:
+        superseded.append(reason)
+        server.should_exit = True
+
+    desk.intake.on_superseded = stop
     server = uvicorn.Server(
         uvicorn.Config(
             application,
@@ -107,6 +120,8 @@ def serve(run: RunFolder, *, hold_s: float = HOLD_S) -> None:
         },
     )
     server.run(sockets=[listening])
+    if superseded:
+        raise LeaseLostError(superseded[0])
 
 
 def bind(known: dict[str, Any]) -> socket.socket:

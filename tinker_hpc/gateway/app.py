@@ -137,7 +137,7 @@ def build(desk: Desk, lookup: Lookup, retrieval: Retrieval, shelf: Shelf, *, run
         loop = asyncio.get_running_loop()
 
         def start(link: WorkerLink) -> None:
-            desk.ledger.replay(link.requests(), link.index)
+            desk.ledger.replay(link.requests(), link.index, link.taken_back)
             link.start(loop, desk.ledger.futures)
 
         desk.on_new_worker = start

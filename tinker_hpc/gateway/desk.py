@@ -21,6 +21,7 @@ from tinker_hpc.gateway import checkpoints, passes, sampling, validate
 from tinker_hpc.gateway.intake import Intake
 from tinker_hpc.gateway.ledger import Ledger, ModelState
 from tinker_hpc.gateway.refusals import Refusal, bad_request, unknown
+from tinker_hpc.gateway.replay import Replay
 from tinker_hpc.gateway.retention import Reads
 from tinker_hpc.gateway.sessions import Sessions
 from tinker_hpc.gateway.wire import decode_forward_backward, forward_backward_digest, json_digest
@@ -36,13 +37,15 @@ INLINE_BYTES = 64 * 2**10
 class Desk:
     """Takes requests in."""
 
-    def __init__(self, root: Path, workers: Workers, ledger: Ledger, sessions: Sessions, reads: Reads) -> None:
+    def __init__(
+        self, root: Path, workers: Workers, ledger: Ledger, sessions: Sessions, *, reads: Reads, replay: Replay
+    ) -> None:
         self.root = root
         self.workers = workers
         self.ledger = ledger
         self.sessions = sessions
         self.reads = reads
-        self.intake = Intake(ledger)
+        self.intake = Intake(ledger, replay)
         self.on_new_worker: Callable[[WorkerLink], None] = lambda link: None
 
     # --- models -------------------------------------------------------------------------------------------------

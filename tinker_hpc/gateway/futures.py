@@ -29,8 +29,11 @@ class Future:
         reply: what the accepting endpoint answered (`reply_of`), to be answered again to a retry.
         facts: what encoding the answer needs of the request (`facts_of`).
         target: the sampling client that sent it; None for anything but a sample.
+        seq, accepted_at: its place in that log; 0 while the record is on its way to the disk.
+        loop_start: which start of the loop asked for it last (replay.py).
         durable: done when the record is on disk, failed when it could not be written.
         done: it has a result (whose body may have left the memory).
+        where: that result's place in the result log: fence and number; None for what the gateway answered itself.
     """
 
     request_id: str
@@ -42,6 +45,10 @@ class Future:
     reply: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     target: Target | None = None
+    seq: int = 0
+    accepted_at: float = 0.0
+    loop_start: int = 0
+    where: tuple[int, int] | None = None
     durable: asyncio.Future[None] | None = None
     done: bool = False
     _changed: asyncio.Event | None = None
@@ -97,13 +104,13 @@ class FutureTable:
         """How many accepted requests of that worker wait for a result."""
         return len(self._pending.get(worker_index, ()))
 
-    def finish(self, request_id: str, answer: Answer) -> None:
+    def finish(self, request_id: str, answer: Answer, where: tuple[int, int] | None = None) -> None:
         """Record the answer. The first one counts; a second result of the same request changes nothing."""
         future = self._futures.get(request_id)
         if future is None:
             return
         if not future.done:
-            future.done = True
+            future.done, future.where = True, where
             self._pending.get(future.worker_index, {}).pop(request_id, None)
             self.keep(request_id, answer)
             if future.target is not None:

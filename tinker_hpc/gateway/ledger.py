@@ -64,6 +64,16 @@ class Ledger:
         self.samplers: dict[str, SamplerState] = {}
         self.refused_models: dict[str, str] = {}
         self.closed = False
+        self.closed_at: dict[int, list[int]] = {}
+        """By worker: `seq` of its `close` records."""
+        self.rewinds_told: dict[int, set[int]] = {}
+        """By worker: numbers of the rewinds its log speaks of."""
+        self._taken_back: dict[str, set[str]] = {}
+
+    def request_id(self, base: str) -> str:
+        """The id under which a request is known that its client numbers so: another one after it was taken back."""
+        times = len(self._taken_back.get(base, ()))
+        return base if times == 0 else f"{base}~{times}"
 
     def enter(self, header: Mapping[str, Any], worker_index: int) -> Future:
         """Reserve the request id while the record is on its way to the disk."""
@@ -78,6 +88,8 @@ class Ledger:
             reply=reply_of(header),
             facts=facts_of(header),
             target=target_of(header["sampling_session_id"], header["seq_id"]) if is_sample else None,
+            accepted_at=header.get("accepted_at") or 0.0,
+            loop_start=header.get("loop_start") or 0,
         )
         self.futures.add(future)
         return future
@@ -87,9 +99,16 @@ class Ledger:
         op, model_id = header["op"], header.get("model_id")
         if op == "close":
             self.closed = True
+            if "seq" in header:
+                self.closed_at.setdefault(worker_index, []).append(header["seq"])
+            return
+        if op == "rewind":
+            self.rewinds_told.setdefault(worker_index, set()).add(header["number"])
             return
         if header["request_id"] not in self.futures:
             self.enter(header, worker_index)
+        if "seq" in header and (future := self.futures.get(header["request_id"])) is not None:
+            future.seq = future.seq or header["seq"]
         seq_id = header.get("seq_id")
         if op == "create_model":
             # setdefault: a record written twice (its first write was reported as failed) is one request.
@@ -118,10 +137,40 @@ class Ledger:
                 self.refused_models[model_id] = header["error"]
             self.futures.finish(header["request_id"], failure(header["error"], header["category"]))
 
-    def replay(self, headers: Iterable[Mapping[str, Any]], worker_index: int) -> None:
-        """Apply a whole log."""
+    def replay(
+        self, headers: Iterable[Mapping[str, Any]], worker_index: int, taken_back: frozenset[int] = frozenset()
+    ) -> None:
+        """Apply a whole log but for the requests (by `seq`) that were taken back."""
         for header in headers:
-            self.apply(header, worker_index)
+            if header.get("seq") not in taken_back:
+                self.apply(header, worker_index)
+            elif header["op"] != "close":
+                self._note_taken_back(header["request_id"])
+
+    def take_back(self, futures: Iterable[Future]) -> None:
+        """Forget these: what they made does not exist, and their ids are used again under another name."""
+        lost = list(futures)
+        for future in lost:
+            self._note_taken_back(future.request_id)
+            self.futures.drop(future)
+            sampler = future.facts.get("sampling_session_id")
+            if sampler is not None:
+                self.samplers.pop(sampler, None)
+            if future.op == "create_model":
+                self.models.pop(future.model_id or "", None)
+            self.refused_models.pop(future.model_id or "", None)
+        kept: dict[str, list[int]] = {future.model_id: [] for future in lost if future.model_id in self.models}
+        for future in self.futures:
+            if future.model_id in kept and future.seq_id:
+                kept[future.model_id].append(future.seq_id)
+        for model_id, seq_ids in kept.items():
+            model = self.models[model_id]
+            model.next_seq, model.early = 1, set()
+            for seq_id in seq_ids:
+                model.arrived(seq_id, model.last_request_at)
+
+    def _note_taken_back(self, request_id: str) -> None:
+        self._taken_back.setdefault(request_id.partition("~")[0], set()).add(request_id)
 
     def gap_before(self, future: Future) -> int | None:
         """The seq_id a pending request waits for because the client never sent it; None if there is none."""

@@ -107,7 +107,9 @@ class Retrieval:
         if future.done:
             if "error" in future.facts:
                 return failure(future.facts["error"], future.facts["category"])
-            found = await asyncio.to_thread(link.find_answer, future.request_id, future.facts)
+            found = None
+            if future.where is not None:
+                found = await asyncio.to_thread(link.find_answer, future.where, future.facts)
             if found is None:
                 return failure(f"the result of {future.request_id} was there and cannot be found again", "server")
             self.ledger.futures.keep(future.request_id, found)

@@ -15,6 +15,7 @@ from typing import Any
 
 from tinker_hpc.errors import DataRootError
 from tinker_hpc.gateway.refusals import Refusal, bad_request, try_again, unknown
+from tinker_hpc.gateway.replay import Replay
 from tinker_hpc.run_folder import read_json, write_json
 
 DEFAULT_PROJECT = "default"
@@ -27,6 +28,8 @@ class Session:
     Attributes:
         project_id: a label: sessions, and through them models and checkpoints, can be listed by it.
         finished: {reason, detail, at} once the client said so (first one wins).
+        number: in the order they were opened, from 1; 0 for one that holds a copy.
+        loop_start: which start of the loop opened it last (replay.py).
         made_for: the idempotency key of the copy_weights this session was made for.
         copies: by sampler, how many copies of its client (pickled, or made from a handle) have joined.
     """
@@ -41,20 +44,40 @@ class Session:
     project_id: str = DEFAULT_PROJECT
     made_for: str | None = None
     copies: dict[str, int] = field(default_factory=dict)
+    number: int = 0
+    loop_start: int = 0
 
 
 class Sessions:
     """All sessions of this gateway."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, replay: Replay) -> None:
         self._path = path
+        self._replay = replay
         self._lock = asyncio.Lock()
         known = read_json(path) or {}
         self._sessions = {session_id: Session(**fields) for session_id, fields in known.items()}
 
     async def create(self, payload: dict[str, Any]) -> Session:
-        """Open a session. Raises: Refusal 400 for fields of the wrong type, 503 if it cannot be written."""
+        """Open a session; for a loop that was started again the one it opened then, so that all its ids are the same.
+
+        Raises: Refusal 400 for fields of the wrong type, 503 if it cannot be written.
+        """
         metadata, tags = payload.get("user_metadata"), payload.get("tags")
+        try:
+            await self._replay.look()
+        except DataRootError as error:
+            raise try_again(f"the session was not opened: {error} The SDK tries again.") from error
+        recorded = self._recorded(metadata if isinstance(metadata, dict) else {})
+        if recorded is not None:
+            before = recorded.loop_start, recorded.finished, recorded.copies
+            recorded.loop_start, recorded.finished, recorded.copies = self._replay.start, None, {}
+            try:
+                await self._save()
+            except Refusal:
+                recorded.loop_start, recorded.finished, recorded.copies = before
+                raise
+            return recorded
         return await self._add(
             Session(
                 session_id=_new_id(),
@@ -64,6 +87,8 @@ class Sessions:
                 user_metadata=metadata if isinstance(metadata, dict) else {},
                 tags=tags if isinstance(tags, list) else [],
                 project_id=_text_or_none(payload, "project_id") or DEFAULT_PROJECT,
+                number=1 + max((session.number for session in self._sessions.values()), default=0),
+                loop_start=self._replay.start,
             )
         )
 
@@ -99,6 +124,16 @@ class Sessions:
         except Refusal:
             session.project_id = before
             raise
+
+    def _recorded(self, user_metadata: dict[str, Any]) -> Session | None:
+        """The first session of an earlier start of the loop that this start has not opened yet; rather one that was
+        opened with the same metadata, for a program with several clients may open them in any order.
+        """
+        opened = [session for session in self._sessions.values() if session.number > 0]  # 0: made to hold a copy
+        recorded = [session for session in opened if session.loop_start < self._replay.start]
+        recorded.sort(key=lambda session: session.number)
+        same = [session for session in recorded if session.user_metadata == user_metadata]
+        return next(iter(same or recorded), None)
 
     async def finish(self, session_id: str, payload: dict[str, Any]) -> None:
         """The client says it is done."""

@@ -20,10 +20,12 @@ from tinker_hpc.base_models import read as read_base_model
 from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.gateway.answers import Answer, answer_of
 from tinker_hpc.gateway.futures import FutureTable
-from tinker_hpc.log import Bell, LogReader, RequestLog, ResultReader
+from tinker_hpc.log import Bell, Lease, LogReader, RequestLog, ResultFinder, ResultReader
+from tinker_hpc.log.rewinds import read_rewinds, taken_back
 from tinker_hpc.run_folder import RunFolder, WorkerFolder, read_json
 
 STATUS_EVERY_S = 1.0
+COMPACT_EVERY_S = 60.0
 # The longest the reading thread sleeps with a bell that works: a lost ring costs this much, not for ever.
 WAIT_S = 1.0
 
@@ -53,13 +55,15 @@ class Status:
         return cls()
 
 
-Deliver = Callable[[list[tuple[str, Answer]], Status, str | None], None]
+Found = tuple[str, Answer, tuple[int, int]]
+"""A request id, its answer, and where in the result log that is."""
+Deliver = Callable[[list[Found], Status, str | None], None]
 
 
 class WorkerLink:
     """The gateway's end of one worker. Construct and `requests()` in any thread; the rest on the event loop."""
 
-    def __init__(self, folder: WorkerFolder, mapping: Mapping[str, str]) -> None:
+    def __init__(self, folder: WorkerFolder, mapping: Mapping[str, str], lease: Lease) -> None:
         """Open the worker's request log as its only writer.
 
         Raises: UnknownBaseModelError, CorruptLogError, DataRootError.
@@ -71,7 +75,9 @@ class WorkerLink:
         self._mapping = mapping
         model_folder = Path(declaration["base_model_folder"])
         self.base: BaseModel = read_base_model(public_name(self.declared, model_folder), model_folder)
-        self.log = RequestLog(folder.requests)
+        self.log = RequestLog(folder.requests, lease)
+        self._finder = ResultFinder(folder.path)
+        self.taken_back = taken_back(read_rewinds(folder))
         self.bell = Bell(folder.path, side="gateway")
         self.status = Status.read(folder.status)
         self.trouble: str | None = None
@@ -84,7 +90,7 @@ class WorkerLink:
 
     def requests(self) -> Iterator[dict[str, Any]]:
         """Headers of every request in the log, in order."""
-        reader = LogReader(self.folder.requests)
+        reader = LogReader(self.folder.requests, written={"seq": "number"})
         while records := reader.poll():
             for record in records:
                 yield record.header
@@ -92,20 +98,21 @@ class WorkerLink:
     def start(self, loop: asyncio.AbstractEventLoop, futures: FutureTable) -> None:
         """Begin to read results and status."""
 
-        def deliver(answers: list[tuple[str, Answer]], status: Status, trouble: str | None) -> None:
-            for request_id, answer in answers:
-                futures.finish(request_id, answer)
+        def deliver(answers: list[Found], status: Status, trouble: str | None) -> None:
+            for request_id, answer, where in answers:
+                futures.finish(request_id, answer, where)
             if (status, trouble) != (self.status, self.trouble):
                 self.status, self.trouble = status, trouble
                 futures.wake_pending(self.index)
 
-        def from_thread(answers: list[tuple[str, Answer]], status: Status, trouble: str | None) -> None:
+        def from_thread(answers: list[Found], status: Status, trouble: str | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
                 loop.call_soon_threadsafe(deliver, answers, status, trouble)
 
         args = (futures, from_thread)
         self._thread = threading.Thread(target=self._read_results, args=args, name=f"results-{self.index}", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._compact_now_and_then, name=f"compact-{self.index}", daemon=True).start()
 
     def stop(self) -> None:
         """End the reading thread and finish a merge under way."""
@@ -126,14 +133,22 @@ class WorkerLink:
             )
         return None
 
-    def find_answer(self, request_id: str, facts: Mapping[str, Any]) -> Answer | None:
-        """Read the result log from its beginning for one answer: for those that have left the memory."""
-        reader = ResultReader(self.folder.path)
-        while records := reader.poll():
-            for record in records:
-                if record.header.get("request_id") == request_id and "ok" in record.header:
-                    return answer_of(record, facts)
-        return None
+    def find_answer(self, where: tuple[int, int], facts: Mapping[str, Any]) -> Answer | None:
+        """Read one answer from the result log again: for those that have left the memory."""
+        record = self._finder.find(*where)
+        return None if record is None else answer_of(record, facts)
+
+    def compact(self) -> None:
+        """Let payloads go that no snapshot of the worker needs (log/request_log.py). Raises: TinkerHpcError."""
+        needed = read_json(self.folder.snapshots / "needed.json")
+        if needed is not None:
+            self.log.compact(needed["position"], frozenset(needed["open"]))
+
+    def _compact_now_and_then(self) -> None:
+        while not self._stop.wait(COMPACT_EVERY_S):
+            # A full disk or a damaged file: whoever appends or reads says so, and the payloads are good where they are.
+            with contextlib.suppress(OSError, TinkerHpcError):
+                self.compact()
 
     def _read_results(self, futures: FutureTable, deliver: Deliver) -> None:
         reader = ResultReader(self.folder.path)
@@ -142,7 +157,7 @@ class WorkerLink:
             # Status before results: one that says "ended" is believed after everything published before it was read.
             if time.monotonic() - looked_at > STATUS_EVERY_S:
                 status, looked_at = Status.read(self.folder.status), time.monotonic()
-            answers: list[tuple[str, Answer]] = []
+            answers: list[Found] = []
             more = False
             try:
                 records = reader.poll()
@@ -152,7 +167,10 @@ class WorkerLink:
                     if request_id is None or "ok" not in record.header:
                         continue  # the worker's own notes
                     future = futures.get(request_id)
-                    answers.append((request_id, answer_of(record, future.facts if future else {})))
+                    if future is None:
+                        continue  # taken back
+                    where = (record.header["fence"], record.header["number"])
+                    answers.append((request_id, answer_of(record, future.facts), where))
                 trouble = None
             except TinkerHpcError as error:
                 trouble = (
@@ -168,8 +186,9 @@ class WorkerLink:
 class Workers:
     """Every declared worker of the run; new ones are looked for when a base model is asked for that none serves."""
 
-    def __init__(self, run: RunFolder, mapping: Mapping[str, str]) -> None:
+    def __init__(self, run: RunFolder, mapping: Mapping[str, str], lease: Lease) -> None:
         self.run = run
+        self._lease = lease
         self._mapping = mapping
         self.links: dict[int, WorkerLink] = {}
 
@@ -178,7 +197,7 @@ class Workers:
         fresh = []
         for folder in self.run.workers():
             if int(folder.path.name) not in self.links:
-                link = WorkerLink(folder, self._mapping)
+                link = WorkerLink(folder, self._mapping, self._lease)
                 self.links[link.index] = link
                 fresh.append(link)
         return fresh

@@ -8,6 +8,17 @@ from tinker_hpc.log.bell import Bell
 from tinker_hpc.log.lease import Lease
 from tinker_hpc.log.record import Record, decode, encode
 from tinker_hpc.log.request_log import LogReader, RequestLog
-from tinker_hpc.log.result_log import ResultLog, ResultReader
+from tinker_hpc.log.result_log import ResultFinder, ResultLog, ResultReader
 
-__all__ = ["Bell", "Lease", "LogReader", "Record", "RequestLog", "ResultLog", "ResultReader", "decode", "encode"]
+__all__ = [
+    "Bell",
+    "Lease",
+    "LogReader",
+    "Record",
+    "RequestLog",
+    "ResultFinder",
+    "ResultLog",
+    "ResultReader",
+    "decode",
+    "encode",
+]

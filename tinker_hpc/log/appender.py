@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tinker_hpc.errors import CorruptLogError, DataRootError, TinkerHpcError
-from tinker_hpc.log.record import Buffer, encode_parts
+from tinker_hpc.errors import CorruptLogError, DataRootError, LeaseLostError, TinkerHpcError
+from tinker_hpc.log.record import Buffer, Record, encode_parts
 from tinker_hpc.log.segment import (
     Segment,
     chain,
     list_segments,
     read_segment,
+    replace_segment,
     write_segment,
 )
 from tinker_hpc.run_folder import make_private
@@ -51,24 +52,25 @@ class Appender:
             read_segment(folder, next(s for s in kept if s.first <= small.first and small.last <= s.last))
             (folder / small.name).unlink(missing_ok=True)
         self._lock = threading.Lock()  # guards _sizes
+        self._rewriting = threading.Lock()  # held while files are merged or compacted
         self._sizes = {s: (folder / s.name).stat().st_size for s in kept}
         self._merging: threading.Thread | None = None
 
     def append(self, records: Sequence[Sequence[Buffer]]) -> int:
         """Publish encoded records (parts each) as the next segment; the number of the first. Durable on return.
 
-        Raises: DataRootError; then none of the records is in the log, unless its `visible` is True.
+        Raises: DataRootError; then none of the records is in the log, unless its `visible` is True. LeaseLostError if
+            another process writes here.
         """
         segment = Segment(self.last + 1, self.last + len(records))
         parts = [part for record in records for part in record]
         try:
             write_segment(self.folder, segment, parts)
         except FileExistsError as error:
-            raise DataRootError(
-                f"{self.folder / segment.name} appeared although this process is the log's only writer. "
-                "Is a second gateway or worker running on this folder? Stop one of them.",
+            raise LeaseLostError(
+                f"{self.folder / segment.name} appeared although this process is the log's only writer: a second one "
+                "runs, or ran a moment ago. This one stops writing and ends; nothing was lost.",
                 path=str(self.folder),
-                visible=False,
             ) from error
         except DataRootError as error:
             if error.visible:  # type: ignore[attr-defined]
@@ -79,6 +81,42 @@ class Appender:
             self._sizes[segment] = sum(map(len, parts))
         self._merge_in_background()
         return segment.first
+
+    def compact(self, through: int, keep_bytes: int, shrink: Callable[[Record], Record]) -> int:
+        """Rewrite segments up to record `through`, oldest first, until all together take at most `keep_bytes`.
+
+        Args: shrink: what is left of a record; its number stays.
+        Returns: the last record that was rewritten, 0 if none was. Raises: DataRootError, CorruptLogError.
+        """
+        done = 0
+        with self._rewriting:
+            for segment in self._oldest_beyond(through, keep_bytes):
+                records = read_segment(self.folder, segment)
+                if records is None:
+                    raise CorruptLogError(f"{self.folder / segment.name} vanished", path=str(self.folder))
+                parts = [part for record in records for part in encode_parts(shrink(record))]
+                replace_segment(self.folder, segment, parts)
+                with self._lock:
+                    self._sizes[segment] = sum(map(len, parts))
+                done = segment.last
+        return done
+
+    def last_beyond(self, through: int, keep_bytes: int) -> int:
+        """The last record that `compact` would rewrite now, 0 if none."""
+        segments = self._oldest_beyond(through, keep_bytes)
+        return segments[-1].last if segments else 0
+
+    def _oldest_beyond(self, through: int, keep_bytes: int) -> list[Segment]:
+        """The oldest segments up to record `through` without which the rest fits into `keep_bytes`, or all of them."""
+        with self._lock:
+            left = sum(self._sizes.values())
+            chosen: list[Segment] = []
+            for segment in sorted(self._sizes):
+                if left <= keep_bytes or segment.last > through:
+                    break
+                left -= self._sizes[segment]
+                chosen.append(segment)
+            return chosen
 
     def close(self) -> None:
         """Wait for a merge under way."""
@@ -99,11 +137,15 @@ class Appender:
     def _merge_while_possible(self) -> None:
         # No space, or a damaged file: the small files stay, they are just as good. Readers will report the damage.
         with contextlib.suppress(TinkerHpcError, FileExistsError):
-            while chosen := self._next_merge():  # one merge can complete the next class
-                merged = merge(self.folder, chosen)
-                with self._lock:
-                    size = sum(self._sizes.pop(s) for s in chosen)
-                    self._sizes[merged] = size
+            while True:  # one merge can complete the next class
+                with self._rewriting:
+                    chosen = self._next_merge()
+                    if not chosen:
+                        return
+                    merged = merge(self.folder, chosen)
+                    with self._lock:
+                        size = sum(self._sizes.pop(s) for s in chosen)
+                        self._sizes[merged] = size
 
 
 def choose_merge(sizes: dict[Segment, int]) -> list[Segment]:

@@ -1,4 +1,4 @@
-"""Which worker may write results: the one with the highest fencing number.
+"""Which worker may write results, and which gateway requests: the one with the highest fencing number.
 
     lease/fence-<number>   JSON: who took it and when; made once, never changed or removed
 
@@ -31,10 +31,11 @@ class Lease:
     folder: Path
     fence: int
     owner: dict[str, Any] = field(default_factory=dict)
+    holder: str = "worker"
 
     @classmethod
-    def acquire(cls, folder: Path, owner: dict[str, Any]) -> Lease:
-        """Take the lease from whoever has it. `owner` (host, pid, ...) is for messages.
+    def acquire(cls, folder: Path, owner: dict[str, Any], *, holder: str = "worker") -> Lease:
+        """Take the lease from whoever has it. `owner` (host, pid, ...) and `holder` are for messages.
 
         Raises: DataRootError if the folder cannot be written.
         """
@@ -46,15 +47,16 @@ class Lease:
                 publish(folder, _name(fence), [json.dumps(owner).encode()])
             except FileExistsError:  # another worker was a moment faster: go above it
                 continue
-            return cls(folder, fence, owner)
+            return cls(folder, fence, owner, holder)
 
     def check(self) -> None:
         """Raises: LeaseLostError if another worker has acquired the lease since. Lists the folder afresh."""
         newest = highest_fence(self.folder)
         if newest != self.fence:
             raise LeaseLostError(
-                f"worker lease {self.fence} of {self.folder.parent} was taken over: lease {newest} belongs to "
-                f"{_owner_text(self.folder, newest)}. This worker stops writing results and ends; nothing to do.",
+                f"{self.holder} lease {self.fence} of {self.folder.parent} was taken over: lease {newest} belongs to "
+                f"{_owner_text(self.folder, newest)}. This {self.holder} stops writing "
+                f"{'results' if self.holder == 'worker' else 'requests'} and ends; nothing to do.",
                 fence=self.fence,
                 newest=newest,
             )
@@ -74,4 +76,4 @@ def _owner_text(folder: Path, fence: int) -> str:
         owner = json.loads((folder / _name(fence)).read_bytes())
         return f"pid {owner.get('pid', '?')} on {owner.get('host', '?')}"
     except (OSError, ValueError):
-        return "an unknown worker"
+        return "an unknown process"

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinker_hpc.errors import DataRootError
+from tinker_hpc.errors import CorruptLogError, DataRootError, LeaseLostError
 from tinker_hpc.log.appender import Appender
+from tinker_hpc.log.lease import Lease
 from tinker_hpc.log.record import Buffer, Record, encode_parts
-from tinker_hpc.log.segment import RETRY_S, chain, list_segments, read_segment
+from tinker_hpc.log.segment import RETRY_S, Segment, chain, list_segments, read_segment
+from tinker_hpc.run_folder import read_json, write_json
 
+COMPACTED = "compacted.json"
+KEEP_BYTES = 4 << 30
+"""Payloads are compacted away only beyond this much: while they are there, a loop that was started again may leave the
+recorded path at any point of it."""
 GROUP_BYTES = 64 << 20
 """Largest segment a group commit makes out of several callers' records; readers take a segment whole into memory."""
 POLL_BYTES = 256 << 20
@@ -36,11 +42,13 @@ class _Waiting:
 class RequestLog:
     """Appends requests. Thread-safe: callers that arrive while another one syncs share the next sync."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, lease: Lease | None = None) -> None:
         """Open as the only writer; continues behind the last record.
 
+        Args: lease: looked at before every append; a process that lost it writes nothing more.
         Raises: CorruptLogError if the log is damaged; DataRootError if the folder cannot be written.
         """
+        self._lease = lease
         self._appender = Appender(folder)
         self._commit_lock = threading.Lock()
         self._queue: deque[_Waiting] = deque()  # append and popleft are atomic
@@ -58,6 +66,7 @@ class RequestLog:
         Raises: DataRootError if the disk is full, over quota or failing. The records were not accepted then, and a
             later append works once there is room (`error.visible` True: they may have been accepted; appending them
             again under the same request_id is right, the worker runs a request once).
+            LeaseLostError if another process writes here: this one must end.
             TypeError if a header or an array cannot be encoded; the other callers' records are not affected.
         """
         if not records:
@@ -67,11 +76,40 @@ class RequestLog:
         with self._commit_lock:
             while not waiting.done:  # else another caller has written ours along with its own
                 self._commit(self._take())
+        if isinstance(waiting.error, LeaseLostError):
+            raise LeaseLostError(waiting.error.message, **waiting.error.attributes) from waiting.error
         if isinstance(waiting.error, DataRootError):  # shared by several threads: each raises its own
             raise DataRootError(waiting.error.message, **waiting.error.attributes) from waiting.error
         if waiting.error is not None:
             raise waiting.error
         return waiting.seqs
+
+    @property
+    def compacted(self) -> int:
+        """Up to here requests may have lost their payload."""
+        return compacted_through(self._appender.folder)
+
+    def compact(self, through: int, needed: Container[int], *, keep_bytes: int = KEEP_BYTES) -> int:
+        """Drop the payload (arrays) of requests that no snapshot leaves to redo, the oldest first, while the log takes
+        more than `keep_bytes`. Headers stay: they are what a restarted gateway and a loop's replay need.
+
+        Args:
+            through: `seq` up to which every request is in all snapshots, but those in `needed`.
+        Returns: up to which request payloads are gone. Raises: DataRootError, CorruptLogError.
+        """
+        last = self._appender.last_beyond(through, keep_bytes)
+        if last <= self.compacted:
+            return self.compacted
+        # First the word, then the deed: whoever reads it never believes a payload to be there that is not.
+        write_json(self._appender.folder / COMPACTED, {"through": last})
+
+        def shrink(record: Record) -> Record:
+            if record.header["seq"] in needed or not record.arrays:
+                return record
+            return Record({**record.header, "compacted": True})
+
+        self._appender.compact(last, keep_bytes, shrink)
+        return last
 
     def close(self) -> None:
         """Wait for a merge under way. Appending afterwards is still allowed."""
@@ -98,8 +136,10 @@ class RequestLog:
         accepted = [waiting for waiting in group if waiting.error is None]
         try:
             if accepted:
+                if self._lease is not None:
+                    self._lease.check()
                 self._appender.append(encoded)
-        except DataRootError as error:
+        except (DataRootError, LeaseLostError, OSError) as error:
             for waiting in accepted:
                 waiting.error = error
         finally:
@@ -107,12 +147,24 @@ class RequestLog:
                 waiting.done = True
 
 
+def compacted_through(folder: Path) -> int:
+    """Up to which request of this log payloads may be gone; 0 if none is."""
+    return int((read_json(folder / COMPACTED) or {}).get("through", 0))
+
+
 class LogReader:
     """Reads one folder of segments from a position on. One thread at a time."""
 
-    def __init__(self, folder: Path, after: int = 0, *, retry_s: float = RETRY_S) -> None:
-        """Start behind record `after` (0: at the beginning). The folder need not exist yet."""
+    def __init__(
+        self, folder: Path, after: int = 0, *, retry_s: float = RETRY_S, written: Mapping[str, str | int] | None = None
+    ) -> None:
+        """Start behind record `after` (0: at the beginning). The folder need not exist yet.
+
+        Args: written: what this log's writer puts into every header: {"<field>": value}, where the value "number"
+            stands for the record's own. A record that says otherwise is not its.
+        """
         self.folder = folder
+        self._written = dict(written or {})
         self.position = after
         self._retry_s = retry_s
 
@@ -138,7 +190,19 @@ class LogReader:
             relisted = False
             last = segment.last if until is None else min(segment.last, until)
             new = records[self.position + 1 - segment.first : last + 1 - segment.first]
+            self._check_writer(new, segment)
             found += new
             num_bytes += sum(256 + sum(a.nbytes for a in r.arrays.values()) for r in new)
             self.position = last
         return found
+
+    def _check_writer(self, records: Sequence[Record], segment: Segment) -> None:
+        for number, record in enumerate(records, self.position + 1):
+            for key, value in self._written.items():
+                expected = number if value == "number" else value
+                if record.header.get(key) != expected:
+                    raise CorruptLogError(
+                        f"{self.folder / segment.name}: record {number} says {key} {record.header.get(key)!r}, this "
+                        f"log's writer would say {expected!r}. Somebody else put it there; it is not believed.",
+                        path=str(self.folder / segment.name),
+                    )

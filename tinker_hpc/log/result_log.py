@@ -22,7 +22,7 @@ from tinker_hpc.log.appender import Appender
 from tinker_hpc.log.lease import Lease
 from tinker_hpc.log.record import Record, encode_parts
 from tinker_hpc.log.request_log import POLL_BYTES, LogReader
-from tinker_hpc.log.segment import last_contiguous, list_segments
+from tinker_hpc.log.segment import chain, last_contiguous, list_segments, read_segment
 from tinker_hpc.run_folder import WorkerFolder, fsync_folder, make_private
 
 
@@ -46,15 +46,19 @@ class ResultLog:
         self.publish([Record({"op": "sealed", "limits": {str(f): n for f, n in self.limits.items()}})])
 
     def publish(self, records: Sequence[Record]) -> None:
-        """Write `records` in this order, visible together, durable on return. `fence` is put into their headers.
+        """Write `records` in this order, visible together, durable on return.
+
+        `fence` and `number` (position in the log of that fence, from 1) are put into their headers.
 
         Raises: LeaseLostError if another worker took over (the records may be in the log, but do not count).
             DataRootError if the disk refuses; nothing was published unless its `visible` is True.
         """
         if not records:
             return
-        parts = [encode_parts(Record({**r.header, "fence": self.lease.fence}, r.arrays)) for r in records]
         with self._lock:
+            first, fence = self._appender.last + 1, self.lease.fence
+            headers = [{**r.header, "fence": fence, "number": n} for n, r in enumerate(records, first)]
+            parts = [encode_parts(Record(h, r.arrays)) for h, r in zip(headers, records, strict=True)]
             self.lease.check()
             self._appender.append(parts)
             self.lease.check()
@@ -62,6 +66,32 @@ class ResultLog:
     def close(self) -> None:
         """Wait for a merge under way."""
         self._appender.close()
+
+
+class ResultFinder:
+    """Reads single results by where they are (`fence` and `number` of their headers). Thread-safe.
+
+    The segment read last stays in memory: a loop that is started again asks for one result after the other.
+    """
+
+    def __init__(self, worker_folder: Path) -> None:
+        self._results = WorkerFolder(worker_folder).results
+        self._lock = threading.Lock()
+        self._held: tuple[int, int, list[Record]] = (0, 0, [])  # fence, number of the first, records
+
+    def find(self, fence: int, number: int) -> Record | None:
+        """That record; None if it is not to be seen. Raises: CorruptLogError."""
+        with self._lock:
+            held_fence, first, records = self._held
+            if held_fence != fence or not first <= number < first + len(records):
+                folder = _fence_folder(self._results, fence)
+                segment = next(iter(chain(list_segments(folder), number - 1)), None)
+                found = None if segment is None else read_segment(folder, segment)
+                if segment is None or found is None:
+                    return None
+                first, records = segment.first, found
+                self._held = (fence, first, records)
+            return records[number - first]
 
 
 class ResultReader:
@@ -107,7 +137,8 @@ class ResultReader:
         return True
 
     def _reader(self, fence: int) -> LogReader:
-        return self._readers.setdefault(fence, LogReader(_fence_folder(self._results, fence)))
+        written = {"fence": fence, "number": "number"}
+        return self._readers.setdefault(fence, LogReader(_fence_folder(self._results, fence), written=written))
 
 
 def _limits_below(results: Path, fence: int) -> dict[int, int]:

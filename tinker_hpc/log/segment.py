@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tinker_hpc.errors import CorruptLogError, DataRootError
 from tinker_hpc.log.record import Buffer, Record, decode_all
-from tinker_hpc.run_folder import PRIVATE_FILE, fsync_folder
+from tinker_hpc.run_folder import PRIVATE_FILE, fsync_folder, write_bytes
 
 FOOTER_MAGIC = b"TKHPCEND"
 _FOOTER = struct.Struct("<8sQQQII")  # magic, first, last, bytes before the footer, zero, crc32 of what precedes it here
@@ -87,10 +87,20 @@ def write_segment(folder: Path, segment: Segment, parts: Sequence[Buffer]) -> No
         Its attribute `visible` is True in the one case where the records are there although an error is raised: the
         name was made but the folder could not be synced.
     """
-    length = sum(map(len, parts))
-    footer = struct.pack("<8sQQQI", FOOTER_MAGIC, segment.first, segment.last, length, 0)
-    footer += struct.pack("<I", zlib.crc32(footer))
-    publish(folder, segment.name, [*parts, footer])
+    publish(folder, segment.name, [*parts, _footer(segment, parts)])
+
+
+def replace_segment(folder: Path, segment: Segment, parts: Sequence[Buffer]) -> None:
+    """Put other bytes under a segment's name, for its one writer alone. A reader sees the old or the new ones.
+
+    Raises: DataRootError; the old ones are then still there.
+    """
+    write_bytes(folder / segment.name, b"".join([*parts, _footer(segment, parts)]))
+
+
+def _footer(segment: Segment, parts: Sequence[Buffer]) -> bytes:
+    footer = struct.pack("<8sQQQI", FOOTER_MAGIC, segment.first, segment.last, sum(map(len, parts)), 0)
+    return footer + struct.pack("<I", zlib.crc32(footer))
 
 
 def publish(folder: Path, name: str, parts: Sequence[Buffer]) -> None:
@@ -134,7 +144,7 @@ def read_segment(folder: Path, segment: Segment, *, retry_s: float = RETRY_S) ->
     deadline = time.monotonic() + retry_s
     while True:
         try:
-            return _parse(path.read_bytes(), segment, str(path))
+            return _parse(_read_own(path), segment, str(path))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -147,6 +157,19 @@ def read_segment(folder: Path, segment: Segment, *, retry_s: float = RETRY_S) ->
             if time.monotonic() >= deadline:
                 raise
             time.sleep(min(0.1, retry_s))
+
+
+def _read_own(path: Path) -> bytes:
+    """The bytes of a file that belongs to whom the folder belongs. Raises: CorruptLogError for anybody else's."""
+    with path.open("rb") as file:
+        owner, expected = os.fstat(file.fileno()).st_uid, path.parent.stat().st_uid
+        if owner != expected:
+            raise CorruptLogError(
+                f"{path} belongs to uid {owner}, the log to uid {expected}. Somebody else put it there; it is not "
+                "believed. Remove it, and look who can write under the data root.",
+                path=str(path),
+            )
+        return file.read()
 
 
 def _parse(data: bytes, segment: Segment, where: str) -> list[Record]:

@@ -7,6 +7,7 @@ written once, however often it comes and goes.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,6 +63,16 @@ class SnapshotsAside:
         if self._ranks.is_first:
             self._settle(sampler)
             shutil.rmtree(self._of(sampler), ignore_errors=True)
+
+    def keep_only(self, samplers: Collection[str]) -> None:
+        """On rank 0, before anything is put: the loop took requests back, and what it asks from there on may make
+        other snapshots under the ids of those that do not count any more.
+        """
+        kept = {self._of(sampler).name for sampler in samplers}
+        if self._folder.exists():
+            for entry in self._folder.iterdir():
+                if entry.name not in kept:
+                    shutil.rmtree(entry, ignore_errors=True)
 
     def flush(self) -> None:
         """On rank 0: wait until everything is on the disk."""

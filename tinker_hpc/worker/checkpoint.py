@@ -15,6 +15,7 @@ import hashlib
 import os
 import shutil
 import time
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,19 @@ def temporary_folder(folder: Path, seq: int) -> Path:
     return folder.parent / f".{folder.name}.writing-{seq}"
 
 
-def prepare(folder: Path, temporary: Path, *, request_id: str, overwrite: bool) -> bool:
+def prepare(
+    folder: Path, temporary: Path, *, request_id: str, overwrite: bool, taken_back: Container[str] = ()
+) -> bool:
     """Make the temporary folder. False if this very request has saved the folder already (on redo): nothing to do.
 
+    Args: taken_back: ids of requests that do not count any more; what they saved is overwritten.
     Raises: RequestError if another request did and `overwrite` is False; DataRootError if the disk refuses.
     """
     restore(folder)
     existing = read_json(folder / METADATA)
     if existing is not None and existing.get("request_id") == request_id:
         return False
-    if existing is not None and not overwrite:
+    if existing is not None and not overwrite and existing.get("request_id") not in taken_back:
         raise RequestError(
             f"{existing.get('path', folder.name)} exists already, saved at step {existing.get('step')}. "
             "Save under another name, or pass overwrite=True."

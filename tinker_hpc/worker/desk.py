@@ -15,6 +15,7 @@ from tinker_hpc.log import Bell, Lease, LogReader, Record
 from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.ranks import EndWorker, Failure
 from tinker_hpc.worker.redo import Redo
+from tinker_hpc.worker.rewinds import Rewinds
 from tinker_hpc.worker.schedule import Batch, Refusal, Schedule
 from tinker_hpc.worker.snapshot_files import Coverage
 from tinker_hpc.worker.snapshot_step import Order, SnapshotStep
@@ -52,6 +53,7 @@ class Desk:
         poison: Mapping[int, Failure],
         alone: Collection[int],
         snapshots: SnapshotStep,
+        rewinds: Rewinds,
     ) -> None:
         """poison: requests not to be run, by seq; alone: passes not to be mixed with others (poison.py)."""
         self._requests = requests
@@ -62,6 +64,8 @@ class Desk:
         self._poison = poison
         self._alone = alone
         self._snapshots = snapshots
+        self._rewinds = rewinds
+        self._rewound = False
         self._open: set[int] = set()  # read from the log and not finished
         self._schedule = Schedule()
         self._backlog = 0
@@ -73,7 +77,9 @@ class Desk:
     # ---- what to do next
 
     def next_orders(self) -> Orders:
-        """Wait for work: a batch, `close` at the end of the log, or nothing after SIGN_OF_LIFE_S."""
+        """Wait for work: a batch, nothing after SIGN_OF_LIFE_S, `close` at the end of the log, or `rewind`: the loop
+        took requests back, and all ranks must go back to their state before them.
+        """
         deadline = time.monotonic() + SIGN_OF_LIFE_S
         while True:
             self._check()
@@ -82,6 +88,8 @@ class Desk:
             if not self._redo.batches:
                 self._take_cancelled()
             batch = self._next_redo() if self._redo.batches else self._next_new()
+            if self._rewound:
+                return [Record({"command": "rewind"})]
             snapshot = self._snapshots.order()
             if batch is not None:
                 return self._orders(batch.kind, batch.requests, snapshot)
@@ -109,7 +117,7 @@ class Desk:
             self._last_poll = now
             self._check()
             self._read()
-        if self._redo.batches:
+        if self._redo.batches or self._rewound:
             return []  # the next recorded batch comes when this one is done, as it did then
         cancelled = self._take_cancelled()
         training = None
@@ -171,8 +179,18 @@ class Desk:
 
     def _read(self) -> bool:
         """Take in what is new in the log; whether there was anything."""
+        if self._rewound:
+            return False
         new = self._guard(lambda: self._requests.poll(READ_BYTES))
         for request in new:
+            if request.header["op"] == "rewind":
+                if self._rewinds.is_known(request.header["number"]):
+                    continue
+                self._rewound = True
+                return True  # what follows goes on from another past
+            if self._rewinds.takes_back(request):
+                self._schedule.ignore(request.header["request_id"])
+                continue
             if request.header["op"] == "cancel" and not self._redo.is_answered(request):
                 self._answer(request, None, {}, {})
             if request.header["op"] not in ("cancel", "rejected", "close"):  # these never wait to run
@@ -205,7 +223,7 @@ class Desk:
     def _next_redo(self) -> Batch | None:
         """The next recorded batch, without what was answered before and has no effect; None when all are done."""
         deadline = time.monotonic() + LAG_S
-        while self._redo.batches:
+        while self._redo.batches and not self._rewound:
             requests = self._schedule.take(self._redo.batches[0])
             if requests is None:
                 if not self._read():
@@ -218,7 +236,7 @@ class Desk:
             runnable = self._runnable(requests)
             if runnable:
                 return Batch("sample" if runnable[0].header["op"] == "sample" else "train", tuple(runnable))
-        return self._next_new()
+        return None if self._rewound else self._next_new()
 
     def _runnable(self, requests: Iterable[Record]) -> list[Record]:
         """Those to compute. The others, answered before and without effect, or known to break a rank, end here."""
@@ -229,6 +247,13 @@ class Desk:
                 self.finish(request, self._poison[request.header["seq"]])
                 continue
             if self._redo.must_run(request):
+                if request.header.get("compacted"):
+                    raise EndWorker(
+                        f"request {request.header['seq']} has to be computed again, but its payload was compacted away "
+                        "because snapshots held it, and none of them can be used (the lines above say why, if any is "
+                        "there). Bring the worker's snapshots/ folder back from a snapshot of the filesystem, or start "
+                        "a new run from the last saved state."
+                    )
                 run.append(request)
                 continue
             self._open.discard(request.header["seq"])

@@ -41,8 +41,9 @@ class Loop:
         self._snapshots = snapshots
         self._desk = desk
 
-    def run(self) -> None:
-        """Returns after `close`, everything answered and durable.
+    def run(self) -> bool:
+        """Returns False after `close`, everything answered and durable; True if the worker has to begin again from a
+        state before requests that were taken back.
 
         Raises: EndWorker if this worker cannot go on: lease lost, logs damaged, ranks of different states.
         Collectives: per batch one Ranks.broadcast, those of its steps, and one Ranks.agree per request or
@@ -53,8 +54,8 @@ class Loop:
             if not orders:
                 continue
             command, requests = orders[0].header["command"], orders[1:]
-            if command == "close":
-                return
+            if command in ("close", "rewind"):
+                return command == "rewind"
             self._train_step.touch(orders[0].header["touched"])
             self._take_snapshot(orders[0].header["snapshot"])
             if command == "idle":

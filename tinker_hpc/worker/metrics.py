@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinker_hpc.run_folder import PRIVATE_FILE
+from tinker_hpc.run_folder import PRIVATE_FILE, write_bytes
 from tinker_hpc.worker.sampler_gap import SamplerGap
 
 NO_GAP = SamplerGap()
@@ -77,11 +77,19 @@ class StepMetrics:
 
 
 class MetricsFile:
-    """Appends lines. A restarted worker takes the same steps again (redo), and leaves out what is there already."""
+    """Appends lines. A restarted worker takes the same steps again (redo), and leaves out what is there already.
 
-    def __init__(self, path: Path) -> None:
+    Lines of steps that the loop took back are removed at the start.
+    """
+
+    def __init__(self, path: Path, taken_back: frozenset[int] = frozenset()) -> None:
+        """Args: taken_back: `seq` of requests. Raises: DataRootError if the file must and cannot be written anew."""
         self._path = path
-        self._already = {line.get("seq") for line in read_metrics(path)}
+        lines = read_metrics(path)
+        kept = [line for line in lines if line.get("seq") not in taken_back]
+        if len(kept) < len(lines):
+            write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._already = {line.get("seq") for line in kept}
         self._cut_short = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
 
     def append(self, line: Mapping[str, Any]) -> None:

@@ -32,6 +32,8 @@ class Redo:
     """Result headers by `seq` of the request."""
     held: Coverage = field(default_factory=Coverage)
     """The requests whose effects the state holds that this worker started from."""
+    taken_back: frozenset[int] = frozenset()
+    """Requests that do not count any more (log/rewinds.py): nothing of them is redone or known."""
     _batched: set[int] = field(default_factory=set)
 
     def learn(self, records: Iterable[Record]) -> None:
@@ -40,11 +42,11 @@ class Redo:
             header = record.header
             if header["op"] == "batch":
                 # An interrupted batch is announced again by the worker that completes it: the first time counts.
-                seqs = [seq for seq in header["seqs"] if seq not in self._batched]
+                seqs = [seq for seq in header["seqs"] if seq not in self._batched and seq not in self.taken_back]
                 self._batched |= set(seqs)
                 if seqs:
                     self.batches.append(seqs)
-            elif "ok" in header:
+            elif "ok" in header and header["seq"] not in self.taken_back:
                 self.answered[header["seq"]] = header
 
     def error_of(self, request: Record) -> str | None:

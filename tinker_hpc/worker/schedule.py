@@ -116,6 +116,10 @@ class Schedule:
             return []
         return [Refusal(request, f"the worker does not know the operation {op!r}; are gateway and worker one version?")]
 
+    def ignore(self, request_id: str) -> None:
+        """A request of this id never runs: it was taken back."""
+        self._seen.add(request_id)
+
     def next_batch(self, *, sampling: bool = True) -> Batch | None:
         """What to run now, taken out of the schedule; None if nothing can. `sampling=False`: anything but samples."""
         heads = {key: line.ready[0] for key, line in self._lines.items() if line.ready}
@@ -282,7 +286,7 @@ class Schedule:
             ready = self._lines[key].ready
             if not ready or ready[0].header["op"] != PASS:
                 continue
-            size = ready[0].arrays["tokens"].size
+            size = _num_tokens(ready[0])
             if taken and (len(taken) == MAX_GROUP_REQUESTS or num_tokens + size > MAX_GROUP_TOKENS):
                 return taken
             taken.append(ready.popleft())
@@ -294,3 +298,8 @@ class Schedule:
     def _serve(self, key: str) -> None:
         self._turn += 1
         self._served[key] = self._turn
+
+
+def _num_tokens(request: Record) -> int:
+    """0 for one whose payload was compacted: it was answered long ago."""
+    return request.arrays["tokens"].size if "tokens" in request.arrays else 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ from typing import Any
 from megatron_adapters.engine import TOKEN_BUDGET, Engine, Layout
 from tinker_hpc.errors import ConfigError
 from tinker_hpc.log import Bell, Lease, LogReader, Record, ResultLog, ResultReader
+from tinker_hpc.log.request_log import compacted_through
 from tinker_hpc.run_folder import WorkerFolder, read_json
 from tinker_hpc.worker.aside import SnapshotsAside
-from tinker_hpc.worker.desk import Desk
+from tinker_hpc.worker.desk import LAG_S, Desk
 from tinker_hpc.worker.loop import Loop
 from tinker_hpc.worker.metrics import MetricsFile
 from tinker_hpc.worker.poison import read_alone_notes, read_notes
 from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.ranks import Ranks
 from tinker_hpc.worker.redo import Redo
+from tinker_hpc.worker.rewinds import Rewinds
 from tinker_hpc.worker.sample_step import SampleStep
 from tinker_hpc.worker.snapshot_files import Snapshot
 from tinker_hpc.worker.snapshot_step import SnapshotStep
@@ -47,32 +50,57 @@ def serve(folder: WorkerFolder, owner: dict[str, Any]) -> None:
     recompute = bool((declaration.get("layout") or {}).get("recompute"))
     engine = Engine.start(folder_of_model, layout, dtype=dtype, token_budget=token_budget, recompute=recompute)
     ranks = Ranks(engine.control_group, engine.global_rank, engine.world_size)
-    metrics = MetricsFile(folder.metrics) if ranks.is_first else None
+    while _serve_once(folder, owner, declaration, engine, ranks=ranks, layout=layout):
+        engine.forget()
+    engine.stop()
+
+
+def _serve_once(
+    folder: WorkerFolder,
+    owner: dict[str, Any],
+    declaration: dict[str, Any],
+    engine: Engine,
+    *,
+    ranks: Ranks,
+    layout: Layout,
+) -> bool:
+    """From the newest good snapshot to `close` (False), or until the loop takes requests back (True): then the worker
+    begins again as if it were a new one, with a lease of its own; only the base model stays.
+    """
+    rewinds = Rewinds(folder) if ranks.is_first else None
+    metrics = MetricsFile(folder.metrics, rewinds.seqs) if rewinds else None
     aside = SnapshotsAside(folder.aside, engine, ranks)
     train_step = TrainStep(engine, ranks, declaration["base_model"], metrics, aside)
+    if rewinds is not None:
+        train_step.taken_back = rewinds.request_ids
     sample_step = SampleStep(engine, ranks, train_step)
-    first = _FirstRank(folder, owner, declaration) if ranks.is_first else None
+    first = _FirstRank(folder, owner, declaration, rewinds) if rewinds else None
     snapshots = SnapshotStep(engine, layout, train_step, folder.snapshots, writer=first.writer if first else None)
     for record in ranks.broadcast(first.start_state() if first else None):
         snapshots.restore(Snapshot(**record.header))
+    if rewinds is not None and rewinds.seqs:
+        aside.keep_only(train_step.set_aside)
     desk = first.desk(layout, snapshots) if first else None
-    Loop(folder.path, ranks, train_step, sample_step, snapshots, desk=desk).run()
+    again = Loop(folder.path, ranks, train_step, sample_step, snapshots, desk=desk).run()
     if first is not None:
         first.close()
-    engine.stop()
+    return again
 
 
 class _FirstRank:
     """What rank 0 alone has: the lease, both logs, what older workers left, and the writing of snapshots."""
 
-    def __init__(self, folder: WorkerFolder, owner: dict[str, Any], declaration: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: WorkerFolder, owner: dict[str, Any], declaration: dict[str, Any], rewinds: Rewinds
+    ) -> None:
         self._folder = folder
         self._owner = owner
+        self._rewinds = rewinds
         self._lease = Lease.acquire(folder.lease, owner)
         log = ResultLog(folder.path, self._lease)
-        self._redo = _redo(folder, log)
+        self._redo = _redo(folder, log, rewinds.seqs)
         base_model = declaration["base_model"]
-        self._started_from = newest_good(folder.snapshots, base_model=base_model, counted=log.limits)
+        self._started_from = self._find_snapshot(base_model, log.limits)
         if self._started_from is not None:
             self._redo.held = self._started_from[1].coverage
         self._bell = Bell(folder.path, side="worker")
@@ -86,6 +114,17 @@ class _FirstRank:
             interval_s=declaration.get("snapshot_interval_s"),
         )
 
+    def _find_snapshot(self, base_model: str, counted: Mapping[int, int]) -> tuple[str, Snapshot] | None:
+        """The newest good one. Where the log was compacted there is one: wait until a lagging filesystem shows it."""
+        compacted = compacted_through(self._folder.requests)
+        deadline = time.monotonic() + LAG_S
+        while True:
+            found = newest_good(self._folder.snapshots, base_model=base_model, counted=counted, void=self._rewinds.seqs)
+            reaches = found is not None and found[1].position >= compacted
+            if reaches or compacted == 0 or time.monotonic() > deadline:
+                return found
+            time.sleep(2.0)
+
     def start_state(self) -> list[Record]:
         """The snapshot every rank is to start from; none: from nothing."""
         return [Record(asdict(self._started_from[1]))] if self._started_from else []
@@ -97,7 +136,7 @@ class _FirstRank:
         started |= {"snapshot": self._started_from[0] if self._started_from else None}
         self._publisher.publish(Record(started))
         return Desk(
-            LogReader(self._folder.requests),
+            LogReader(self._folder.requests, written={"seq": "number"}),
             self._publisher,
             self._bell,
             lease=self._lease,
@@ -105,6 +144,7 @@ class _FirstRank:
             poison=read_notes(self._folder.path),
             alone=read_alone_notes(self._folder.path),
             snapshots=snapshots,
+            rewinds=self._rewinds,
         )
 
     def close(self) -> None:
@@ -123,9 +163,9 @@ def _layout(declaration: dict[str, Any]) -> tuple[Layout, str | None]:
     return Layout(tp_size, dp_size, pp_size, ep_size), given.get("dtype")
 
 
-def _redo(folder: WorkerFolder, log: ResultLog) -> Redo:
+def _redo(folder: WorkerFolder, log: ResultLog, taken_back: frozenset[int]) -> Redo:
     """What older workers recorded. Our own lease is sealed on them, so all of it is there to be read."""
-    redo, reader = Redo(), ResultReader(folder.path)
+    redo, reader = Redo(taken_back=taken_back), ResultReader(folder.path)
     while True:
         records = reader.poll()
         redo.learn(records)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class TrainStep:
         """sampling_session_id -> snapshot_id in the engine, None for the base model; most recently used last."""
         self.in_use: set[str] = set()
         """Samplers of the samples under way: not to be dropped."""
+        self.taken_back: Set[str] = frozenset()
+        """On rank 0: ids of requests that do not count any more; what they saved may be saved over."""
         self._snapshot_of: dict[str, str] = {}
         self._aside = aside
         self._set_aside: dict[str, str] = {}  # sampler: whose snapshot it is, oldest first
@@ -102,6 +104,11 @@ class TrainStep:
             self._make_room(owner)
         self.samplers.move_to_end(sampling_session_id)
         return self.samplers[sampling_session_id]
+
+    @property
+    def set_aside(self) -> frozenset[str]:
+        """Samplers whose weights are on the disk alone."""
+        return frozenset(self._set_aside)
 
     def state(self) -> dict[str, Any]:
         """What of this a snapshot must hold beside the engine's tensors, as JSON values. On rank 0."""
@@ -270,7 +277,9 @@ class TrainStep:
         overwrite = bool(header.get("overwrite"))
         request_id = header["request_id"]
         if not self._ranks.on_first(
-            lambda: checkpoint.prepare(folder, temporary, request_id=request_id, overwrite=overwrite)
+            lambda: checkpoint.prepare(
+                folder, temporary, request_id=request_id, overwrite=overwrite, taken_back=self.taken_back
+            )
         ):
             return
         try:

@@ -30,13 +30,13 @@ class Worker:
     def __init__(self, phase: str, reason: str = "") -> None:
         self.status = Status(phase, reason)
         self.lost: str | None = None
-        self.asked: list[str] = []
+        self.asked: list[tuple[int, int]] = []
 
     def hopeless(self) -> str | None:
         return self.lost
 
-    def find_answer(self, request_id: str, facts: Any) -> Answer | None:
-        self.asked.append(request_id)
+    def find_answer(self, where: tuple[int, int], facts: Any) -> Answer | None:
+        self.asked.append(where)
         return Answer("x", b"from the disk")
 
 
@@ -111,11 +111,11 @@ def test_an_answer_that_left_the_memory_is_read_again():
     worker = Worker("ready")
 
     def both(ledger: Ledger) -> None:
-        ledger.futures.finish("s:train:0:1", Answer("x", bytes(15)))
-        ledger.futures.finish("s:train:0:2", Answer("x", bytes(15)))
+        ledger.futures.finish("s:train:0:1", Answer("x", bytes(15)), (1, 7))
+        ledger.futures.finish("s:train:0:2", Answer("x", bytes(15)), (1, 8))
 
     got, _ = asked([CREATE, step(1), step(2)], "s:train:0:1", worker, hold_s=30, then=both)
-    assert got.body == b"from the disk" and worker.asked == ["s:train:0:1"]
+    assert got.body == b"from the disk" and worker.asked == [(1, 7)]
 
 
 def test_a_refusal_that_left_the_memory_is_known_from_the_request():

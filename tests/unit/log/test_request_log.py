@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinker_hpc.errors import DataRootError
-from tinker_hpc.log import LogReader, Record, RequestLog
+from tinker_hpc.errors import DataRootError, LeaseLostError
+from tinker_hpc.log import Lease, LogReader, Record, RequestLog
 from tinker_hpc.log import segment as segment_module
 from tinker_hpc.log.segment import list_segments
 
@@ -260,3 +260,13 @@ def test_a_folder_without_write_permission_says_so(tmp_path: Path) -> None:
         os.chmod(folder, 0o500)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Permission denied" in done.stdout and str(folder) in done.stdout
+
+
+def test_a_writer_that_lost_its_lease_writes_nothing(tmp_path: Path) -> None:
+    mine = Lease.acquire(tmp_path / "lease", {"pid": 1, "host": "here"}, holder="gateway")
+    log = RequestLog(tmp_path / "log", mine)
+    log.append([Record({"n": 1})])
+    Lease.acquire(tmp_path / "lease", {"pid": 2, "host": "there"}, holder="gateway")
+    with pytest.raises(LeaseLostError, match=r"pid 2 on there\. This gateway stops writing requests and ends"):
+        log.append([Record({"n": 2})])
+    assert LogReader(tmp_path / "log").poll()[-1].header["n"] == 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from tinker_hpc.errors import LeaseLostError
-from tinker_hpc.log import Lease, Record, ResultLog, ResultReader
+from tinker_hpc.errors import CorruptLogError, LeaseLostError
+from tinker_hpc.log import Lease, Record, ResultFinder, ResultLog, ResultReader
 from tinker_hpc.log.appender import Appender
 from tinker_hpc.log.record import encode_parts
 from tinker_hpc.log.result_log import _fence_folder
@@ -24,9 +25,8 @@ def names(records: list[Record]) -> list[str]:
 
 def zombie_write(folder: Path, fence: int, name: str) -> None:
     """What a worker writes that has checked its lease just before it lost it."""
-    Appender(_fence_folder(folder / "results", fence)).append(
-        [encode_parts(Record({"name": name, "fence": fence}))]  # type: ignore[list-item]
-    )
+    appender = Appender(_fence_folder(folder / "results", fence))
+    appender.append([encode_parts(Record({"name": name, "fence": fence, "number": appender.last + 1}))])
 
 
 def test_results_come_in_order_with_their_fence(tmp_path: Path) -> None:
@@ -155,3 +155,42 @@ def test_a_long_log_is_read_in_pieces(tmp_path: Path) -> None:
         assert len(names(new)) <= 1
         found += names(new)
     assert found == ["00", "01", "02", "10", "11", "12"]
+
+
+@pytest.mark.parametrize("header", [{"fence": 2, "number": 3}, {"fence": 1, "number": 9}, {"number": 3}])
+def test_a_record_of_another_writer_is_not_believed(tmp_path: Path, header: dict[str, int]) -> None:
+    """It sits in the log as if it were the next one, well-formed; what it says of itself gives it away."""
+    log = take_over(tmp_path)
+    log.publish([Record({"name": "a"})])
+    reader = ResultReader(tmp_path)
+    assert names(reader.poll()) == ["a"]
+    Appender(_fence_folder(tmp_path / "results", 1)).append([encode_parts(Record({"name": "forged", **header}))])
+    with pytest.raises(CorruptLogError, match="Somebody else put it there"):
+        reader.poll()
+    with pytest.raises(LeaseLostError, match="only writer"):
+        log.publish([Record({"name": "b"})])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to give a file away: sudo pytest tests/unit/log")
+def test_a_file_of_another_user_is_not_believed(tmp_path: Path) -> None:
+    take_over(tmp_path).publish([Record({"name": "a"})])
+    newest = max((tmp_path / "results").rglob("seg-*"))
+    os.chown(newest, 12345, -1)
+    with pytest.raises(CorruptLogError, match="belongs to uid 12345, the log to uid 0"):
+        ResultReader(tmp_path).poll()
+
+
+def test_single_results_are_found_again(tmp_path: Path) -> None:
+    first = take_over(tmp_path)
+    for n in range(40):  # some of them merged
+        first.publish([Record({"name": f"a{n}"})])
+    first.close()
+    second = take_over(tmp_path)
+    second.publish([Record({"name": "b0"}), Record({"name": "b1"})])
+    found = [record.header for record in ResultReader(tmp_path).poll()]
+    places = {header["name"]: (header["fence"], header["number"]) for header in found if "name" in header}
+    finder = ResultFinder(tmp_path)
+    for name in ("b1", "a0", "a39", "b0", "a7"):
+        record = finder.find(*places[name])
+        assert record is not None and record.header["name"] == name
+    assert finder.find(1, 99) is None and finder.find(7, 1) is None

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinker_hpc.errors import CorruptLogError, DataRootError
+from tinker_hpc.errors import CorruptLogError, LeaseLostError
 from tinker_hpc.log import LogReader, Record
 from tinker_hpc.log import appender as appender_module
 from tinker_hpc.log.appender import FANOUT, MERGE_BYTES, Appender, choose_merge, merge
@@ -220,7 +220,7 @@ def test_a_name_is_given_once(tmp_path: Path) -> None:
 def test_two_writers_cannot_overwrite_each_other(tmp_path: Path) -> None:
     first, second = Appender(tmp_path), Appender(tmp_path)
     first.append(parts(1))
-    with pytest.raises(DataRootError, match="Is a second gateway or worker running"):
+    with pytest.raises(LeaseLostError, match="only writer"):
         second.append(parts(99))
     assert numbers(LogReader(tmp_path).poll()) == [1]
 

@@ -1,0 +1,127 @@
+"""A loop that was started again is given the recorded answers, and goes on; or it leaves the recorded path, and
+training goes back with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import serving
+from safetensors.numpy import load_file
+
+from tinker_hpc.log import LogReader
+from tinker_hpc.run_folder import read_json
+
+PROGRAM = str(serving.HERE / "replayed_program.py")
+REPLAY_STEPS = 1000
+REPLAY_S = 10.0
+
+
+def start(service: serving.Service, **asked: Any) -> list[dict[str, Any]]:
+    """Run the program to its end, or its death; what it printed."""
+    env = {**os.environ, "TINKER_BASE_URL": service.base_url, "TINKER_API_KEY": service.api_key}
+    argv = [sys.executable, PROGRAM, service.base_model, json.dumps(asked)]
+    done = subprocess.run(argv, env=env, capture_output=True, timeout=280, check=False)
+    assert done.returncode == (0 if asked.get("die_at") is None else -9), done.stderr.decode()[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def numbers(printed: list[dict[str, Any]]) -> list[Any]:
+    return [(line["step"], line["numbers"], line["tokens"]) for line in printed if "step" in line]
+
+
+def state_of(service: serving.Service, printed: list[dict[str, Any]]) -> dict[str, bytes]:
+    """The tensors of the state saved at the end."""
+    assert service.run is not None
+    model_id, kind, name = printed[-1]["path"].removeprefix("tinker://").split("/")
+    folder = service.run.data_root / "checkpoints" / model_id.replace(":", "_") / kind / name
+    files = [load_file(folder / f"{part}.safetensors") for part in ("adapter_model", "optimizer")]
+    return {f"{index}{key}": values.tobytes() for index, tensors in enumerate(files) for key, values in tensors.items()}
+
+
+def num_requests(service: serving.Service) -> int:
+    assert service.run is not None
+    return len(LogReader(service.run.worker(0).requests).poll())
+
+
+@pytest.mark.slow
+def test_a_loop_dies_and_comes_back_and_leaves_the_recorded_path(tmp_path: Path) -> None:
+    (tmp_path / "calm").mkdir()
+    (tmp_path / "again").mkdir()
+    with serving.processes_in(tmp_path / "calm") as calm_processes, serving.processes_in(tmp_path / "again") as mine:
+        calm_run, calm_worker = serving.new_run(tmp_path / "calm" / "root")
+        calm = serving.start_gateway(calm_processes, calm_run)
+        serving.start_worker(calm_processes, calm_worker)
+        expected = start(calm, steps=5, sample=True)
+        expected_state = state_of(calm, expected)
+        expected_requests = num_requests(calm)
+        others = start(calm, steps=5, sample=True, other_from=2)
+        others_state = state_of(calm, others)
+        calm_processes.stop_all()
+
+        run, worker = serving.new_run(tmp_path / "again" / "root")
+        run.begin_loop()
+        service = serving.start_gateway(mine, run)
+        serving.start_worker(mine, worker)
+        first = start(service, steps=5, sample=True, die_at=3)
+        assert numbers(first) == numbers(expected)[:3]
+
+        # Its node died: gateway and loop with it. The same program, from its beginning.
+        mine.stop("gateway", kill=True)
+        run.begin_loop()
+        service = serving.start_gateway(mine, run)
+        second = start(service, steps=5, sample=True)
+        assert numbers(second) == numbers(expected)
+        assert second[0]["model_id"] == first[0]["model_id"], "the same session"
+        assert state_of(service, second) == expected_state
+        assert num_requests(service) == expected_requests, "nothing was asked of the worker twice"
+
+        # Started once more by somebody who changed the data from step 2 on; the gateway lives on this time.
+        run.begin_loop()
+        third = start(service, steps=5, sample=True, other_from=2)
+        assert numbers(third) == numbers(others)
+        assert state_of(service, third) == others_state, "saved over what does not count any more"
+        assert "left the recorded path at request 7 of" in mine.log("gateway")
+        assert "training continues from the state before them" in mine.log("gateway")
+        rewinds = read_json(worker.rewinds)
+        assert len(rewinds) == 1 and rewinds[0]["seqs"][0][0] > 9
+        steps = [json.loads(line)["step"] for line in worker.metrics.read_text().splitlines()]
+        assert steps == [1, 2, 3, 4, 5], "steps that were taken back are not in the curve"
+
+        # All of it again, after both were killed: what was taken back stays away.
+        mine.stop("gateway", kill=True)
+        mine.stop("worker", kill=True)
+        run.begin_loop()
+        service = serving.start_gateway(mine, run)
+        serving.start_worker(mine, worker)
+        before = num_requests(service)
+        fourth = start(service, steps=6, sample=True, other_from=2)
+        assert numbers(fourth)[:5] == numbers(others) and len(numbers(fourth)) == 6
+        assert num_requests(service) > before
+
+
+@pytest.mark.slow
+def test_replay_is_fast_and_a_closed_run_can_go_on(tmp_path: Path, processes: serving.Processes) -> None:
+    run, worker = serving.new_run(tmp_path / "root")
+    run.begin_loop()
+    service = serving.start_gateway(processes, run)
+    serving.start_responder(processes, worker)
+    recorded = start(service, steps=REPLAY_STEPS)
+    assert service.http("POST", "/internal/close").status == 200
+    processes.running["responder"].wait(10)
+    processes.stop("gateway", kill=True)
+    run.begin_loop()
+    service = serving.start_gateway(processes, run)
+    printed = start(service, steps=REPLAY_STEPS)
+    assert numbers(printed) == numbers(recorded)
+    took_s = printed[-1]["at"] - printed[0]["at"]
+    recorded_s = recorded[-1]["at"] - recorded[0]["at"]
+    print(f"replay of {REPLAY_STEPS} steps: {took_s:.1f} s; recording them: {recorded_s:.1f} s")
+    assert took_s < REPLAY_S
+    assert service.post("create_session").status == 200, "the run is open again"
