@@ -160,4 +160,6 @@ def main(argv: list[str] | None = None) -> Path | None:
 
 
 if __name__ == "__main__":
-    print(main())
+    written = main()
+    if written is not None:
+        print(written)

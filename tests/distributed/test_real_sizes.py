@@ -23,6 +23,7 @@ from launch.model_sizes import Split, read_sizes  # noqa: E402
 from launch.plan import Machine, make_plan  # noqa: E402
 
 RANK = 32
+WHOLE = {"tp_size": 1, "dp_size": 1, "pp_size": 1, "ep_size": 1}
 # Trainable parameters per unit of rank as Tinker's cookbook publishes them (hyperparam_utils.py): MLP, attention,
 # unembedding.
 ORACLE = {
@@ -31,8 +32,12 @@ ORACLE = {
     "Llama-3.1-70B": (8_847_360, 4_096_000, 136_448),
     "Qwen3-8B": (1_769_472, 958_464, 156_032),
     "Qwen3-32B": (5_898_240, 2_490_368, 157_056),
+    "Qwen3-30B-A3B": (14_450_688, 835_584, 153_984),
+    "Qwen3-235B-A22B": (56_598_528, 3_176_448, 156_032),
 }
 MACHINES = {
+    "Qwen3-30B-A3B": Machine(1, 1, 141),
+    "Qwen3-235B-A22B": Machine(2, 8, 80),
     "Llama-3.1-70B": Machine(1, 4, 80),
     "Qwen3-8B": Machine(1, 1, 80),
     "Qwen3-32B": Machine(2, 8, 80),
@@ -44,7 +49,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, int]], dict[str, Any]]:
     """built(name, layout): what meta_model.py counted; all of it in one process, once."""
-    wanted = [[name, {"tp_size": 1, "dp_size": 1}, RANK] for name in ORACLE]
+    wanted = [[name, WHOLE, RANK] for name in ORACLE]
     for name, machine in MACHINES.items():
         wanted.append([name, layout_of(name, machine), RANK])
     file = tmp_path_factory.mktemp("meta") / "requests.json"
@@ -60,7 +65,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, 
 def layout_of(name: str, machine: Machine) -> dict[str, int]:
     plan = make_plan(read_sizes(PUBLISHED[name]), machine, lora_rank=RANK)
     assert plan is not None
-    return {"tp_size": plan.tp_size, "dp_size": plan.dp_size}
+    return {"tp_size": plan.tp_size, "dp_size": plan.dp_size, "pp_size": plan.pp_size, "ep_size": plan.ep_size}
 
 
 def output_of(script: str, *arguments: str, **environment: str) -> str:
@@ -76,7 +81,7 @@ def test_parameter_oracle(name: str, built) -> None:
     """Our own model and adapter code, at full size: trainable parameters to the digit, for rank 32, by part."""
     mlp, attention, unembed = ORACLE[name]
     expected = {"mlp": RANK * mlp, "attention": RANK * attention, "unembed": RANK * unembed}
-    assert built(name, {"tp_size": 1, "dp_size": 1})["trained"] == expected
+    assert built(name, WHOLE)["trained"] == expected
 
 
 @pytest.mark.parametrize("name", list(MACHINES))
