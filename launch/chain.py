@@ -20,6 +20,8 @@ MAX_IN_VAIN = 3
 
 WITHOUT_A_WORD = "killed"
 """The reason of an attempt that left none: SIGKILL, a lost node, a grace time of 0."""
+SUPERSEDED = "superseded"
+"""It gave way to the attempt after it: a copy that Slurm thought dead."""
 SCANCELLED = "scancelled"
 """Somebody's scancel, not `tinker-hpc cancel`. Whose, accounting tells: the owner's own ends the run."""
 
@@ -29,6 +31,7 @@ _FROM_OUTSIDE = {
     "node_fail": "its node went down",
     "time_limit": "its time limit was over",
     "signal": "its job was ended by a signal",
+    SUPERSEDED: "its node had been given up by Slurm",
     SCANCELLED: "its job was cancelled by an administrator",
 }
 

@@ -11,7 +11,7 @@ import os
 import time
 
 from launch import attempts, sacct, scontrol
-from launch.chain import SCANCELLED, Attempt, Verdict, explained, verdict
+from launch.chain import SCANCELLED, SUPERSEDED, Attempt, Verdict, explained, verdict
 from launch.host import Host, LocalHost
 from launch.job_spec import JobSpec
 from launch.node import LISTING_POLL_S, Place
@@ -73,7 +73,7 @@ class Tenure:
             after=past[-1].reason if past else None,
         )  # fmt: skip
         if listed(self._run_folder.outcome):  # the one before wrote it while we waited
-            self._leave_note("superseded", "the run was over", exit_code=0)
+            self._leave_note(SUPERSEDED, "the run was over", exit_code=0)
             self._take_back()
             return 0
         if not ruling.goes_on:
@@ -184,7 +184,7 @@ class Tenure:
 
     def give_way(self, by: int) -> None:
         """Say that everything this attempt had started is gone, so that the one that took over may begin."""
-        self._leave_note("superseded", f"attempt {by} took over", exit_code=1)
+        self._leave_note(SUPERSEDED, f"attempt {by} took over", exit_code=1)
 
     def _leave_note(self, reason: str, error: str | None, *, exit_code: int) -> None:
         made = attempts.progressed(self._run_folder, self.number, credit=self._credit)

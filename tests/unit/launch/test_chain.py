@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launch import attempts, lineage, progress
-from launch.chain import SCANCELLED, WITHOUT_A_WORD, Attempt, explained, verdict
+from launch.chain import SCANCELLED, SUPERSEDED, WITHOUT_A_WORD, Attempt, explained, verdict
 from launch.job_state import JobState, JobStatus
 from launch.ranks_keeper import may_start_again
 from launch.submitted import SubmittedJob
@@ -31,7 +31,9 @@ def test_what_ended_by_itself_is_over(reason: str) -> None:
     assert not ruling.goes_on and ruling.reason == reason
 
 
-@pytest.mark.parametrize("reason", ["preempted", "node_fail", "signal", "time_limit", SCANCELLED, WITHOUT_A_WORD])
+@pytest.mark.parametrize(
+    "reason", ["preempted", "node_fail", "signal", "time_limit", SCANCELLED, SUPERSEDED, WITHOUT_A_WORD]
+)
 def test_what_was_ended_from_outside_goes_on(reason: str) -> None:
     many = [attempt(reason, progress=True, number=n) for n in range(1, 40)]
     assert verdict(many, cancelled=False).goes_on, "with progress each time, for ever"
