@@ -16,7 +16,7 @@ from launch.gateway_keeper import GatewayKeeper
 from launch.job_spec import JobSpec
 from launch.log_tail import error_line, last_lines, last_traceback
 from launch.node import CLOSE_GRACE_S, LISTING_POLL_S, POLL_S, Node, Place
-from launch.patience import passes
+from launch.patience import passes, until_written
 from launch.ranks_keeper import RanksKeeper
 from launch.run_record import RunRecord
 from launch.tenure import Tenure
@@ -174,7 +174,7 @@ class FirstNode(Node):
     def _start_loop(self, address: GatewayAddress) -> int | None:
         self.record.event("gateway_ready", base_url=address.base_url)
         self._loop_since = progress.marks(self.run_folder)
-        self.run_folder.begin_loop()
+        until_written(self.run_folder.begin_loop)
         argv = loop_argv(self.spec, self.run_folder)
         env = loop_environment(self.spec, os.environ, base_url=address.base_url, api_key=address.api_key)
         try:

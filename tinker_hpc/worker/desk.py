@@ -227,6 +227,10 @@ class Desk:
             requests = self._schedule.take(self._redo.batches[0])
             if requests is None:
                 if not self._read():
+                    if self._rewinds.seqs and self._requests.position >= max(self._rewinds.seqs):
+                        # What came before these was taken back and asked again: they run behind it, in log order.
+                        self._redo.batches.popleft()
+                        continue
                     if time.monotonic() > deadline:
                         seqs = self._redo.batches[0]
                         raise EndWorker(f"the result log speaks of requests {seqs}, the request log does not have them")
