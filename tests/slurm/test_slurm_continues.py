@@ -106,7 +106,7 @@ class Recovery:
                 what=f"a worker after: {self._what}",
             )
             before = steps(cluster, self._steps_of)
-        until(lambda: steps(cluster, self._steps_of) > before, timeout_s=60, what=f"a step after: {self._what}")
+        until(lambda: steps(cluster, self._steps_of) > before, timeout_s=timeout_s, what=f"a step after: {self._what}")
         seconds = time.monotonic() - self._struck_at
         print(f"\ntime to recover: {self._what}: {seconds:.1f} s")
         return seconds
@@ -267,6 +267,7 @@ def test_slurm_itself_is_away(cluster: SlurmCluster, unharmed: Numbers) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_slurmctld_down_for_two_minutes(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """The long form: pytest tests/slurm -m slow."""
     away(cluster, unharmed, seconds=120)
@@ -292,7 +293,7 @@ def away(cluster: SlurmCluster, unharmed: Numbers, *, seconds: float) -> None:
             timeout_s=30,
             what="scancel",
         )
-        recovery.wait()
+        recovery.wait(timeout_s=150 + 2 * seconds)  # a loop that rests does so again while it replays
     finally:
         cluster.script("daemon", "start", "slurmdbd")
     assert numbers(cluster, run) == unharmed
