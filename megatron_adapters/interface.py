@@ -109,8 +109,7 @@ class ModelInfo:
 
 LossFn = Callable[[Tensor, Mapping[str, Tensor], Tensor], Tensor]
 """(logprobs_T float32, inputs_T by key, segment_ids_T int64) -> scalar: the SUM over the tokens of a micro-batch.
-With K targets a token, logprobs are [T, K]. Instead of a scalar it may return [1 + M]: the loss, then M metrics that
-are sums as well (`metric_names` of Engine.run_pass).
+With K targets a token, logprobs are [T, K].
 
 segment_ids_T numbers the sequences of the micro-batch from 0. How a batch is cut into micro-batches depends on the
 layout, so a loss must be a sum over sequences.

@@ -121,6 +121,9 @@ class Config:
     state_dir: Path
     """This machine's own folder for the run index (SQLite does not belong on a shared filesystem).
     Default $XDG_STATE_HOME/tinker_hpc or ~/.local/state/tinker_hpc; TINKER_HPC_STATE_DIR."""
+    stable_reinforce: str | None = None
+    """What `loss_fn="stable_reinforce"` means: "importance_sampling" computes that instead. None: such requests are
+    refused, because the loss's formula is not published and another loss should not take its place unasked."""
     path: Path | None = None
     """The file this came from; None if there is none."""
 
@@ -185,6 +188,7 @@ def build_config(
     """
     where = str(path) if path else "the configuration"
     known = {"data_root": str, "cluster": str, "state_dir": str, "clusters": dict, "base_models": dict}
+    known["stable_reinforce"] = str
     _check_keys(table, known, where)
     clusters = {"local": ClusterProfile("local", executor="local"), "slurm": ClusterProfile("slurm")}
     described = {name: _profile(name, entry, where) for name, entry in table.get("clusters", {}).items()}
@@ -194,6 +198,12 @@ def build_config(
         if not isinstance(folder, str):
             raise ConfigError(f'{where}: [base_models] "{model}" is {folder!r}; expected the path of a folder.')
         base_models[model] = str(_folder(folder, environ, f'{where}: [base_models] "{model}"'))
+    stable_reinforce = table.get("stable_reinforce")
+    if stable_reinforce not in (None, "importance_sampling"):
+        raise ConfigError(
+            f"{where}: stable_reinforce is {stable_reinforce!r}; the one loss it may stand for is "
+            '"importance_sampling".'
+        )
     if has_sbatch is None:
         has_sbatch = shutil.which("sbatch", path=environ.get("PATH")) is not None
     on_slurm = [profile.name for profile in described.values() if profile.executor == "slurm"]
@@ -211,6 +221,7 @@ def build_config(
             environ,
             "state_dir",
         ),
+        stable_reinforce=stable_reinforce,
         path=path,
     )
 

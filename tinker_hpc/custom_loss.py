@@ -153,7 +153,10 @@ class _Reader:
         nodes: list[Any] = graph["nodes"]
         if len(nodes) > MAX_NODES:
             self._refuse(f"it has {len(nodes)} nodes, at most {MAX_NODES} are taken")
-        size = len(json.dumps(nodes))
+        try:
+            size = len(json.dumps(nodes))
+        except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists in lists
+            self._refuse("it has a giant constant; large constants belong in loss_fn_inputs")
         if size > MAX_BYTES:
             self._refuse(
                 f"it has {size} bytes, at most {MAX_BYTES} are taken; large constants belong in loss_fn_inputs"

@@ -16,6 +16,7 @@
         result.pkl           loop process, once: its return value or exception
         gateway.json         gateway: base_url, api_key (0600)
         sessions.json        gateway: the SDK sessions it opened
+        custom_losses/       gateway: uploaded losses, <loss id>.json, once each
         reads.json           gateway: the checkpoints it has read; they are kept while it goes on (gateway/retention.py)
         exports/             gateway: archives for download, emptied when it starts
         traces/              gateway: timelines of sessions
@@ -370,6 +371,10 @@ class RunFolder:
         starts = self.loop_starts() + 1
         write_json(self.loop, {"starts": starts, "at": time.time()})
         return starts
+
+    @property
+    def custom_losses(self) -> Path:
+        return self.path / "custom_losses"
 
     @property
     def slurm(self) -> Path:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from pathlib import Path
 from typing import Any
 
+import custom_losses
 import numpy as np
 import pytest
 import serving
@@ -177,3 +179,88 @@ def test_a_custom_loss_of_the_users_own_sees_all_targets(service, service_client
     assert output.metrics["loss:sum"] == pytest.approx(direct.metrics["loss:sum"], rel=1e-6)
     norms = [client.optim_step(LR).result(WAIT_S).metrics["grad_norm:mean"] for client in (custom, plain)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+# ---- uploaded losses: one pass on the server
+
+
+CUSTOM = ("focal", "dpo_like", "clipped_with_entropy", "distilled")
+
+
+def custom_data(name: str) -> list[tinker.Datum]:
+    random = torch.Generator().manual_seed(4)
+    data = []
+    for tokens, n in zip(sequences(), LENGTHS, strict=True):
+        shapes = {0: (), 1: (n,), 2: (n, 3)}
+        ranks = {**custom_losses.LOSSES[name][1], "unread": 1}
+        inputs = {key: torch.randn(shapes[rank], generator=random) for key, rank in ranks.items()}
+        logprobs = inputs.pop("logprobs")
+        if "mask" in inputs:
+            inputs["mask"] = torch.ones(n)
+        if logprobs.ndim == 2:
+            inputs["target_tokens"] = torch.randint(0, 1000, (n, 3), generator=random)
+        given = {key: tinker.TensorData.from_torch(value) for key, value in inputs.items()}
+        given.setdefault("target_tokens", tinker.TensorData.from_numpy(tokens[1:]))
+        data.append(tinker.Datum(tinker.ModelInput.from_ints(tokens[:-1].tolist()), given))
+    return data
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_a_loss_on_the_server_equals_the_same_beside_the_loop(service, name):
+    """Value, metrics, logprobs and the step. `replace(handle, loss_id=None)` is the SDK's own client-side path."""
+    function, ranks = custom_losses.LOSSES[name]
+    connection = tinker.ServiceClient(base_url=service.base_url, api_key=service.api_key)
+    handle = connection.create_custom_loss(function, ranks).result(WAIT_S)
+    assert handle.loss_id is not None, "it was uploaded"
+    here, there = (new_client(service, connection) for _ in range(2))
+    data = custom_data(name)
+    outputs = [
+        client.forward_backward_custom(data, each).result(WAIT_S)
+        for client, each in ((there, handle), (here, dataclasses.replace(handle, loss_id=None)))
+    ]
+    metrics = [dict(output.metrics) for output in outputs]
+    metrics[1].pop("surrogate_loss:sum")
+    assert metrics[0].keys() == metrics[1].keys()
+    for key, value in metrics[0].items():
+        assert value == pytest.approx(metrics[1][key], rel=1e-6, abs=1e-6), key
+    for a, b in zip(*map(logprobs, outputs), strict=True):
+        np.testing.assert_allclose(a.reshape(b.shape), b, atol=1e-6)
+    norms = [client.optim_step(LR).result(WAIT_S).metrics["grad_norm:mean"] for client in (there, here)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 0
+    probe = cross_entropy(np.ones(sum(LENGTHS)))
+    after = [client.forward(probe, "cross_entropy").result(WAIT_S) for client in (there, here)]
+    for a, b in zip(*map(logprobs, after), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_chunks_of_a_call_are_invisible(service):
+    """The SDK cuts a large call into requests: their sums and means are those of one."""
+    function, ranks = custom_losses.LOSSES["focal"]
+    connection = tinker.ServiceClient(base_url=service.base_url, api_key=service.api_key)
+    handle = connection.create_custom_loss(function, ranks).result(WAIT_S)
+    whole, cut = (new_client(service, connection) for _ in range(2))
+    data = custom_data("focal")
+    expected = whole.forward_backward_custom(data, handle).result(WAIT_S)
+    pieces = [cut.forward_backward_custom([datum], handle) for datum in data]
+    outputs = [piece.result(WAIT_S) for piece in pieces]
+    for key, value in expected.metrics.items():
+        total = sum(output.metrics[key] for output in outputs)
+        assert value == pytest.approx(total / (len(data) if key.endswith(":mean") else 1), rel=1e-5)
+    norms = [client.optim_step(LR).result(WAIT_S).metrics["grad_norm:mean"] for client in (whole, cut)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_a_loss_that_fails_adds_nothing_and_the_client_goes_on(service):
+    connection = tinker.ServiceClient(base_url=service.base_url, api_key=service.api_key)
+
+    def steep(logprobs, weights):
+        return torch.log((logprobs * weights).sum() * 0.0), {}
+
+    handle = connection.create_custom_loss(steep, {"logprobs": 1, "weights": 1}).result(WAIT_S)
+    client = new_client(service, connection)
+    data = cross_entropy(np.ones(sum(LENGTHS)))
+    with pytest.raises(tinker.RequestFailedError, match="custom loss 'steep' on data") as caught:
+        client.forward_backward_custom(data, handle).result(WAIT_S)
+    assert caught.value.category is tinker.types.RequestErrorCategory.User
+    assert client.optim_step(LR).result(WAIT_S).metrics["grad_norm:mean"] == 0.0
+    assert np.isfinite(client.forward_backward(data, "cross_entropy").result(WAIT_S).metrics["loss:sum"])

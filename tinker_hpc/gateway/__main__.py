@@ -23,7 +23,8 @@ import uvicorn
 
 from tinker_hpc.config import load_config
 from tinker_hpc.errors import CorruptLogError, DataRootError, LeaseLostError, TinkerHpcError
-from tinker_hpc.gateway import app
+from tinker_hpc.gateway import app, passes
+from tinker_hpc.gateway.custom_losses import CustomLosses
 from tinker_hpc.gateway.desk import Desk
 from tinker_hpc.gateway.ledger import Ledger
 from tinker_hpc.gateway.lookup import Lookup
@@ -76,12 +77,14 @@ def serve(run: RunFolder, *, hold_s: float = HOLD_S) -> None:
     api_key = known.get("api_key") or f"tml-{secrets.token_urlsafe(32)}"
 
     ledger = Ledger()
+    config = load_config()
     owner = {"host": socket.gethostname(), "pid": os.getpid()}
     lease = Lease.acquire(run.gateway_lease, owner, holder="gateway")
-    workers = Workers(run, load_config().base_models, lease)
+    workers = Workers(run, config.base_models, lease)
     replay = Replay(run, ledger, workers)
     sessions = Sessions(run.sessions, replay)
-    desk = Desk(run.data_root, workers, ledger, sessions, reads=Reads(run.reads), replay=replay)
+    losses = passes.Losses(CustomLosses(run.custom_losses), stable_reinforce=config.stable_reinforce)
+    desk = Desk(run.data_root, workers, ledger, sessions, reads=Reads(run.reads), replay=replay, losses=losses)
     lookup = Lookup(run.data_root, ledger, workers, sessions)
     shelf = Shelf(run.data_root, run.exports)
     retrieval = Retrieval(ledger, workers, hold_s=hold_s)

@@ -48,7 +48,8 @@ CLIENT_CONFIG = {
     "sample_enable_stuck_detection": False,
     "sample_use_retrieve_futures": True,
     "sample_join_sampling_session": True,
-    "custom_loss_server_side": False,
+    # SDKs before 0.36 do not know it, and compute such losses beside the loop.
+    "custom_loss_server_side": True,
     "use_pyqwest_transport": True,
 }
 DYNAMIC_CONFIG = {"refresh_interval_sec": 3600, "sample_cancel_enabled": True}
@@ -115,6 +116,7 @@ def build(desk: Desk, lookup: Lookup, retrieval: Retrieval, shelf: Shelf, *, run
         "create_model": takes(desk.create_model),
         "get_info": get_info,
         "forward_backward": forward_backward,
+        "create_custom_loss": takes(desk.create_custom_loss),
         "optim_step": takes(desk.optim_step),
         "save_weights": takes(desk.save_weights),
         "load_weights": takes(desk.load_weights),

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from tinker_hpc.errors import RequestError
+from tinker_hpc.errors import DataRootError, RequestError
 from tinker_hpc.gateway import checkpoints, passes, sampling, validate
+from tinker_hpc.gateway.custom_losses import creation_id
 from tinker_hpc.gateway.intake import Intake
 from tinker_hpc.gateway.ledger import Ledger, ModelState
-from tinker_hpc.gateway.refusals import Refusal, bad_request, unknown
+from tinker_hpc.gateway.refusals import Refusal, bad_request, try_again, unknown
 from tinker_hpc.gateway.replay import Replay
 from tinker_hpc.gateway.retention import Reads
 from tinker_hpc.gateway.sessions import Sessions
@@ -38,13 +39,22 @@ class Desk:
     """Takes requests in."""
 
     def __init__(
-        self, root: Path, workers: Workers, ledger: Ledger, sessions: Sessions, *, reads: Reads, replay: Replay
+        self,
+        root: Path,
+        workers: Workers,
+        ledger: Ledger,
+        sessions: Sessions,
+        *,
+        reads: Reads,
+        replay: Replay,
+        losses: passes.Losses,
     ) -> None:
         self.root = root
         self.workers = workers
         self.ledger = ledger
         self.sessions = sessions
         self.reads = reads
+        self.losses = losses
         self.intake = Intake(ledger, replay)
         self.on_new_worker: Callable[[WorkerLink], None] = lambda link: None
 
@@ -124,7 +134,7 @@ class Desk:
             link = self.workers.links[model.worker_index]
             header = _ordered_header("forward_backward", model, call.seq_id, forward_backward_digest(call))
             try:
-                fields, arrays = passes.forward_backward(call, link.base)
+                fields, arrays = passes.forward_backward(call, link.base, self.losses)
             except RequestError as error:
                 return model, {**header, **_rejected("forward_backward", error)}, {}
             return model, {**header, **fields}, arrays
@@ -135,6 +145,19 @@ class Desk:
             model, header, arrays = await asyncio.get_running_loop().run_in_executor(self.intake.pool, prepare)
         link = self.workers.links[model.worker_index]
         return (await self.intake.accept(link, header, arrays)).reply
+
+    async def create_custom_loss(self, payload: Payload) -> Payload:
+        """Answered directly, so that a wrong one is refused directly; nothing is ordered behind it."""
+        try:
+            session_id = validate.text(payload, "session_id")
+            self.sessions.active(session_id)
+            number = validate.integer(payload, "custom_loss_seq_id")
+            loss_id = await asyncio.to_thread(self.losses.uploaded.create, payload)
+        except RequestError as error:
+            raise bad_request(str(error)) from error
+        except DataRootError as error:
+            raise try_again(f"the loss was not stored: {error} The SDK tries again for 5 minutes.") from error
+        return {"request_id": creation_id(session_id, number, loss_id)}
 
     async def optim_step(self, payload: Payload) -> Payload:
         return await self._ordered("optim_step", payload, lambda model: {"adam": validate.adam(payload)})

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tinker_hpc.base_models import BaseModel
+from tinker_hpc.custom_loss import CustomLoss
+from tinker_hpc.gateway.custom_losses import CustomLosses
 from tinker_hpc.gateway.guard import MAX_FORWARD_BACKWARD_BYTES
 from tinker_hpc.gateway.validate import refuse
 from tinker_hpc.gateway.wire import ForwardBackwardCall, WireDatum, WireTensor
@@ -22,12 +25,30 @@ MAX_TARGETS = MAX_FORWARD_BACKWARD_BYTES // 8
 """Of one call, sparse ones written out: a few bytes of CSR can stand for any number of zeros."""
 
 
-def forward_backward(call: ForwardBackwardCall, base: BaseModel) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+@dataclass(frozen=True)
+class Losses:
+    """What a run offers beside the published losses.
+
+    uploaded: custom losses. stable_reinforce: the loss it stands for (Config.stable_reinforce).
+    """
+
+    uploaded: CustomLosses
+    stable_reinforce: str | None = None
+
+
+Judged = tuple[dict[str, Any], dict[str, np.ndarray]]
+
+
+def forward_backward(call: ForwardBackwardCall, base: BaseModel, losses: Losses) -> Judged:
     """Judge a forward_backward and flatten it for the log.
 
     Returns: (header fields, arrays) as ARCHITECTURE.md has them: `tokens` int32 [T], `offsets` int64 [n + 1],
         `input.<key>` int64 or float32 [T] or [T * K], datums one after the other.
     """
+    if call.loss_fn == "custom":
+        return _custom(call, base, losses.uploaded)
+    if call.loss_fn == "stable_reinforce" and losses.stable_reinforce:
+        call = _as(losses.stable_reinforce, call)
     declaration = loss_declaration(call.loss_fn)
     config = loss_config(call.loss_fn, declaration, call.loss_fn_config)
     tokens, offsets = sequences(call, base)
@@ -61,13 +82,9 @@ def loss_declaration(name: str) -> LossDeclaration:
     """The declaration of a published loss."""
     if name == "stable_reinforce":
         refuse(
-            "loss_fn 'stable_reinforce' is not offered: its formula is not published. "
-            "Use loss_fn='importance_sampling' (same inputs, no provenance spans)."
-        )
-    if name == "custom":
-        refuse(
-            "loss_fn 'custom' (a loss uploaded to the server) is not offered. Pass your function itself to "
-            "forward_backward_custom(data, fn): it then runs beside your loop, with the same gradients."
+            "loss_fn 'stable_reinforce' is not offered: its formula is not published. Use "
+            "loss_fn='importance_sampling' (same inputs, no provenance spans), or let it stand for that with "
+            '`stable_reinforce = "importance_sampling"` in the configuration file.'
         )
     declaration = KNOWN_LOSSES.get(name)
     if declaration is None:
@@ -88,6 +105,80 @@ def loss_config(name: str, declaration: LossDeclaration, given: Mapping[str, flo
             )
         config[key] = float(value)
     return config
+
+
+def _as(loss_fn: str, call: ForwardBackwardCall) -> ForwardBackwardCall:
+    """stable_reinforce, asked for by the user's configuration to be another loss: that one has no KL term."""
+    kl_coeff = call.loss_fn_config.get("kl_coeff", 0)
+    if kl_coeff not in (0, "0", "0.0"):
+        refuse(
+            f"loss_fn_config['kl_coeff'] is {kl_coeff!r}, but your configuration lets stable_reinforce stand for "
+            f"{loss_fn}, which has no KL term. Leave kl_coeff out, or put the KL into the advantages."
+        )
+    config = {key: value for key, value in call.loss_fn_config.items() if key != "kl_coeff"}
+    return replace(call, loss_fn=loss_fn, loss_fn_config=config)
+
+
+def _custom(call: ForwardBackwardCall, base: BaseModel, uploaded: CustomLosses) -> Judged:
+    """A pass of an uploaded loss. It reads what it declared; other loss_fn_inputs may be there and are left out.
+
+    Its inputs may have any shape of their declared rank: `shapes.<key>` int64 [n, rank] says which.
+    """
+    loss_id = call.loss_fn_config.get("loss_id")
+    if set(call.loss_fn_config) != {"loss_id"} or not isinstance(loss_id, str):
+        refuse(
+            f"loss_fn 'custom' takes loss_fn_config {{'loss_id': ...}}, given: {sorted(call.loss_fn_config)}. Use "
+            "forward_backward_custom(data, handle) with the handle of service_client.create_custom_loss."
+        )
+    stored, loss = uploaded.get(loss_id)
+    tokens, offsets = sequences(call, base)
+    for index, datum in enumerate(call.data):
+        _check_custom_inputs(index, datum, loss)
+    trailing = targets_a_token(call)
+    targets = np.concatenate([dense(datum.inputs["target_tokens"]) for datum in call.data])
+    arrays: dict[str, np.ndarray] = {"tokens": tokens, "offsets": offsets}
+    arrays["input.target_tokens"] = integers("target_tokens", targets)
+    check_ids(arrays["input.target_tokens"], offsets, base, "loss_fn_inputs['target_tokens']", trailing)
+    for key, rank in loss.inputs[1:]:
+        arrays[f"custom.{key}"] = np.concatenate([dense(datum.inputs[key]) for datum in call.data])
+        if rank:
+            arrays[f"shapes.{key}"] = np.array([datum.inputs[key].shape for datum in call.data], dtype=np.int64)
+    header = {
+        "loss_fn": "custom",
+        "loss_fn_config": {},
+        "custom_loss": stored,
+        "forward_only": call.forward_only,
+        "input_keys": ["target_tokens"],
+        "trailing_shapes": {"target_tokens": trailing},
+    }
+    return header, arrays
+
+
+def _check_custom_inputs(index: int, datum: WireDatum, loss: CustomLoss) -> None:
+    where = f"data[{index}].loss_fn_inputs"
+    (_, logprobs_rank), *inputs = loss.inputs
+    missing = [key for key in ("target_tokens", *(key for key, _ in inputs)) if key not in datum.inputs]
+    if missing:
+        refuse(f"{where} lacks {', '.join(missing)}, which custom loss {loss.name!r} takes.")
+    targets = datum.inputs["target_tokens"]
+    check_targets(f"{where}['target_tokens']", targets, datum.tokens.size)
+    if len(targets.shape) != logprobs_rank:
+        refuse(
+            f"{where}['target_tokens'] has shape {list(targets.shape)}; custom loss {loss.name!r} declared logprobs, "
+            f"which have the shape of target_tokens, with rank {logprobs_rank}."
+        )
+    for key, rank in inputs:
+        tensor = datum.inputs[key]
+        # A number has no shape on the wire, and neither has a list that was sent without one.
+        given = 0 if rank == 0 and tensor.shape == (1,) else len(tensor.shape)
+        if given != rank:
+            refuse(
+                f"{where}[{key!r}] has shape {list(tensor.shape)}, rank {given}; custom loss {loss.name!r} declared "
+                f"{key} with rank {rank}."
+            )
+        if min(tensor.shape, default=0) < 0 or math.prod(tensor.shape) > MAX_TARGETS:
+            refuse(f"{where}[{key!r}] has shape {list(tensor.shape)}; at most {MAX_TARGETS} values are taken.")
+        check_size(f"{where}[{key!r}]", tensor)
 
 
 def sequences(call: ForwardBackwardCall, base: BaseModel) -> tuple[np.ndarray, np.ndarray]:

@@ -72,6 +72,24 @@ def to_data(request: Record) -> list[Datum]:
     ]
 
 
+def custom_inputs(request: Record, keys: Sequence[tuple[str, int]]) -> list[list[np.ndarray]]:
+    """What an uploaded loss takes after logprobs: of each datum, one array per (key, rank), a copy.
+
+    Raises: RequestError if the arrays do not fit together.
+    """
+    count = request.arrays["offsets"].size - 1
+    columns = []
+    for key, rank in keys:
+        flat = request.arrays[f"custom.{key}"]
+        shapes = request.arrays[f"shapes.{key}"] if rank else np.empty((count, 0), dtype=np.int64)
+        ends = np.cumsum(shapes.prod(axis=1))
+        if shapes.shape != (count, rank) or (shapes < 0).any() or int(ends[-1]) != flat.size:
+            raise RequestError(f"custom loss input {key!r}: {flat.size} values do not fit the shapes of {count} data")
+        pieces = np.split(flat, ends[:-1])
+        columns.append([piece.reshape(shape).copy() for piece, shape in zip(pieces, shapes, strict=True)])
+    return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in range(count)]
+
+
 def num_loss_tokens(request: Record) -> int:
     """How many tokens count in the loss: those with a weight or an advantage that is not 0."""
     for key in ("input.weights", "input.advantages"):

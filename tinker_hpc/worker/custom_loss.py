@@ -5,7 +5,7 @@ GPU is asked to, and no index of a user's can end the worker in a device-side as
 and one backward: each datum's loss is differentiated by its logprobs here and now (so that its graph's memory is that
 of one datum), and the model goes back from these gradients.
 
-What a datum's loss may allocate is bounded before each operation. T packed tokens, K targets a token, M metrics.
+What a datum's loss may allocate is bounded before each operation. T packed tokens, K targets a token.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_adapters.interface import Datum
+from tinker_hpc import custom_loss
 from tinker_hpc.custom_loss import CustomLoss, Device, Dtype, Ref, Step
 from tinker_hpc.custom_loss_ops import Growth
 from tinker_hpc.errors import RequestError
+from tinker_hpc.log import Record
+from tinker_hpc.worker.batch import custom_inputs
 
 MAX_ELEMENTS = 2**24
 """Of one operation's result: 64 MiB of float32, or 4,096 tokens each with each."""
@@ -33,8 +39,16 @@ DATUM_INDEX = "datum_index"
 """The engine's loss input that says which datum a token belongs to: int64 [T]."""
 
 
+def numbered(data: Sequence[Datum]) -> list[Datum]:
+    """The data of a request, each token saying which datum it belongs to: micro-batches mix them."""
+    return [
+        replace(datum, inputs={**datum.inputs, DATUM_INDEX: np.full(len(datum.tokens), index)})
+        for index, datum in enumerate(data)
+    ]
+
+
 class CustomLossFn:
-    """The loss of one request, as the engine calls it; its metrics come behind it, in the order of `metric_names`.
+    """The loss of one request, as the engine calls it.
 
     data: of each datum of the request, the tensors the loss takes after logprobs.
     """
@@ -43,10 +57,19 @@ class CustomLossFn:
         self._loss = loss
         self._data = data
         self._functions = [_find(step.operation.path) for step in loss.steps]
-        self.metric_names = tuple(loss.metrics)
+
+    @classmethod
+    def of(cls, request: Record) -> CustomLossFn:
+        """The loss of a forward_backward record with a `custom_loss`.
+
+        Raises: RequestError for a graph that is not allowed, or inputs that do not fit together.
+        """
+        loss = custom_loss.read(request.header["custom_loss"])
+        inputs = custom_inputs(request, loss.inputs[1:])
+        return cls(loss, [[torch.from_numpy(x) for x in row] for row in inputs])
 
     def __call__(self, logprobs: Tensor, inputs: Mapping[str, Tensor], segment_ids_T: Tensor) -> Tensor:
-        """[1 + M] float64: loss and metrics, summed over the datums; the loss is differentiable in logprobs.
+        """The loss, summed over the datums of a micro-batch, a scalar.
 
         Raises: RequestError naming datum and node, for whatever an operation raises, a loss that is no scalar or does
             not depend on logprobs, a gradient that is not finite, and results beyond the limits above.
@@ -55,21 +78,36 @@ class CustomLossFn:
         starts = torch.tensor([0, *lengths[:-1]], dtype=torch.int64).cumsum(0)
         indices = inputs[DATUM_INDEX].cpu()[starts].tolist()
         backward = logprobs.requires_grad
-        values = torch.zeros(1 + len(self.metric_names), dtype=torch.float64)
+        total = 0.0
         grads: list[Tensor] = []
         for index, piece in zip(indices, logprobs.detach().cpu().split(lengths), strict=True):
             leaf = piece.clone().requires_grad_(backward)
             with torch.set_grad_enabled(backward):
-                loss, metrics = self._evaluate(leaf, index)
+                loss, _ = self._evaluate(leaf, index)
             if backward:
                 grads.append(self._gradient(loss, leaf, index))
-            values += torch.tensor([loss.item(), *metrics], dtype=torch.float64)
-        values = values.to(logprobs.device)
+            total += loss.item()
+        value = torch.tensor(total, dtype=logprobs.dtype, device=logprobs.device)
         if not backward:
-            return values
+            return value
         surrogate = (logprobs * torch.cat(grads).to(logprobs.device)).sum()
-        zero_with_gradient = (surrogate - surrogate.detach()).double().reshape(1)
-        return torch.cat((values[:1] + zero_with_gradient, values[1:]))
+        return value + (surrogate - surrogate.detach())  # the second is zero, with the gradient
+
+    @torch.no_grad()
+    def metrics(self, logprobs: Sequence[np.ndarray]) -> dict[str, float]:
+        """The metrics of the whole pass, from its logprobs, one array per datum: sums, or means over the datums.
+
+        Run once more here, where every rank has all logprobs, instead of being carried through the ranks beside the
+        loss: it is a few operations a datum, and only where the graph has metrics.
+        """
+        if not self._loss.metrics:
+            return {}
+        rows = [self._evaluate(torch.from_numpy(row.copy()), index)[1] for index, row in enumerate(logprobs)]
+        sums = np.sum(np.asarray(rows, dtype=np.float64), axis=0).tolist()
+        return {
+            key: value / len(rows) if key.endswith(":mean") else value
+            for key, value in zip(self._loss.metrics, sums, strict=True)
+        }
 
     def _evaluate(self, logprobs: Tensor, index: int) -> tuple[Tensor, list[float]]:
         """Loss (a scalar) and metrics of one datum."""
@@ -106,7 +144,7 @@ class CustomLossFn:
                 raise RequestError(f"{where}: metric {name!r} has shape {list(value.shape)}, expected a scalar.")
             if not isinstance(value, Tensor | int | float):
                 raise RequestError(f"{where}: metric {name!r} is a {type(value).__name__}, expected a scalar.")
-            metrics.append(float(value))
+            metrics.append(float(value.detach() if isinstance(value, Tensor) else value))
         return loss, metrics
 
     def _gradient(self, loss: Tensor, logprobs: Tensor, index: int) -> Tensor:
@@ -256,7 +294,7 @@ def _indexed_elements(path: str, args: tuple[Any, ...], tensors: Sequence[Tensor
     of, *indices = tensors
     if path.endswith("getitem") and not isinstance(args[0], Tensor):
         raise _NotAllowed("the index of a tuple is a number")
-    if path.endswith("getitem") and any(isinstance(x, list) for x in _flat(args[1])):
+    if path.endswith("getitem") and any(isinstance(x, list) for x in (args[1], *_flat(args[1]))):
         raise _NotAllowed("index with numbers, slices or tensors")
     picking = [x for x in indices if x.dtype is not torch.bool]
     if not picking:

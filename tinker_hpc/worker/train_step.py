@@ -23,6 +23,7 @@ from tinker_hpc.worker import checkpoint
 from tinker_hpc.worker.aside import SnapshotsAside
 from tinker_hpc.worker.batch import lora_spec, num_loss_tokens, pass_result, to_data
 from tinker_hpc.worker.checkpoint import Checkpoint
+from tinker_hpc.worker.custom_loss import CustomLossFn, numbered
 from tinker_hpc.worker.losses import bind
 from tinker_hpc.worker.metrics import MetricsFile, StepMetrics
 from tinker_hpc.worker.ranks import Ranks
@@ -165,8 +166,12 @@ class TrainStep:
         for index, request in enumerate(requests):
             header = request.header
             try:
-                loss_fn = bind(header["loss_fn"], header.get("loss_fn_config") or {})
-                passes[index] = Pass(header["model_id"], to_data(request), loss_fn)
+                data = to_data(request)
+                if header["loss_fn"] == "custom":
+                    passes[index] = Pass(header["model_id"], numbered(data), CustomLossFn.of(request))
+                else:
+                    loss_fn = bind(header["loss_fn"], header.get("loss_fn_config") or {})
+                    passes[index] = Pass(header["model_id"], data, loss_fn)
             except Exception as error:
                 outcomes[index] = error
         outputs = self._engine.run_passes(list(passes.values()), backward=backward)
@@ -178,7 +183,9 @@ class TrainStep:
                 continue
             request = requests[index]
             gap = sampler_gap(passes[index].data, output.logprobs)
-            outcomes[index] = pass_result(replace(output, metrics=output.metrics | gap.metrics()))
+            loss_fn = passes[index].loss_fn
+            custom = loss_fn.metrics(output.logprobs) if isinstance(loss_fn, CustomLossFn) else {}
+            outcomes[index] = pass_result(replace(output, metrics=output.metrics | gap.metrics() | custom))
             if backward:
                 size = int(request.arrays["tokens"].size)
                 self._models[request.header["model_id"]].since_step.add(

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import custom_losses
 import numpy as np
 import pytest
 import tinker
@@ -18,6 +19,7 @@ from tinker.types.forward_backward_request import ForwardBackwardRequest
 from tinker_hpc.base_models import BaseModel
 from tinker_hpc.errors import RequestError
 from tinker_hpc.gateway import passes, wire
+from tinker_hpc.gateway.custom_losses import CustomLosses, answer_of_creation, creation_id
 from tinker_hpc.gateway.wire import ForwardBackwardCall, WireDatum, WireTensor
 from tinker_hpc.loss_table import KNOWN_LOSSES
 
@@ -47,6 +49,16 @@ def call(*data: WireDatum, loss: str = "cross_entropy", config: Any = None) -> F
     return ForwardBackwardCall("m", 1, data, loss, config or {}, False)
 
 
+def custom(loss_id: str, *data: WireDatum) -> ForwardBackwardCall:
+    return call(*(data or [good()]), loss="custom", config={"loss_id": loss_id})
+
+
+def judge(
+    asked: ForwardBackwardCall, folder: Path = Path("/nowhere"), stable_reinforce: str | None = None
+) -> passes.Judged:
+    return passes.forward_backward(asked, BASE, passes.Losses(CustomLosses(folder), stable_reinforce))
+
+
 def good(n: int = 4, **changed: WireTensor) -> WireDatum:
     inputs = {"target_tokens": tensor(range(n), "int64"), "weights": tensor([1.0] * n), **changed}
     return WireDatum(np.arange(n, dtype=np.int32), inputs)
@@ -71,7 +83,7 @@ def test_a_good_call_is_flattened_in_order(rows):
         )
         for row in rows
     ]
-    header, arrays = passes.forward_backward(call(*data), BASE)
+    header, arrays = judge(call(*data))
     assert header["input_keys"] == ["target_tokens", "weights"]
     assert header["trailing_shapes"] == {"target_tokens": [], "weights": []}
     assert arrays["tokens"].dtype == np.int32
@@ -84,7 +96,7 @@ def test_a_good_call_is_flattened_in_order(rows):
 
 
 def test_integer_weights_are_numbers_too():
-    _, arrays = passes.forward_backward(call(good(weights=tensor([1, 0, 1, 1], "int64"))), BASE)
+    _, arrays = judge(call(good(weights=tensor([1, 0, 1, 1], "int64"))))
     assert arrays["input.weights"].tolist() == [1.0, 0.0, 1.0, 1.0]
 
 
@@ -112,7 +124,7 @@ def test_several_targets_arrive_as_the_sdk_wrote_them_sparse_or_dense(seed, num_
         seq_id=1,
     )
     decoded = wire.decode_forward_backward(forward_backward_request_to_proto(request).SerializeToString())
-    header, arrays = passes.forward_backward(decoded, BASE)
+    header, arrays = judge(decoded)
     assert header["trailing_shapes"] == {"target_tokens": [num_targets], "weights": [num_targets]}
     np.testing.assert_array_equal(
         arrays["input.target_tokens"], np.concatenate([targets.reshape(-1) for targets, _ in written])
@@ -193,7 +205,9 @@ WRONG_CALLS = {
     ),
     "unknown loss": (call(good(), loss="crossentropy"), "unknown loss_fn 'crossentropy'. Tinker's losses are"),
     "stable_reinforce": (call(good(), loss="stable_reinforce"), "loss_fn='importance_sampling'"),
-    "uploaded loss": (call(good(), loss="custom"), "forward_backward_custom(data, fn)"),
+    "uploaded loss without its id": (call(good(), loss="custom"), "takes loss_fn_config {'loss_id': ...}, given: []"),
+    "uploaded loss nobody knows": (custom("loss-" + "0" * 32), "unknown custom loss 'loss-0000"),
+    "uploaded loss that is a path": (custom("../../gateway"), "unknown custom loss '../../gateway'"),
     "config key": (call(good(), config={"beta": 1.0}), "loss_fn_config has 'beta'"),
     "crossed bounds": (
         call(sampled(), loss="ppo", config={"clip_low_threshold": 2.0}),
@@ -214,7 +228,7 @@ WRONG_CALLS = {
 def test_wrong_calls_are_named(name):
     wrong, words = WRONG_CALLS[name]
     with pytest.raises(RequestError) as caught:
-        passes.forward_backward(wrong, BASE)
+        judge(wrong)
     assert words in str(caught.value)
 
 
@@ -222,7 +236,7 @@ def test_wrong_calls_are_named(name):
 def test_every_policy_loss_is_taken_with_its_defaults(name):
     declaration = KNOWN_LOSSES[name]
     extra = {key: tensor([1.0] * 4) for key in ("sequence_ratio_mask",) if key in declaration.required}
-    header, arrays = passes.forward_backward(call(sampled(**extra), loss=name), BASE)
+    header, arrays = judge(call(sampled(**extra), loss=name))
     assert header["loss_fn_config"] == dict(declaration.config)
     assert {f"input.{key}" for key in declaration.required} <= set(arrays)
 
@@ -236,3 +250,101 @@ def test_loss_config_defaults_and_wrong_values():
     for value in (math.nan, math.inf, "0.5"):
         with pytest.raises(RequestError, match="expected a finite number"):
             passes.loss_config("ppo", ppo, {"clip_low_threshold": value})
+
+
+# ---- uploaded losses
+
+
+@pytest.fixture
+def uploaded(tmp_path: Path) -> CustomLosses:
+    return CustomLosses(tmp_path / "custom_losses")
+
+
+def judge_custom(uploaded: CustomLosses, name: str, *data: WireDatum) -> passes.Judged:
+    loss_id = uploaded.create(custom_losses.payload(custom_losses.handle(name)))
+    return passes.forward_backward(custom(loss_id, *data), BASE, passes.Losses(uploaded))
+
+
+def test_an_uploaded_loss_is_known_after_a_restart_and_has_one_file(uploaded, tmp_path):
+    body = custom_losses.payload(custom_losses.handle("focal"))
+    loss_id = uploaded.create(body)
+    assert uploaded.create({**body, "session_id": "another"}) == loss_id
+    assert [file.name for file in (tmp_path / "custom_losses").iterdir()] == [f"{loss_id}.json"]
+    stored, loss = CustomLosses(tmp_path / "custom_losses").get(loss_id)
+    assert stored == body and loss == uploaded.get(loss_id)[1]
+    answer = answer_of_creation(creation_id("s-1", 3, loss_id))
+    assert answer is not None and wire.parse_json(answer.body) == {"type": "create_custom_loss", "loss_id": loss_id}
+    assert answer_of_creation("s-1:train:0:7") is None
+
+
+def test_a_pass_of_an_uploaded_loss_carries_graph_and_shapes(uploaded):
+    """Inputs it does not read are left out; a number of each datum has no shape."""
+    rows = [
+        good(n, ref=tensor([-1.0] * n), mask=tensor([1.0] * n), beta=tensor([0.5], shape=(1,)), extra=tensor([1.0]))
+        for n in (4, 2)
+    ]
+    header, arrays = judge_custom(uploaded, "dpo_like", *rows)
+    assert header["loss_fn"] == "custom" and header["custom_loss"]["name"] == "dpo_like"
+    assert header["input_keys"] == ["target_tokens"]
+    assert arrays["custom.beta"].tolist() == [0.5, 0.5] and "shapes.beta" not in arrays
+    assert arrays["shapes.ref"].tolist() == [[4], [2]] and arrays["custom.ref"].size == 6
+    assert not {"custom.extra", "custom.weights", "input.weights"} & set(arrays)
+
+
+WRONG_CUSTOM = {
+    "missing": (good(ref=tensor([0.0] * 4), beta=tensor([1.0])), "lacks mask, which custom loss 'dpo_like' takes"),
+    "rank": (
+        good(ref=tensor([[0.0]] * 4), mask=tensor([1.0] * 4), beta=tensor([1.0])),
+        "['ref'] has shape [4, 1], rank 2; custom loss 'dpo_like' declared ref with rank 1",
+    ),
+    "not a number": (
+        good(ref=tensor([0.0] * 4), mask=tensor([1.0] * 4), beta=tensor([1.0, 2.0])),
+        "['beta'] has shape [2], rank 1; custom loss 'dpo_like' declared beta with rank 0",
+    ),
+    "logprobs of another rank": (
+        good(target_tokens=tensor([[1, 2]] * 4, "int64"), ref=tensor([0.0]), mask=tensor([0.0]), beta=tensor([1.0])),
+        "has shape [4, 2]; custom loss 'dpo_like' declared logprobs, which have the shape of target_tokens, with",
+    ),
+    "shape that lies": (
+        good(ref=tensor([0.0] * 4, shape=(2**40,)), mask=tensor([1.0] * 4), beta=tensor([1.0])),
+        "values are taken",
+    ),
+    "negative shape": (
+        good(ref=tensor([0.0] * 4, shape=(-4,)), mask=tensor([1.0] * 4), beta=tensor([1.0])),
+        "values are taken",
+    ),
+    "target beyond the vocabulary": (
+        good(
+            target_tokens=tensor([1, 2, 3, 100], "int64"),
+            ref=tensor([0.0] * 4),
+            mask=tensor([1.0] * 4),
+            beta=tensor([1.0]),
+        ),
+        "['target_tokens'][3] is token id 100",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CUSTOM)
+def test_wrong_inputs_of_an_uploaded_loss_are_named(uploaded, name):
+    datum, words = WRONG_CUSTOM[name]
+    with pytest.raises(RequestError) as caught:
+        judge_custom(uploaded, "dpo_like", datum)
+    assert words in str(caught.value)
+
+
+# ---- stable_reinforce, where the user's configuration says what it stands for
+
+
+def test_stable_reinforce_stands_for_importance_sampling_where_the_user_says_so():
+    plain = judge(call(sampled(), loss="importance_sampling"))
+    for config in ({}, {"kl_coeff": 0.0}, {"kl_coeff": "0.0"}):
+        header, arrays = judge(
+            call(sampled(), loss="stable_reinforce", config=config), stable_reinforce=plain[0]["loss_fn"]
+        )
+        assert header == plain[0]
+        assert all(np.array_equal(arrays[key], plain[1][key]) for key in plain[1])
+    with pytest.raises(RequestError, match=r"kl_coeff'\] is 0\.1, but your configuration lets"):
+        judge(
+            call(sampled(), loss="stable_reinforce", config={"kl_coeff": 0.1}), stable_reinforce="importance_sampling"
+        )

@@ -45,7 +45,7 @@ def test_every_field_of_a_profile_arrives() -> None:
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"dataroot": "/x"}, ["dataroot", "base_models, cluster, clusters, data_root, state_dir"]),
+        ({"dataroot": "/x"}, ["dataroot", "base_models, cluster, clusters, data_root, stable_reinforce, state_dir"]),
         ({"clusters": {"c": {"acount": "lab"}}}, ["[clusters.c]", "acount", "account"]),
         ({"clusters": {"c": {"gpus_per_node": "4"}}}, ["gpus_per_node", "'4'", "whole number"]),
         ({"clusters": {"c": {"gpus_per_node": True}}}, ["gpus_per_node", "True"]),
@@ -60,6 +60,8 @@ def test_every_field_of_a_profile_arrives() -> None:
         ({"clusters": {"c": {"environment": {"A": 1}}}}, ["environment A", "string"]),
         ({"clusters": {"bad name": {}}}, ["bad name"]),
         ({"clusters": {"c": 3}}, ["[clusters.c]", "table"]),
+        ({"stable_reinforce": "ppo"}, ["stable_reinforce is 'ppo'", '"importance_sampling"']),
+        ({"stable_reinforce": True}, ["stable_reinforce is True; expected a string"]),
         ({"base_models": {"Qwen/Qwen3-8B": 3}}, ["Qwen/Qwen3-8B", "folder"]),
         ({"data_root": "$NO_SUCH/x"}, ["$NO_SUCH", "not set"]),
     ],
@@ -69,6 +71,11 @@ def test_mistakes_are_refused_with_what_is_valid(table, words) -> None:
         build(table)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_loss_stands_for_another_only_where_the_file_says_so() -> None:
+    assert build({}).stable_reinforce is None
+    assert build({"stable_reinforce": "importance_sampling"}).stable_reinforce == "importance_sampling"
 
 
 def test_environment_wins_over_file(tmp_path: Path) -> None:
