@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import serving
 import tinker
+import torch
 
 from tinker_hpc.gateway.checkpoints import TinkerPath
 
@@ -283,6 +284,69 @@ def test_wrong_keys(service):
     check("key that is none of Tinker's", lambda: connect("sk-something"), "tml-")
 
 
+# --- losses of the user's own, run on the server ------------------------------------------------------------------
+
+UPLOADS: dict[str, tuple[Callable[..., Any], str]] = {
+    "custom loss: random numbers": (
+        lambda logprobs, weights: ((logprobs * torch.rand_like(weights)).sum(), {}),
+        "'torch.rand_like' is not on the list of allowed functions",
+    ),
+    "custom loss: an attribute": (lambda logprobs, weights: (logprobs.grad_fn.sum(), {}), "the attribute 'grad_fn'"),
+    "custom loss: in place": (
+        lambda logprobs, weights: (logprobs.mul_(weights).sum(), {}),
+        "'mul_' is not on the list",
+    ),
+    "custom loss: a giant constant": (lambda logprobs, weights: ((logprobs * 2**40).sum(), {}), "is beyond 2147483648"),
+    "custom loss: a long constant": (
+        lambda logprobs, weights: (torch.stack([logprobs * i for i in range(100)]).sum(), {}),
+        "a constant has 100 entries",
+    ),
+    "custom loss: too many nodes": (
+        lambda logprobs, weights: (sum(logprobs * i for i in range(600)).sum(), {}),
+        "nodes, at most 512 are taken",
+    ),
+}
+RUNS: dict[str, tuple[Callable[..., Any], str]] = {
+    "custom loss: a shape bomb": (
+        lambda logprobs, weights: ((logprobs[:, None].expand(-1, 2**28) + weights[0]).sum(), {}),
+        "1073741824 elements, at most 16777216 are computed",
+    ),
+    "custom loss: no scalar": (lambda logprobs, weights: (logprobs * weights, {}), "must return a scalar loss"),
+    "custom loss: detached": (lambda logprobs, weights: (logprobs.detach().sum(), {}), "does not depend on logprobs"),
+    "custom loss: shapes that do not match": (
+        lambda logprobs, weights: ((logprobs[1:] * weights).sum(), {}),
+        "Shapes of its tensors: [3], [4]",
+    ),
+    "custom loss: an infinite gradient": (
+        lambda logprobs, weights: (torch.log(weights * logprobs * 0).sum(), {}),
+        "nothing was added. Look for log(0)",
+    ),
+}
+
+
+def test_wrong_custom_losses(service):
+    client = tinker.ServiceClient(base_url=service.base_url, api_key=service.api_key)
+    trainer = client.create_lora_training_client(base_model=service.base_model, rank=4, seed=1).result(WAIT_S)
+
+    def upload(function: Callable[..., Any]) -> Any:
+        return client.create_custom_loss(function, {"logprobs": 1, "weights": 1}).result(WAIT_S)
+
+    for case, (function, words) in UPLOADS.items():
+        check(case, lambda function=function: upload(function), words)
+    for case, (function, words) in RUNS.items():
+        handle = upload(function)
+        error = check(case, lambda handle=handle: trainer.forward_backward_custom(data(), handle).result(WAIT_S), words)
+        assert isinstance(error, tinker.RequestFailedError)
+        assert error.category is tinker.types.RequestErrorCategory.User
+    unknown = {"loss_id": "loss-of-another-run"}
+    check(
+        "custom loss: not uploaded here",
+        lambda: trainer.forward_backward(data(), "custom", unknown).result(WAIT_S),
+        "unknown custom loss 'loss-of-another-run'",
+    )
+    assert trainer.optim_step(tinker.AdamParams()).result(WAIT_S).metrics["grad_norm:mean"] == 0.0
+
+
 # --- the disk, and the files on it ------------------------------------------------------------------------------
 
 
@@ -344,7 +408,7 @@ def retrieve(service: serving.Service, model_id: str) -> serving.Reply:
 
 def test_the_list_is_current():
     """bad_input.md holds exactly these messages."""
-    expected = len(TRAINING) + len(CREATING) + len(SAMPLING) + 13
+    expected = len(TRAINING) + len(CREATING) + len(SAMPLING) + len(UPLOADS) + len(RUNS) + 14
     if len(SEEN) < expected and not os.environ.get("CI"):
         pytest.skip("not all cases ran: pytest tests/contract/test_bad_input.py")
     assert len(SEEN) == expected

@@ -232,7 +232,7 @@ def _apply(step: Step, function: Callable[..., Any], args: tuple[Any, ...], kwar
     if elements > MAX_ELEMENTS:
         raise _NotAllowed(
             f"its result could have {elements} elements, at most {MAX_ELEMENTS} are computed. Send shorter sequences, "
-            "or sum before you multiply"
+            "or sum before you multiply."
         )
     return function(*args, **kwargs)
 
