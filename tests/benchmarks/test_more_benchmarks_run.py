@@ -45,3 +45,10 @@ def test_gpu_shapes_made_tiny(model: str, tmp_path: Path) -> None:
     assert record["config"]["flops_per_trained_token"] == 4 * record["config"]["num_active_parameters"]
     for metrics in record["metrics"].values():
         assert metrics["tokens_per_s"]["ratio_tinker_hpc_to_transformers_peft"]["median"] > 0
+
+
+def test_custom_loss(tmp_path: Path) -> None:
+    [metrics] = quick("bench_custom_loss.py", tmp_path)["metrics"].values()
+    sides = metrics["pass_ms"]
+    assert {"on_the_server", "beside_the_loop", "published_ppo"} < set(sides)
+    assert all(row["median"] > 0 for row in sides.values())
