@@ -41,7 +41,7 @@ def run_ranks(
         "WORLD_SIZE": str(world_size),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, modules))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, HERE.parent, modules))),
     }
     logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
     processes = []

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import custom_losses
 import numpy as np
 import torch
 from parity_reference import ADAM, RANK, STEPS, Reference, sequences
@@ -21,7 +22,9 @@ from megatron_adapters import adapter_files
 from megatron_adapters.engine import AdamParams, Datum, Engine, Layout, LoraSpec
 from megatron_adapters.grad_sync import sum_gradients
 from megatron_adapters.lora_linear import Segment
+from tinker_hpc import custom_loss
 from tinker_hpc.errors import TinkerHpcError
+from tinker_hpc.worker.custom_loss import CustomLossFn, numbered
 
 Outcome = dict[str, Any]
 
@@ -198,6 +201,25 @@ def several_targets(bench: Bench) -> Outcome:
         "soft": bench.grads("soft"),
         "one_by_one": bench.grads("one_by_one"),
     }
+
+
+def uploaded_loss(bench: Bench) -> Outcome:
+    """An uploaded loss over data that micro-batches and ranks have cut up, beside the same loss by hand."""
+    engine = bench.engine
+    loss = custom_loss.read(custom_losses.payload(custom_losses.handle("focal")))
+    uploaded = CustomLossFn(loss, [[torch.from_numpy(d.inputs["weights"])] for d in batch()])
+
+    def by_hand(logprobs_T: Tensor, inputs_T: Any, segment_ids_T: Tensor) -> Tensor:
+        count_T = torch.bincount(segment_ids_T)[segment_ids_T]
+        return -((1 - logprobs_T.exp()) ** 2 * logprobs_T * inputs_T["weights"] / count_T.sqrt()).sum()
+
+    results = {}
+    for name, data, loss_fn in (("uploaded", numbered(batch()), uploaded), ("by_hand", batch(), by_hand)):
+        engine.load_adapter(name, bench.references["qwen3"].adapter_folder, optimizer=False)
+        output = engine.run_pass(name, data, loss_fn, backward=True)
+        results[name] = {"loss": output.loss_sum, "grads": bench.grads(name)}
+    expected = np.mean([np.exp(row).mean() for row in output.logprobs])
+    return {**results, "metrics": uploaded.metrics(output.logprobs), "expected_p": float(expected)}
 
 
 def save_load_step(bench: Bench) -> Outcome:
@@ -395,6 +417,7 @@ SCENARIOS = (
     zero_weight_is_no_op,
     order_is_kept,
     several_targets,
+    uploaded_loss,
     save_load_step,
     adapters_are_separate,
     mixed_batch,

@@ -71,6 +71,14 @@ def test_several_targets_a_token_are_transformers_numbers(
     assert relative_gap(result["soft"], result["one_by_one"]) < 1e-5
 
 
+def test_an_uploaded_loss_is_cut_like_any_other(properties: dict[str, Any]) -> None:
+    result = properties["uploaded_loss"]
+    uploaded, by_hand = result["uploaded"], result["by_hand"]
+    assert uploaded["loss"] == pytest.approx(by_hand["loss"], rel=1e-5)
+    assert relative_gap(uploaded["grads"], by_hand["grads"]) < 1e-5
+    assert result["metrics"]["custom/p:mean"] == pytest.approx(result["expected_p"], rel=1e-5)
+
+
 def test_zero_weight_data_is_a_no_op_bit_for_bit(properties: dict[str, Any]) -> None:
     result = properties["zero_weight_is_no_op"]
     assert_same_bits(result["plain"], result["with_zeros"])
