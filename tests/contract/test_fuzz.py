@@ -22,15 +22,9 @@ from starlette.routing import Route
 from tinker.proto.request_conv import forward_backward_request_to_proto
 from tinker.types.forward_backward_request import ForwardBackwardRequest
 
-from tinker_hpc.gateway import app
-from tinker_hpc.gateway.desk import Desk
-from tinker_hpc.gateway.ledger import Ledger
-from tinker_hpc.gateway.lookup import Lookup
-from tinker_hpc.gateway.retention import Reads
-from tinker_hpc.gateway.retrieval import Retrieval
-from tinker_hpc.gateway.sessions import Sessions
-from tinker_hpc.gateway.shelf import Shelf
-from tinker_hpc.gateway.workers import Workers
+from tinker_hpc.config import load_config
+from tinker_hpc.gateway.assembly import assemble
+from tinker_hpc.log import Lease
 
 pytestmark = pytest.mark.slow
 
@@ -59,11 +53,8 @@ FIELDS = (
 def routes(tmp_path_factory) -> list[tuple[str, str]]:
     """(method, path) of every route there is, found by building the application."""
     run, _ = serving.new_run(tmp_path_factory.mktemp("routes") / "root")
-    workers, ledger, sessions = Workers(run, {}), Ledger(), Sessions(run.sessions)
-    desk = Desk(run.data_root, workers, ledger, sessions, Reads(run.reads))
-    lookup = Lookup(run.data_root, ledger, workers, sessions)
-    shelf = Shelf(run.data_root, run.exports)
-    built = app.build(desk, lookup, Retrieval(ledger, workers), shelf, run=run, api_key="")
+    lease = Lease.acquire(run.gateway_lease, {}, holder="gateway")
+    built = assemble(run, load_config(), lease, api_key="").application
     found = [(route.path, route.methods or set()) for route in built.routes if isinstance(route, Route)]
     methods = [(method, path) for path, methods in found for method in sorted(methods - {"HEAD"})]
     return [each for each in methods if each[1] != "/internal/close"]  # that one closes the run

@@ -1,6 +1,7 @@
 """Step 3 of a request: Tinker's wire protocol on 127.0.0.1, in its own process, never waiting for a GPU.
 
-    __main__.py     the process: port, key, gateway.json, uvicorn; after a restart everything from the logs
+    __main__.py     the process: port, key, lease, gateway.json, uvicorn
+    assembly.py     its parts put together; after a restart everything from the logs
     app.py          routes that ask for work and fetch results, thin: HTTP in, a call below, HTTP out
     rest.py         routes that need no worker, as thin; absent.py: what a cluster cannot have, one sentence each
     http.py         what every route shares
@@ -8,12 +9,14 @@
     refusals.py     answers that are not a result: a status and one clear sentence
     wire.py         protobuf and JSON <-> plain values (pure)
     desk.py         one method an endpoint that asks for work: judges, makes the record, accepts it
+    passes.py       a pass: its loss, declared or uploaded (custom_losses.py keeps those), and its tensors (pure)
     validate.py     is a training request right? If not: what was given, what was expected, what to change (pure)
-    sampling.py     the same for sampling requests (pure)
+    sampling.py     the same for sampling requests (pure); prompt_asks.py: what they ask about the prompt
     checkpoints.py  tinker:// paths and the checkpoint folders behind them
     intake.py       idempotent and durable: a request id is handed out after the record is on disk
+    replay.py       a loop that was started again: recorded answers, until it asks something else
     ledger.py       futures, models and samplers, built from request headers alone
-    futures.py      what became of each request; wakes the long polls
+    futures.py      what became of each request; wakes the long polls; completions.py: told in batches
     sessions.py     SDK sessions
     lookup.py       questions that need no worker; search.py: searching sessions (pure)
     shelf.py        saved checkpoints: delete, TTL, publish, copy, hand out files

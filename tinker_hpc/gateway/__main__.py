@@ -23,17 +23,8 @@ import uvicorn
 
 from tinker_hpc.config import load_config
 from tinker_hpc.errors import CorruptLogError, DataRootError, LeaseLostError, TinkerHpcError
-from tinker_hpc.gateway import app, passes
-from tinker_hpc.gateway.custom_losses import CustomLosses
-from tinker_hpc.gateway.desk import Desk
-from tinker_hpc.gateway.ledger import Ledger
-from tinker_hpc.gateway.lookup import Lookup
-from tinker_hpc.gateway.replay import Replay, tell_again
-from tinker_hpc.gateway.retention import Reads
-from tinker_hpc.gateway.retrieval import HOLD_S, Retrieval
-from tinker_hpc.gateway.sessions import Sessions
-from tinker_hpc.gateway.shelf import Shelf
-from tinker_hpc.gateway.workers import Workers
+from tinker_hpc.gateway.assembly import assemble
+from tinker_hpc.gateway.retrieval import HOLD_S
 from tinker_hpc.log import Lease
 from tinker_hpc.run_folder import RunFolder, read_json, write_json
 
@@ -76,33 +67,20 @@ def serve(run: RunFolder, *, hold_s: float = HOLD_S) -> None:
     port = listening.getsockname()[1]
     api_key = known.get("api_key") or f"tml-{secrets.token_urlsafe(32)}"
 
-    ledger = Ledger()
-    config = load_config()
     owner = {"host": socket.gethostname(), "pid": os.getpid()}
     lease = Lease.acquire(run.gateway_lease, owner, holder="gateway")
-    workers = Workers(run, config.base_models, lease)
-    replay = Replay(run, ledger, workers)
-    sessions = Sessions(run.sessions, replay)
-    losses = passes.Losses(CustomLosses(run.custom_losses), stable_reinforce=config.stable_reinforce)
-    desk = Desk(run.data_root, workers, ledger, sessions, reads=Reads(run.reads), replay=replay, losses=losses)
-    lookup = Lookup(run.data_root, ledger, workers, sessions)
-    shelf = Shelf(run.data_root, run.exports)
-    retrieval = Retrieval(ledger, workers, hold_s=hold_s)
-    application = app.build(desk, lookup, retrieval, shelf, run=run, api_key=api_key)
+    gateway = assemble(run, load_config(), lease, api_key=api_key, hold_s=hold_s)
+    gateway.recall()  # before gateway.json: what is wrong with a log ends this process, with words
     superseded: list[str] = []
-    for link in workers.scan():  # before gateway.json: what is wrong with one ends this process, with words
-        ledger.replay(link.requests(), link.index, link.taken_back)
-        tell_again(link, ledger.rewinds_told.get(link.index, ()))
-    replay.restore()
 
     def stop(reason: str) -> None:
         superseded.append(reason)
         server.should_exit = True
 
-    desk.intake.on_superseded = stop
+    gateway.desk.intake.on_superseded = stop
     server = uvicorn.Server(
         uvicorn.Config(
-            application,
+            gateway.application,
             log_config=None,
             access_log=False,
             server_header=False,
