@@ -179,13 +179,14 @@ class Desk:
             ttl = validate.ttl_seconds(payload.get("ttl_seconds"))
             if payload.get("path") is None:
                 # kind "inflight" may adopt later weights, it need not: a snapshot keeps its promise too.
-                number = validate.integer(payload, "sampling_session_seq_id")
-                return {"sampling_session_id": f"{model.session_id}:sample:{number}"}
+                validate.integer(payload, "sampling_session_seq_id")
+                # Not named after that number: the SDK takes a new one for every *retry*, so a loop that is started
+                # again, and retries at other moments, would meet ids that stand for other samplers.
+                return {"sampling_session_id": f"{model.model_id}:sample:{payload['seq_id']}"}
             name = validate.checkpoint_name(payload["path"])
             target = self._target(model, "sampler_weights", name)
             return {**target, "ttl_seconds": ttl, "user_metadata": _metadata(payload)}
 
-        # The SDK takes a new sampling_session_seq_id for every *retry* of the same request.
         return await self._ordered("save_sampler_weights", payload, judge, free=("sampling_session_seq_id",))
 
     async def save_weights_external(self, payload: Payload) -> Payload:
