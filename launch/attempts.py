@@ -21,8 +21,8 @@ from typing import Any, TextIO
 
 from launch import process_tree, progress
 from launch.chain import WITHOUT_A_WORD, Attempt
-from launch.patience import until_written
 from launch.progress import Credit
+from tinker_hpc.patience import until_written
 from tinker_hpc.run_folder import RunFolder, make_private, read_json, write_json
 
 BEAT_S = 1.5

@@ -16,12 +16,12 @@ from launch.gateway_keeper import GatewayKeeper
 from launch.job_spec import JobSpec
 from launch.log_tail import error_line, last_lines, last_traceback
 from launch.node import CLOSE_GRACE_S, LISTING_POLL_S, POLL_S, Node, Place
-from launch.patience import passes, until_written
 from launch.ranks_keeper import RanksKeeper
 from launch.run_record import RunRecord
 from launch.tenure import Tenure
 from tinker_hpc.config import load_config
 from tinker_hpc.errors import TinkerHpcError
+from tinker_hpc.patience import passes, until_written
 from tinker_hpc.run_folder import RunFolder
 
 TERM_GRACE_S = 4.0

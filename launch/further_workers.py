@@ -13,10 +13,10 @@ import time
 from launch import attempts, lineage, process_tree
 from launch.children import Child, worker_watch_argv
 from launch.monitor import job_statuses
-from launch.patience import until_written
 from launch.run_record import listed
 from launch.submit import cancel
 from tinker_hpc.errors import TinkerHpcError
+from tinker_hpc.patience import until_written
 from tinker_hpc.run_folder import RunFolder, write_json
 
 _ASK_SLURM_S = 60.0

@@ -13,8 +13,8 @@ from launch.children import Child, gateway_argv, gateway_environment
 from launch.gateway_client import GatewayAddress, answers, read_address
 from launch.job_spec import JobSpec
 from launch.log_tail import error_line, last_lines
-from launch.patience import until_there_is_room, until_written
 from launch.run_record import RunRecord
+from tinker_hpc.patience import until_there_is_room, until_written
 from tinker_hpc.run_folder import RunFolder
 
 _MAX_STARTS_PER_MINUTE = 5

@@ -15,8 +15,8 @@ from launch import memory_kills
 from launch.children import Child, agent_argv, agent_environment
 from launch.job_spec import JobSpec
 from launch.log_tail import were_killed, worker_words
-from launch.patience import until_written
 from launch.run_record import listed
+from tinker_hpc.patience import until_written
 from tinker_hpc.run_folder import RunFolder, read_json, write_json
 
 POLL_S = 0.1

@@ -15,8 +15,8 @@ from typing import Any
 from launch import progress
 from launch.log_tail import disk_refused, num_failed_starts, were_killed
 from launch.node import LISTING_POLL_S, POLL_S, Node
-from launch.patience import until_there_is_room, until_written
 from launch.run_record import RunRecord, listed
+from tinker_hpc.patience import until_there_is_room, until_written
 from tinker_hpc.run_folder import read_json, write_json
 
 _EARLY_STARTS = 2

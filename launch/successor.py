@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from launch import lineage, site
 from launch.host import Host
 from launch.job_spec import JobSpec
-from launch.patience import until_written
 from launch.sbatch import sbatch
 from launch.squeue import live_jobs
 from launch.submitted import SubmittedJob
 from tinker_hpc.errors import SlurmUnavailableError, SubmissionError
+from tinker_hpc.patience import until_written
 from tinker_hpc.run_folder import RunFolder
 
 _RETRY_S = 30.0

@@ -121,6 +121,11 @@ class Scene:
     def results(self) -> list[Record]:
         return records(ResultReader(self.worker.path))
 
+    def is_serving(self) -> bool:
+        """Whether the rank there is has started to serve: one that outlived its agent may have answered last."""
+        started = [r.header["pid"] for r in self.results() if r.header["op"] == "worker_started"]
+        return bool(started) and started[-1] == self.rank()
+
     def is_batched(self, seq: int) -> bool:
         return any(r.header["op"] == "batch" and seq in r.header["seqs"] for r in self.results())
 
@@ -193,6 +198,8 @@ def mid_snapshot(scene: Scene, step: int, kill: Callable[[], None]) -> None:
 def mid_publish(scene: Scene, step: int, kill: Callable[[], None]) -> None:
     """The result is computed and not durable: the disk is full."""
     filler = scene.run.data_root / "filler"
+    # A snapshot that fails would give back the room it had taken, and the result would fit.
+    scene.wait(lambda: not list(scene.worker.snapshots.glob(".writing-*")), "the last snapshot's end")
     with scene.stopped(scene.rank()):
         scene.go(step, "pass")
         seq = scene.wait(lambda: scene.request(step), "the request")
@@ -273,6 +280,7 @@ def test_killed_at_every_point(kind: str, scene: Callable[[str], Scene], expecte
     shaken.start()
     for step, (point, arrange) in enumerate(ARRANGED.items()):
         shaken.wait(lambda step=step: (shaken.control / f"at-{step}-pass").exists(), f"step {step}")
+        shaken.wait(shaken.is_serving, "the worker")
         arrange(shaken, step, lambda: shaken.kill(kind))
         killed_at = time.monotonic()
         shaken.revive(kind)

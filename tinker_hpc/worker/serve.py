@@ -16,6 +16,7 @@ from megatron_adapters.engine import TOKEN_BUDGET, Engine, Layout
 from tinker_hpc.errors import ConfigError
 from tinker_hpc.log import Bell, Lease, LogReader, Record, ResultLog, ResultReader
 from tinker_hpc.log.request_log import compacted_through
+from tinker_hpc.patience import until_written
 from tinker_hpc.run_folder import WorkerFolder, read_json
 from tinker_hpc.worker.aside import SnapshotsAside
 from tinker_hpc.worker.desk import LAG_S, Desk
@@ -96,8 +97,9 @@ class _FirstRank:
         self._folder = folder
         self._owner = owner
         self._rewinds = rewinds
-        self._lease = Lease.acquire(folder.lease, owner)
-        log = ResultLog(folder.path, self._lease)
+        # A rank that was killed while the disk is full is started again there: it must not use up its restarts.
+        self._lease = until_written(lambda: Lease.acquire(folder.lease, owner))
+        log = until_written(lambda: ResultLog(folder.path, self._lease))
         self._redo = _redo(folder, log, rewinds.seqs)
         base_model = declaration["base_model"]
         self._started_from = self._find_snapshot(base_model, log.limits)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch import attempts
-from launch.patience import passes, until_written
 from tinker_hpc.errors import DataRootError
+from tinker_hpc.patience import passes, until_written
 from tinker_hpc.run_folder import RunFolder
 
 
@@ -67,6 +67,6 @@ def test_a_claim_on_a_full_disk_is_made_when_there_is_room(tmp_path: Path, monke
         return real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(attempts.os, "pwrite", pwrite)
-    monkeypatch.setattr("launch.patience._PAUSE_S", 0.0)
+    monkeypatch.setattr("tinker_hpc.patience._PAUSE_S", 0.0)
     assert attempts.begin(folder, {"job_id": "1", "host": "n", "pid": 1}) == 1
     assert attempts.claim_of(folder, 1)["job_id"] == "1" and attempts.holder(folder) == 1
