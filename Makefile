@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lint unit distributed slurm end-to-end cookbook cookbook-env bench
+.PHONY: help env demo test check lint unit distributed slurm slurm-long end-to-end cookbook cookbook-env bench
 
 help:
 	@echo "make demo        fine-tune a small model on this machine, no Slurm needed (about two minutes)"
@@ -22,6 +22,7 @@ help:
 	@echo "make check       the fast tier: lint, types, import contracts, unit and contract tests"
 	@echo "make distributed megatron parity against transformers + peft, several gloo ranks"
 	@echo "make slurm       the Slurm tier alone"
+	@echo "make slurm-long  more ways to end a job, and two minutes without slurmctld (not part of make test)"
 	@echo "make end-to-end  whole loops: submit, train, sample, save, resume"
 	@echo "make cookbook    tinker-cookbook's recipes, unmodified, in an environment of their own (make cookbook-env)"
 	@echo "make bench       the benchmarks, long form; writes tests/benchmarks/results"
@@ -73,6 +74,10 @@ cookbook: $(STAMP) $(COOKBOOK_STAMP)
 slurm: $(STAMP)
 	tests/slurm/install.sh
 	$(PYTEST) tests/slurm -m "not slow"
+
+slurm-long: $(STAMP)
+	tests/slurm/install.sh
+	$(PYTEST) tests/slurm -m slow
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run_all.py

@@ -160,6 +160,7 @@ def test_preempted_with_grace(cluster: SlurmCluster, unharmed: Numbers) -> None:
     nothing_left(cluster, run)
 
 
+@pytest.mark.slow
 def test_preempted_without_grace(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """Cancel mode and no grace: killed at once, without a word. Afterwards Slurm says why, and so does the record."""
     cluster.slurm("scontrol", "update", "PartitionName=low", "PreemptMode=CANCEL", "GraceTime=0")
@@ -174,6 +175,7 @@ def test_preempted_without_grace(cluster: SlurmCluster, unharmed: Numbers) -> No
         cluster.slurm("scontrol", "update", "PartitionName=low", "PreemptMode=REQUEUE", "GraceTime=5")
 
 
+@pytest.mark.slow
 def test_a_site_that_forbids_sbatch_on_its_nodes(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """The job finds out by being refused, has itself requeued instead, and writes down what it learned."""
     sites = cluster.home("alice") / "tinker_hpc_data" / "sites"
@@ -210,6 +212,7 @@ def test_time_limit(cluster: SlurmCluster, unharmed: Numbers) -> None:
     assert numbers(cluster, run) == unharmed
 
 
+@pytest.mark.slow
 def test_a_node_vanishes(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """Power off: no signal, no goodbye, and Slurm needs its SlurmdTimeout (10 s here, 300 by default) to notice."""
     run = train(cluster)
@@ -222,6 +225,7 @@ def test_a_node_vanishes(cluster: SlurmCluster, unharmed: Numbers) -> None:
     assert len(status_of(cluster, run)["job_ids"]) == 3
 
 
+@pytest.mark.slow
 def test_a_node_is_only_unreachable(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """Its slurmd is dead, its processes are not: Slurm starts the next job while the old one still works."""
     run = train(cluster, pause_s=2.0)
@@ -261,6 +265,7 @@ def test_killed_one_by_one(cluster: SlurmCluster, unharmed: Numbers) -> None:
     assert numbers(cluster, run) == unharmed
 
 
+@pytest.mark.slow
 def test_slurm_itself_is_away(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """Controller and accounting down while the run trains, and a job lost while accounting is away."""
     away(cluster, unharmed, seconds=12)
@@ -335,6 +340,7 @@ def test_the_owners_scancel_ends_the_run(cluster: SlurmCluster) -> None:
     nothing_left(cluster, run)
 
 
+@pytest.mark.slow
 def test_resumed_after_a_cancel(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """Cancelled, then resumed with another number of ranks: the run goes on where the layout allows only 1e-5."""
     run = train(cluster, pause_s=1.5)
@@ -352,6 +358,7 @@ def test_resumed_after_a_cancel(cluster: SlurmCluster, unharmed: Numbers) -> Non
     assert resumed.losses == pytest.approx(unharmed.losses, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_driver_of_its_own(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """The loop in a CPU job, the worker in a preemptible one: preempted, the loop only waits, and is told why."""
     run = train(cluster, cluster="preemptible", driver="separate", resources={"cpus_per_node": 8})
@@ -369,6 +376,7 @@ def test_a_driver_of_its_own(cluster: SlurmCluster, unharmed: Numbers) -> None:
     nothing_left(cluster, {"run_id": worker.name})
 
 
+@pytest.mark.slow
 def test_a_session_outlives_its_workers_job(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """The loop in a notebook on the login node; an administrator ends the worker's job under it."""
     runs = cluster.home("alice") / "tinker_hpc_data" / "runs"
