@@ -20,6 +20,7 @@ from launch.first_node import TERM_GRACE_S, FirstNode
 from launch.job_spec import JobSpec
 from launch.node import OtherNode, Place
 from tinker_hpc.errors import DataRootError
+from tinker_hpc.patience import words_may_be_lost
 from tinker_hpc.run_folder import RunFolder, check_data_root, check_private, read_json
 
 
@@ -30,6 +31,7 @@ class Supervise:
         self.run_folder = run_folder
 
     def __call__(self) -> None:
+        words_may_be_lost()
         sys.exit(supervise(RunFolder(Path(self.run_folder)), Place.here()))
 
 

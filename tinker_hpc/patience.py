@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
 from tinker_hpc.errors import DataRootError
 from tinker_hpc.run_folder import write_bytes
@@ -39,6 +40,39 @@ def until_written(action: Callable[[], _T], *, sleep: Callable[[float], None] = 
                 said_at = now
                 print(f"tinker_hpc: the disk refuses ({error}); trying again until it does not", flush=True)
             sleep(_PAUSE_S)
+
+
+def words_may_be_lost() -> None:
+    """From here on this process goes on where what it says cannot be written.
+
+    The logs of a job lie on the disk it waits for: saying that it is full must not be what ends the process.
+    """
+    sys.stdout, sys.stderr = (cast(TextIO, _Words(stream)) for stream in (sys.stdout, sys.stderr))
+
+
+class _Words:
+    """A text stream that drops what the disk refuses for a while."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            if not passes(error):
+                raise
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            if not passes(error):
+                raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def until_there_is_room(folder: Path) -> None:

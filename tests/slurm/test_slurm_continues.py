@@ -35,8 +35,8 @@ class Numbers:
 def train(slurm: SlurmCluster, **options: Any) -> dict[str, Any]:
     """Submit the loop of this module."""
     resources = {"memory": "2G", **options.pop("resources", {})}
-    pause_s = options.pop("pause_s", PAUSE_S)
-    loop = [str(PROGRAMS / "sft_loop.py"), str(TINY_MODEL), str(STEPS), str(pause_s)]
+    pause_s, program = options.pop("pause_s", PAUSE_S), options.pop("program", "sft_loop.py")
+    loop = [str(PROGRAMS / program), str(TINY_MODEL), str(STEPS), str(pause_s)]
     return slurm.submit("python", *loop, resources=resources, **options)
 
 
@@ -201,14 +201,13 @@ def test_a_site_that_forbids_sbatch_on_its_nodes(cluster: SlurmCluster, unharmed
 
 def test_time_limit(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """Work stops before the limit, and the next job goes on. Slurm's finest limit is a minute."""
-    run = train(cluster, resources={"time": 1}, pause_s=2.2)
+    run = train(cluster, resources={"time": 1}, program="paced_loop.py", pause_s=2.2)
     until(
         lambda: "handed_over" in cluster.events(run["run_id"]), timeout_s=90, what="the handover before the time limit"
     )
     recovery = Recovery(cluster, run, "handed over before the time limit")
     assert cluster.sacct(run["job_id"], "State") != ["TIMEOUT"]
     recovery.wait()
-    # One more limit comes and goes where replaying what was done takes no time.
     assert numbers(cluster, run) == unharmed
 
 

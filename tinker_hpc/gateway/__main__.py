@@ -26,6 +26,7 @@ from tinker_hpc.errors import CorruptLogError, DataRootError, LeaseLostError, Ti
 from tinker_hpc.gateway.assembly import assemble
 from tinker_hpc.gateway.retrieval import HOLD_S
 from tinker_hpc.log import Lease
+from tinker_hpc.patience import words_may_be_lost
 from tinker_hpc.run_folder import RunFolder, read_json, write_json
 
 HOST = "127.0.0.1"
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tinker_hpc.gateway", description="The gateway of one run.")
     parser.add_argument("--run-dir", type=Path, required=True, help="the run's folder under the data root")
     run = RunFolder(parser.parse_args(argv).run_dir.resolve())
+    words_may_be_lost()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
         serve(run)

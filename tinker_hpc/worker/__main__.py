@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tinker_hpc.errors import TinkerHpcError
+from tinker_hpc.patience import words_may_be_lost
 from tinker_hpc.run_folder import WorkerFolder
 from tinker_hpc.worker import agent
 
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # On import megatron-core tells of every optional package it did not find; a run's log has no use for that.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     agent.end_with_agent()
+    words_may_be_lost()
     try:
         owner = agent.owner()
         if rank == "0":

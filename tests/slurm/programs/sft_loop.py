@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 
 import tinker
 
@@ -15,9 +16,14 @@ SENTENCES = ("Q: what is two plus two? A: four, my friend.", "Q: what is the sea
 
 
 def main(
-    base_model: str, steps: int, pause_s: float = 0.0, service: tinker.ServiceClient | None = None
+    base_model: str,
+    steps: int,
+    pause_s: float = 0.0,
+    service: tinker.ServiceClient | None = None,
+    rest: Callable[[int], None] | None = None,
 ) -> dict[str, object]:
-    """Train, save, and say what happened."""
+    """Train, save, and say what happened. `rest(step)` is called after each step, instead of a pause."""
+    rest = rest or (lambda step: time.sleep(pause_s))
     client = (
         (service or tinker.ServiceClient()).create_lora_training_client(base_model=base_model, rank=8, seed=1).result()
     )
@@ -32,11 +38,11 @@ def main(
             )
         )
     losses = []
-    for _ in range(steps):
+    for step in range(steps):
         forward_backward = client.forward_backward(data, "cross_entropy")
         client.optim_step(tinker.AdamParams(learning_rate=2e-3)).result()
         losses.append(forward_backward.result().metrics["loss:sum"])
-        time.sleep(pause_s)
+        rest(step)
     return {"losses": losses, "checkpoint": client.save_state("final").result().path}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,16 @@ def test_a_claim_on_a_full_disk_is_made_when_there_is_room(tmp_path: Path, monke
     monkeypatch.setattr("tinker_hpc.patience._PAUSE_S", 0.0)
     assert attempts.begin(folder, {"job_id": "1", "host": "n", "pid": 1}) == 1
     assert attempts.claim_of(folder, 1)["job_id"] == "1" and attempts.holder(folder) == 1
+
+
+def test_speaking_on_a_full_disk_ends_nobody(tmp_path: Path) -> None:
+    """/dev/full refuses every write with ENOSPC, as the full disk does that a job's log lies on."""
+    program = (
+        "import sys; from pathlib import Path; from tinker_hpc.patience import words_may_be_lost; words_may_be_lost();"
+        "print('full', flush=True); print('full', file=sys.stderr); Path(sys.argv[1]).write_text('went on')"
+    )
+    with open("/dev/full", "w") as full:
+        argv = [sys.executable, "-u", "-c", program, str(tmp_path / "note")]
+        done = subprocess.run(argv, stdout=full, stderr=full, timeout=60, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "note").read_text() == "went on"
