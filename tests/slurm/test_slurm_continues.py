@@ -76,7 +76,7 @@ class Recovery:
     """Times from a blow to the first optimizer step after it.
 
     Args:
-        in_place: the worker lives on; else a new one must get ready first.
+        in_place: the worker's agent lives on; else a new one must get ready first.
         steps_of: the run whose steps count, where the worker has a run folder of its own.
     """
 
@@ -253,7 +253,7 @@ def test_killed_one_by_one(cluster: SlurmCluster, unharmed: Numbers) -> None:
     for who, pattern in victims.items():
         wait_for_steps(cluster, run, steps(cluster, run) + 2)
         node = status_of(cluster, run)["nodes"][0]
-        recovery = Recovery(cluster, run, f"{who} killed", in_place=who in ("gateway", "loop"))
+        recovery = Recovery(cluster, run, f"{who} killed", in_place=who != "agent")
         kill_processes(cluster, node, f"^[^ ]*python.*{pattern}")
         recovery.wait()
     assert status_of(cluster, run)["job_ids"][0] == run["job_id"] and len(status_of(cluster, run)["job_ids"]) == 2
