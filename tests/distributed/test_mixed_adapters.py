@@ -22,6 +22,9 @@ pytestmark = pytest.mark.distributed
 LAYOUTS = {"tp1": Layout(1, 1), "tp2dp2": Layout(2, 2)}
 # Another batch is another shape of matrix product: float32 sums in another order. Relative to the largest entry.
 CLOSE = 1e-6
+# Gradients are sums that cancel, above all at rank 1 and where four ranks cut the batch: 3.7e-6 was seen under
+# TP 2 x DP 2 (it differs from run to run; 7e-7 on one rank). Parity with peft is held to 2e-5.
+CLOSE_GRADIENTS = 1e-5
 
 
 @pytest.fixture(scope="module", params=list(LAYOUTS))
@@ -53,6 +56,7 @@ def test_alone_equals_together(name: str, outcome: dict[str, Any]) -> None:
         "norms": gap(together["norms"], alone["norms"]),
     }
     print(name, {key: f"{value:.1e}" for key, value in gaps.items()})
+    assert gaps.pop("gradients") <= CLOSE_GRADIENTS
     assert all(value <= CLOSE for value in gaps.values()), gaps
     assert together["steps"] == alone["steps"] == STEPS
     assert max(x.abs().max() for x in alone["grads"].values()) > 1e-3, "there is something to compare"
