@@ -54,6 +54,10 @@ class Place:
             start=f"{job_id}.{os.environ.get('SLURM_RESTART_COUNT', '0')}",
         )
 
+    def say(self, text: str) -> None:
+        """A line in the log of the node it is on."""
+        print(f"tinker_hpc {time.strftime('%H:%M:%S')} {self.hostname}: {text}", flush=True)
+
 
 class Node:
     """What both kinds of node share: signals, the agent, the log."""
@@ -108,7 +112,7 @@ class Node:
 
     def say(self, text: str) -> None:
         """A line in this node's own log."""
-        print(f"tinker_hpc {time.strftime('%H:%M:%S')} {self.place.hostname}: {text}", flush=True)
+        self.place.say(text)
 
     def failure_file(self, node_rank: int, number: int) -> Path:
         """Where a node without a gateway reports that its agent ended in that round."""

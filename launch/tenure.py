@@ -57,7 +57,7 @@ class Tenure:
     def take(self) -> int | None:
         """Claim the run. None: work may begin. Else: this job's exit code, there is nothing to do."""
         if listed(self._run_folder.outcome):
-            self._say("the run is over already; nothing to do.")
+            self._place.say("the run is over already; nothing to do.")
             self._take_back()
             return 0
         self.number = attempts.begin(
@@ -77,7 +77,7 @@ class Tenure:
             self._take_back()
             return 0
         if not ruling.goes_on:
-            self._say(f"the run does not go on: {ruling.why}.")
+            self._place.say(f"the run does not go on: {ruling.why}.")
             code = past[-1].exit_code if past else 1
             self._record.outcome(exit_code=code or 1, reason=ruling.reason, error=ruling.why)
             self._leave_note(ruling.reason, ruling.why, exit_code=0)
@@ -148,7 +148,7 @@ class Tenure:
             return
         self._record.event("successor", how=self._successor.how, trouble=self._successor.trouble)
         if self._successor.trouble:
-            self._say(f"no job will follow this one yet: {self._successor.trouble}")
+            self._place.say(f"no job will follow this one yet: {self._successor.trouble}")
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ class Tenure:
         if not goes_on:
             self._take_back()
         elif self._successor is not None and self._successor.how == "requeue" and not self._successor.requeue():
-            self._say("Slurm did not put this job into the queue again.")
+            self._place.say("Slurm did not put this job into the queue again.")
 
     def give_way(self, by: int) -> None:
         """Say that everything this attempt had started is gone, so that the one that took over may begin."""
@@ -193,6 +193,3 @@ class Tenure:
     def _take_back(self) -> None:
         if self._on_slurm:
             take_back(self._run_folder, self._host, own_job_id=self._place.job_id, run_id=self._spec.run_id)
-
-    def _say(self, text: str) -> None:
-        print(f"tinker_hpc {time.strftime('%H:%M:%S')} {self._place.hostname}: {text}", flush=True)
