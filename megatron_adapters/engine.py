@@ -12,8 +12,6 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from tinker_hpc.errors import RequestError, ShapeError, WeightsError
 
@@ -21,18 +19,18 @@ from . import adapter_files, runtime, training_state
 from .adapter_files import HostCopy
 from .adapter_room import AdapterRoom, memory_for_adapters
 from .adapters import Adapter, LoraWeights
+from .data_checks import check_data
 from .decode import Admit, Decoder, OnFinished
 from .families import check_layout, read_architecture
 from .grad_sync import gradient_norm, sum_gradients
 from .interface import AdamParams, Datum, Layout, LoraSpec, LossFn, ModelInfo, Pass, PassOutput
-from .mixed_batch import Results, arrange
 from .model import Model
 from .optimizer import step_
+from .pass_group import run_together
 from .placement import stage_layers
 from .projections import parameters_per_rank, projections, target_names
 from .sample_request import SampledSequence, SampleRequest, SampleResult
 from .sampler import make_decoder
-from .training_pass import TrainingPass, plan_micro_batches
 
 __all__ = [
     "AdamParams",
@@ -270,81 +268,22 @@ class Engine:
             try:
                 if one.adapter_id not in self.adapters:
                     raise self._unknown(one.adapter_id)
-                self._check(one.data)
+                check_data(one.data, self.info)
             except (RequestError, ShapeError) as error:
                 outcomes[index] = error
         if self._decoder is not None:
             self._decoder.release_memory()
         while left := [index for index in range(len(passes)) if index not in outcomes]:
-            results = self._run_together([passes[index] for index in left], backward)
+            together = [passes[index] for index in left]
+            adapters = {one.adapter_id: self.adapters[one.adapter_id] for one in together}
+            self.room.use(adapters.keys())
+            results = run_together(self.model, together, adapters, self.token_budget, backward=backward)
             if results.failures and backward:  # what they left in the gradients is gone; the others begin again
                 outcomes |= {left[place]: error for place, error in results.failures.items()}
                 continue
             for place, index in enumerate(left):
                 outcomes[index] = results.failures.get(place) or results.output(place)
         return [outcomes[index] for index in range(len(passes))]
-
-    def _run_together(self, passes: Sequence[Pass], backward: bool) -> Results:
-        """Run passes that have been checked. Where one failed, all gradients are as they were before."""
-        adapters = {one.adapter_id: self.adapters[one.adapter_id] for one in passes}
-        self.room.use(adapters.keys())
-        saved = {key: adapter.grads.clone() for key, adapter in adapters.items() if backward and adapter.has_gradients}
-
-        def restore() -> None:
-            for key, adapter in adapters.items():
-                if backward:
-                    adapter.restore_grad(saved.get(key))
-
-        results = Results.empty(passes)
-        items = arrange(passes)
-        lengths = [len(item.datum.tokens) for item in items]
-        layout, place = self.runtime.layout, self.runtime.place
-        batches = plan_micro_batches(lengths, layout, place.dp_rank, self.token_budget)
-        loras = {key: adapter.lora for key, adapter in adapters.items()}
-        failure: Exception | None = None
-        try:
-            running = TrainingPass(self.model, passes, loras, results, backward)
-            running.run([[items[index] for index in members] for members in batches])
-        except Exception as error:  # another data-parallel rank may have had other data, and waits for us below
-            failure = error
-        if layout.dp_size * layout.pp_size > 1:
-            failure = runtime.first_failure(self.runtime, failure)
-            if failure is None:
-                self._share(results)
-        if failure is not None:
-            restore()
-            raise failure
-        if backward:
-            for index, total in enumerate(results.loss_sums.tolist()):
-                if not np.isfinite(total) and index not in results.failures:
-                    results.failures[index] = RequestError(
-                        f"the loss of this pass is {total}, so its gradients were not added. Look for NaN or infinite "
-                        "loss inputs, or weights that a large learning rate has destroyed."
-                    )
-            if results.failures:
-                restore()
-                return results
-            for adapter in adapters.values():
-                adapter.has_gradients = True
-        return results
-
-    def _share(self, results: Results) -> None:
-        """Give every rank the results of all. Every number is computed by one data-parallel rank of the last stage and
-        zero elsewhere (but on its TP ranks, which hold the same), so the sum is a gather.
-        """
-        losses = torch.from_numpy(results.loss_sums)
-        flat = torch.cat([torch.from_numpy(piece).flatten() for pieces in results.logprobs for piece in pieces])
-        if self.runtime.tp_rank > 0:
-            losses.zero_()
-            flat.zero_()
-        dist.all_reduce(losses, group=self.control_group)
-        dist.all_reduce(flat, group=self.control_group)
-        start = 0
-        for pieces in results.logprobs:
-            for place, piece in enumerate(pieces):
-                pieces[place] = flat[start : start + piece.size].view(piece.shape).numpy()
-                start += piece.size
-        results.failures = runtime.first_failures(self.runtime, results.failures, len(results.loss_sums))
 
     def optim_step(self, adapter_id: str, adam: AdamParams) -> dict[str, float]:
         """One AdamW step on the gradients accumulated since the last one; then they are zero.
@@ -411,47 +350,3 @@ class Engine:
 
     def _unknown(self, adapter_id: str) -> RequestError:
         return RequestError(f"no adapter {adapter_id!r}. Known: {', '.join(self.adapters) or 'none'}.")
-
-    def _check(self, data: Sequence[Datum]) -> None:
-        """Refuse data that the model cannot run; what a loss needs beyond target_tokens is the loss's business."""
-        if not data:
-            raise RequestError("a pass needs at least one datum; none was given.")
-        keys = set(data[0].inputs)
-        for index, datum in enumerate(data):
-            length = len(datum.tokens)
-            if length == 0:
-                raise RequestError(f"datum {index} has no tokens. Leave it out of the batch.")
-            if length > self.info.max_context:
-                raise RequestError(
-                    f"datum {index} has {length} tokens, the model's context is {self.info.max_context}. Shorten it."
-                )
-            if set(datum.inputs) != keys:
-                raise RequestError(
-                    f"datum {index} has the loss inputs {sorted(datum.inputs)}, datum 0 has {sorted(keys)}. "
-                    "All data of one call need the same keys."
-                )
-            if "target_tokens" not in keys:
-                raise RequestError(
-                    f"the loss inputs {sorted(keys)} lack target_tokens: the token to score at every position."
-                )
-            for key, values in datum.inputs.items():
-                if values.shape[0] != length or (key == "target_tokens" and values.ndim > 2):
-                    raise ShapeError(
-                        f"datum {index}: {key} has shape {list(values.shape)}, the datum has {length} tokens. "
-                        "Give one entry per token, or K targets per token as [N, K]."
-                    )
-                if values.shape[1:] != data[0].inputs[key].shape[1:]:
-                    raise ShapeError(
-                        f"datum {index}: {key} has shape {list(values.shape)}, that of datum 0 is "
-                        f"{list(data[0].inputs[key].shape)}. Within one call only the number of tokens may differ."
-                    )
-            self._check_ids(index, "tokens", datum.tokens)
-            self._check_ids(index, "target_tokens", datum.inputs["target_tokens"])
-
-    def _check_ids(self, index: int, name: str, ids: np.ndarray) -> None:
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.info.vocab_size:
-            raise RequestError(
-                f"datum {index}: {name} holds the id {low if low < 0 else high}, the vocabulary has ids 0 to "
-                f"{self.info.vocab_size - 1}. Use the base model's own tokenizer."
-            )
