@@ -33,7 +33,7 @@ def main(requests_file: Path) -> None:
 
 
 def measure(name: str, layout_fields: dict[str, int], lora_rank: int) -> dict[str, Any]:
-    """{"weights", "adapter"}: bytes on rank 0; {"trained"}: parameters over all ranks, by part."""
+    """{"weights", "adapters", "cached_token"}: bytes on rank 0; {"trained"}: parameters over all ranks, by part."""
     import published_configs
     import torch
     from megatron.core import parallel_state
@@ -84,7 +84,24 @@ def measure(name: str, layout_fields: dict[str, int], lora_rank: int) -> dict[st
     assert all(parameter.is_meta for parameter in gpt.parameters())
     buffers = (whole.weights, whole.grads, whole.exp_avg, whole.exp_avg_sq)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in gpt.parameters())
-    return {"weights": weights, "adapter": sum(x.numel() * x.element_size() for x in buffers), "trained": trained}
+    return {
+        "weights": weights,
+        "adapters": sum(x.numel() * x.element_size() for x in buffers),
+        "cached_token": cached_token_bytes(gpt, arch, layout),
+        "trained": trained,
+    }
+
+
+def cached_token_bytes(gpt: Any, arch: Any, layout: Any) -> int:
+    """What one sampled token keeps in the cache of rank 0, from the tensors a lane group makes."""
+    import torch
+
+    from megatron_adapters.kv_cache import KvShape, LaneGroup
+
+    heads = arch.num_kv_heads // layout.tp_size
+    group = LaneGroup(KvShape(len(gpt.decoder.layers), heads, arch.head_dim, torch.bfloat16, torch.device("meta")), 64)
+    group.resize(1)
+    return sum(x.numel() * x.element_size() for x in (*group.keys_RHCD, *group.values_RHCD)) // 64
 
 
 if __name__ == "__main__":

@@ -35,13 +35,14 @@ ORACLE = {
     "Qwen3-30B-A3B": (14_450_688, 835_584, 153_984),
     "Qwen3-235B-A22B": (56_598_528, 3_176_448, 156_032),
 }
-MACHINES = {
-    "Qwen3-30B-A3B": Machine(1, 1, 141),
-    "Qwen3-235B-A22B": Machine(2, 8, 80),
-    "Llama-3.1-70B": Machine(1, 4, 80),
-    "Qwen3-8B": Machine(1, 1, 80),
-    "Qwen3-32B": Machine(2, 8, 80),
-}
+PLANNED = [
+    ("Qwen3-30B-A3B", Machine(1, 1, 141)),
+    ("Qwen3-235B-A22B", Machine(2, 8, 80)),
+    ("Qwen3-235B-A22B", Machine(4, 8, 80)),
+    ("Llama-3.1-70B", Machine(1, 4, 80)),
+    ("Qwen3-8B", Machine(1, 1, 80)),
+    ("Qwen3-32B", Machine(2, 8, 80)),
+]
 
 pytestmark = pytest.mark.distributed
 
@@ -50,8 +51,7 @@ pytestmark = pytest.mark.distributed
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, int]], dict[str, Any]]:
     """built(name, layout): what meta_model.py counted; all of it in one process, once."""
     wanted = [[name, WHOLE, RANK] for name in ORACLE]
-    for name, machine in MACHINES.items():
-        wanted.append([name, layout_of(name, machine), RANK])
+    wanted += [[name, layout_of(name, machine), RANK] for name, machine in PLANNED]
     file = tmp_path_factory.mktemp("meta") / "requests.json"
     file.write_text(json.dumps(wanted))
     counted = json.loads(output_of("meta_model.py", str(file)))
@@ -84,13 +84,20 @@ def test_parameter_oracle(name: str, built) -> None:
     assert built(name, WHOLE)["trained"] == expected
 
 
-@pytest.mark.parametrize("name", list(MACHINES))
-def test_planned_bytes_are_the_built_ones(name: str, built) -> None:
-    plan = make_plan(read_sizes(PUBLISHED[name]), MACHINES[name], lora_rank=RANK)
+@pytest.mark.parametrize(
+    ("name", "machine"), PLANNED, ids=[f"{name} on {m.nodes} x {m.ranks_per_node}" for name, m in PLANNED]
+)
+def test_planned_bytes_are_the_built_ones(name: str, machine: Machine, built) -> None:
+    plan = make_plan(read_sizes(PUBLISHED[name]), machine, lora_rank=RANK)
     assert plan is not None and plan.fits
-    real = built(name, layout_of(name, MACHINES[name]))
+    real = built(name, layout_of(name, machine))
+    gib = {part: (getattr(plan.memory, part) / GIB, real[part] / GIB) for part in ("weights", "adapters")}
+    layout = f"TP {plan.tp_size} DP {plan.dp_size} PP {plan.pp_size} EP {plan.ep_size}"
+    print(f"{name} on {machine.nodes} x {machine.ranks_per_node}, {layout}, planned and built GiB a rank: {gib}")
     assert plan.memory.weights == pytest.approx(real["weights"], rel=0.001)
-    assert plan.memory.adapters == pytest.approx(real["adapter"], rel=0.001)
+    assert plan.memory.adapters == pytest.approx(real["adapters"], rel=0.001)
+    assert plan.memory.cache == plan.cache_tokens * real["cached_token"]
+    assert plan.memory.total < machine.memory_gib * GIB
 
 
 SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048}
