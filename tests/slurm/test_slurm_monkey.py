@@ -23,7 +23,7 @@ def test_twenty_blows(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster, fill = run_monkey.bring_up()
     try:
         report = run_monkey.bench(
-            cluster, seeds=range(7, 11), num_strikes=6, parallel=2, fill=fill, stop_at=time.time() + 600
+            cluster, seeds=range(7, 11), num_strikes=7, parallel=2, fill=fill, stop_at=time.time() + 600
         )
     finally:
         run_monkey.take_down(cluster)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 from plan import Strike
 from slurm_machine import SlurmCluster
@@ -15,8 +13,8 @@ from launch import attempts
 from tinker_hpc.run_folder import RunFolder
 
 SETTLED_S = 6.0
-"""A controller killed within some five seconds of a change forgets it (a job it had acknowledged is gone); that is
-Slurm's, so the controller is left alone while a job is that young."""
+"""A controller killed within some five seconds of a change forgets it (a job it had acknowledged is gone, its number is
+given to the next); that is Slurm's, so the controller is left alone while any run's job is that young."""
 
 
 class Striker:
@@ -46,8 +44,8 @@ class Striker:
             return self._script("exec", "scancel", *signal, job_id) and self._state(job_id) != ""
         if strike.what in ("slurmd", "slurmctld"):
             daemon = node if strike.what == "slurmd" else "slurmctld"
-            if strike.what == "slurmctld" and time.time() - self._youngest_job() < SETTLED_S:
-                time.sleep(SETTLED_S)
+            while strike.what == "slurmctld" and time.time() - self._youngest_job() < SETTLED_S:
+                time.sleep(0.2)
             struck = self._script("daemon", "kill", daemon)
             time.sleep(strike.lasts_s)
             self._script("daemon", "start", daemon)
@@ -102,11 +100,10 @@ class Striker:
         return left.f_bavail * left.f_frsize < 1 << 20
 
     def _youngest_job(self) -> float:
-        newest = 0.0
-        for path in [self._folder.submitted, *self._folder.jobs.glob("*.json")]:
-            value: dict[str, Any] = json.loads(path.read_text())
-            newest = max(newest, float(value["submitted_at"]))
-        return newest
+        """When the newest job of any run on the cluster was submitted or started, unix seconds."""
+        runs = self._folder.path.parent
+        written = [*runs.glob("*/submitted.json"), *runs.glob("*/jobs/*.json"), *runs.glob("*/attempts/claim-*")]
+        return max(path.stat().st_mtime for path in written)
 
     def _state(self, job_id: str) -> str:
         return self._cluster.script("exec", "squeue", "-h", "-j", job_id, "-t", "all", "-o", "%T", check=False).stdout
