@@ -100,6 +100,8 @@ class FirstNode(Node):
             time.sleep(_SIGNAL_LAG_S)
             return None
         if self.ranks is not None:
+            if num_hung := self.end_stopped():
+                self.record.event("ranks_hung", processes=num_hung)
             self.ranks.step()
         if not self.has_loop:
             return self._session_step()

@@ -11,11 +11,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch import memory_kills
+from launch import memory_kills, process_tree
 from launch.children import Child, agent_argv, agent_environment
 from launch.job_spec import JobSpec
 from launch.log_tail import were_killed, worker_words
 from launch.run_record import listed
+from launch.stopped import LOOK_EVERY_S, StoppedWatch
 from tinker_hpc.patience import until_written
 from tinker_hpc.run_folder import RunFolder, read_json, write_json
 
@@ -71,6 +72,8 @@ class Node:
         self._kills_before = memory_kills.count()  # a local job shares its cgroup with others
         self._kills_elsewhere = 0
         self._signals: list[int] = []
+        self._stopped = StoppedWatch()
+        self._next_look_for_stopped = 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT):
             signal.signal(number, self._on_signal)
 
@@ -99,6 +102,20 @@ class Node:
         env = agent_environment(self.spec, os.environ, cores=len(os.sched_getaffinity(0)))
         self.agent = Child("worker", argv, env, self.run_folder.logs / f"worker-{self.place.node_rank}.log")
         return self.agent
+
+    def end_stopped(self) -> int:
+        """Kill the agent or ranks of it that stand still, so that they are started again. Returns how many."""
+        now = time.monotonic()
+        if self.agent is None or now < self._next_look_for_stopped:
+            return 0
+        self._next_look_for_stopped = now + LOOK_EVERY_S
+        pids = [self.agent.pid, *process_tree.descendants(self.agent.pid)]
+        hung = self._stopped.look(process_tree.stopped(pids), now)
+        for who in hung:
+            kind = "the agent of the ranks" if who.pid == self.agent.pid else "a rank"
+            self.say(f"{kind} (pid {who.pid}) was stopped by a signal and stood still; killed, to be started again")
+            process_tree.kill(who)
+        return len(hung)
 
     def agent_failure(self, exit_code: int) -> str:
         """Why the agent gave up: the rank's own error, else the log's last lines."""
@@ -134,6 +151,7 @@ class OtherNode(Node):
             while following is None:
                 if self.take_signals_to_stop():
                     return 1
+                self.end_stopped()
                 code = agent.exit_code()
                 if code == 0:
                     return 0

@@ -71,6 +71,22 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def stopped(pids: Iterable[int]) -> list[ProcessIdentity]:
+    """Those that a signal has stopped (SIGSTOP, SIGTTIN ...); not those that a debugger holds."""
+    found = []
+    for pid in pids:
+        stat = _stat(pid)
+        if stat is not None and stat.state == "T":
+            found.append(ProcessIdentity(pid, stat.start, this_host()))
+    return found
+
+
+def kill(process: ProcessIdentity) -> None:
+    """SIGKILL to that very process, if it is still there; not to what it started."""
+    if is_alive(process):
+        _signal([process.pid], signal.SIGKILL)
+
+
 def of_run(run_id: str) -> list[int]:
     """Processes of this user, on this machine, started for that run."""
     mark = f"{RUN_ID_VARIABLE}={run_id}".encode()

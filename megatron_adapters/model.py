@@ -89,6 +89,7 @@ class Model:
     Attributes:
         head: the unembedding; with several stages its results reach all of them, without gradients.
         own_head: the unembedding of this rank: on the last stage, None on the others.
+        gets_on: called before each piece of a long pass, with the number of its tokens: a sign that this rank works.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Model:
         gpt = build_gpt(arch, layout, runtime.dtype, on_cpu=runtime.device.type == "cpu", place=place)
         self.arch = arch
         self.runtime = runtime
+        self.gets_on: Callable[[int], None] = lambda num_tokens: None
         self.routing = Routing(place.tp_rank, layout.tp_size)
         load_weights(gpt, folder, arch, layout, place)
         self.gpt = gpt.to(runtime.device).eval()  # eval: dropout modules become the identity

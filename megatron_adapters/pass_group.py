@@ -51,6 +51,7 @@ def run_together(
         running.run([[items[index] for index in members] for members in batches])
     except Exception as error:  # another data-parallel rank may have had other data, and waits for us below
         failure = error
+    model.gets_on(sum(lengths))  # now it may have to wait for copies that have more to do, or other data
     if layout.dp_size * layout.pp_size > 1:
         failure = runtime.first_failure(model.runtime, failure)
         if failure is None:

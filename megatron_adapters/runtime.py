@@ -20,8 +20,9 @@ from . import cpu_shims
 from .interface import Layout
 from .placement import Place, place_of
 
-CONTROL_TIMEOUT = timedelta(days=30)
-"""An idle worker's ranks wait on rank 0's next broadcast for as long as nobody sends a request."""
+TIMEOUT = timedelta(days=30)
+"""Of every group. An idle worker's ranks wait on rank 0's next broadcast for as long as nobody sends a request, and a
+stage or a copy waits for another's long batch. Who hangs is found out by progress (tinker_hpc/worker/hang.py)."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -97,8 +98,9 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
         expert_model_parallel_size=layout.ep_size,
         expert_tensor_parallel_size=1,  # its default is the TP size, which gloo's collectives cannot serve
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=TIMEOUT // timedelta(minutes=1),
     )
-    control_group: Any = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    control_group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
     mpu: Any = parallel_state  # its annotations admit None, which initialize_model_parallel rules out
     forward_group: Any = mpu.get_pipeline_model_parallel_group()
     return Runtime(
@@ -199,7 +201,7 @@ def _second_pipeline_group(layout: Layout) -> Any:
     """Groups of the ranks that differ in their stage alone; returns this rank's. Every rank makes all of them."""
     stage_size = layout.tp_size * layout.dp_size
     columns = [list(range(column, layout.world_size, stage_size)) for column in range(stage_size)]
-    mine = [dist.new_group(ranks) for ranks in columns]
+    mine = [dist.new_group(ranks, timeout=TIMEOUT) for ranks in columns]
     return mine[dist.get_rank() % stage_size]
 
 

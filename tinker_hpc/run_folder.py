@@ -28,7 +28,8 @@
         hub/                 supervisor or session: the loop's Hugging Face cache, links only (launch/hub_view.py)
         workers/<k>/         one worker, one base model; from the second on a link to workers/0 of the run folder
                              `<run id>-w<k>`, because one job is one run folder
-          worker.json        client, once: base_model, base_model_folder
+          worker.json        client, once: base_model, base_model_folder, layout. Tests alone put in
+                             snapshot_interval_s (worker/snapshot_clock.py) and hang_floor_s (worker/hang.py)
           status.json        supervisor (a run's workers/0) or worker_watch.py (all others): queued, starting, ready,
                              ended and why
           rendezvous.json    first node: address and port for the other nodes

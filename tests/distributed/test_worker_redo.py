@@ -161,6 +161,35 @@ def test_the_elastic_agent_brings_a_killed_rank_back(
     assert fences == {1, 2}
 
 
+def test_a_rank_that_stands_still_is_replaced(base: Path, workers: list[WorkerUnderTest], tmp_path: Path) -> None:
+    """Two ranks; one is stopped (SIGSTOP) in the middle. The other, waiting for it in a collective, ends when the time
+    for a batch is over, and their agent starts both again. A second model, trained alike, gets the same bits.
+    """
+    worker = WorkerUnderTest(tmp_path / "w", base, {"tp_size": 2, "dp_size": 1}, elastic=True, hang_floor_s=8.0)
+    workers.append(worker)
+    worker.start()
+
+    def train(model: str, *, stop_at: int | None) -> list[bytes | str]:
+        worker.ok(worker.create_model(model))
+        found: list[bytes | str] = []
+        for step in range(4):
+            if step == stop_at:
+                agent = worker.processes[0].pid
+                children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+                os.kill(next(int(pid) for pid in children if rank_of(int(pid)) == 1), signal.SIGSTOP)
+            passed, stepped = worker.forward_backward(model, step), worker.optim_step(model)
+            found += [worker.ok(passed).arrays["logprobs"].tobytes(), repr(worker.ok(stepped).header["metrics"])]
+        return found
+
+    unharmed = train("a:0", stop_at=None)
+    assert train("b:0", stop_at=2) == unharmed
+    assert "Timeout" in worker.stderr and "most recent call first" in worker.stderr, "and says where it waited"
+    worker.send("close")
+    assert worker.wait_for_exit() == [0], worker.stderr
+    check_answered_once(worker)
+    assert {record.header["fence"] for record in worker.records} >= {1, 2}
+
+
 def test_ranks_do_not_outlive_their_agent(base: Path, workers: list[WorkerUnderTest], tmp_path: Path) -> None:
     worker = WorkerUnderTest(tmp_path / "w", base, elastic=True)
     workers.append(worker)

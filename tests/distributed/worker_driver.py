@@ -46,6 +46,8 @@ class WorkerUnderTest:
     """Ranks started by torch's elastic agent, which restarts them."""
     snapshot_interval_s: float | None = None
     """0: a snapshot whenever the last one is written and something has changed."""
+    hang_floor_s: float | None = None
+    """How long computing may stand still at least before a rank counts as hung; None: as everywhere."""
 
     def __post_init__(self) -> None:
         self.folder = WorkerFolder(self.path)
@@ -65,6 +67,7 @@ class WorkerUnderTest:
         declaration = read_json(self.folder.declaration)
         assert declaration is not None
         changes = {"layout": self.layout, "snapshot_interval_s": self.snapshot_interval_s}
+        changes |= {"hang_floor_s": self.hang_floor_s}
         write_json(self.folder.declaration, declaration | changes)
 
     @property
@@ -81,7 +84,7 @@ class WorkerUnderTest:
         if self.elastic:
             command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.world_size}"]
             # As launch/children.py: restarted ranks must not find the addresses of dead ones in the agent's store.
-            env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+            env |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
             self._spawn([*command, "--max-restarts=3", "-m", *module], env, 0)
             return
         # The parent holds the store, as torch's elastic agent does, so no port is guessed.

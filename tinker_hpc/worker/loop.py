@@ -8,17 +8,23 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tinker_hpc.log import Record
 from tinker_hpc.worker.batch import train_groups
-from tinker_hpc.worker.desk import Desk
+from tinker_hpc.worker.desk import Desk, Orders
+from tinker_hpc.worker.hang import HangWatch
 from tinker_hpc.worker.poison import leave_alone_notes, leave_note
 from tinker_hpc.worker.ranks import EndWorker, Failure, Ranks, describe
 from tinker_hpc.worker.sample_step import SampleStep
 from tinker_hpc.worker.snapshot_step import Order, SnapshotStep
 from tinker_hpc.worker.train_step import Answer, TrainStep
+
+_COMPUTING = frozenset({"forward_backward", "optim_step"})
+_PREFILL_TOKENS = 4096
+"""At least what is computed between two decode steps: several short prompts at once (megatron_adapters/decode.py)."""
 
 
 class Loop:
@@ -32,6 +38,7 @@ class Loop:
         sample_step: SampleStep,
         snapshots: SnapshotStep,
         *,
+        hang: HangWatch,
         desk: Desk | None,
     ) -> None:
         self._folder = folder
@@ -39,18 +46,22 @@ class Loop:
         self._train_step = train_step
         self._sample_step = sample_step
         self._snapshots = snapshots
+        self._hang = hang
         self._desk = desk
+        self._prompt_tokens = 0
+        """Of the longest prompt of this round of sampling."""
 
     def run(self) -> bool:
         """Returns False after `close`, everything answered and durable; True if the worker has to begin again from a
         state before requests that were taken back.
 
         Raises: EndWorker if this worker cannot go on: lease lost, logs damaged, ranks of different states.
-        Collectives: per batch one Ranks.broadcast, those of its steps, and one Ranks.agree per request or
-            group of passes.
+        Collectives: first one Ranks.agree; per batch one Ranks.broadcast, those of its steps, and one Ranks.agree per
+            request or group of passes.
         """
+        self._ranks.agree(None)  # a rank may have read its part of the state for an hour longer
         while True:
-            orders = self._ranks.broadcast(self._desk.next_orders() if self._desk else None)
+            orders = self._tell(self._desk.next_orders() if self._desk else None)
             if not orders:
                 continue
             command, requests = orders[0].header["command"], orders[1:]
@@ -65,14 +76,35 @@ class Loop:
             else:
                 if self._desk:
                     self._desk.sampling_starts()
+                self._note_prompts(requests)
                 self._sample_step.run(requests, self._finish, self._admit, self._break_off)
+                self._hang.rest()
+                self._prompt_tokens = 0
 
     def _admit(self) -> tuple[Sequence[Record], Sequence[int]]:
         """Called between decode steps: samples that join, and the seqs of those that nobody wants any more.
 
         A training batch whose turn it is runs in here.
         """
-        orders = self._ranks.broadcast(self._desk.orders_while_sampling() if self._desk else None)
+        self._hang.rest()
+        joining, cancelled = self._joining()
+        self._note_prompts(joining)
+        self._hang.expect(_PREFILL_TOKENS + self._prompt_tokens)
+        return joining, cancelled
+
+    def _tell(self, orders: Orders | None) -> Orders:
+        """Rank 0's orders, on every rank. The others wait for them as long as it takes; rank 0 knows that they wait."""
+        if self._desk:
+            self._hang.expect()
+        orders = self._ranks.broadcast(orders)
+        self._hang.rest()
+        return orders
+
+    def _note_prompts(self, samples: Sequence[Record]) -> None:
+        self._prompt_tokens = max([self._prompt_tokens, *(request.arrays["prompt"].size for request in samples)])
+
+    def _joining(self) -> tuple[Sequence[Record], Sequence[int]]:
+        orders = self._tell(self._desk.orders_while_sampling() if self._desk else None)
         if not orders:
             return [], []
         self._take_snapshot(orders[0].header["snapshot"])
@@ -92,10 +124,21 @@ class Loop:
     def _train(self, requests: Sequence[Record], alone: Collection[int] = ()) -> None:
         """`alone`: the seqs of passes that are not to be mixed with others."""
         for group in train_groups(requests, alone):
-            if len(group) > 1:
-                self._train_together(group)
-            else:
-                self._train_one(group[0], alone=group[0].header["seq"] in alone)
+            with self._watched(group):
+                if len(group) > 1:
+                    self._train_together(group)
+                else:
+                    self._train_one(group[0], alone=group[0].header["seq"] in alone)
+
+    @contextmanager
+    def _watched(self, group: Sequence[Record]) -> Iterator[None]:
+        """Computing must get on, until all ranks have agreed how it went. Files may take as long as they take."""
+        if group[0].header["op"] in _COMPUTING:
+            self._hang.expect(sum(request.arrays["tokens"].size for request in group if "tokens" in request.arrays))
+        try:
+            yield
+        finally:
+            self._hang.rest()
 
     def _train_one(self, request: Record, *, alone: bool) -> None:
         """`alone` is said in the answer, so that redoing the batch does not mix the request with others either."""
@@ -169,4 +212,5 @@ class Loop:
 
     def _finish(self, request: Record, outcome: Answer | Failure, seconds: float | None = None) -> None:
         if self._desk:
-            self._desk.finish(request, outcome, seconds=seconds)
+            with self._hang.resting():  # the disk may be full, and then this waits
+                self._desk.finish(request, outcome, seconds=seconds)

@@ -20,6 +20,7 @@ from tinker_hpc.patience import until_written
 from tinker_hpc.run_folder import WorkerFolder, read_json
 from tinker_hpc.worker.aside import SnapshotsAside
 from tinker_hpc.worker.desk import LAG_S, Desk
+from tinker_hpc.worker.hang import FLOOR_S, HangWatch
 from tinker_hpc.worker.loop import Loop
 from tinker_hpc.worker.metrics import MetricsFile
 from tinker_hpc.worker.poison import read_alone_notes, read_notes
@@ -51,7 +52,9 @@ def serve(folder: WorkerFolder, owner: dict[str, Any]) -> None:
     recompute = bool((declaration.get("layout") or {}).get("recompute"))
     engine = Engine.start(folder_of_model, layout, dtype=dtype, token_budget=token_budget, recompute=recompute)
     ranks = Ranks(engine.control_group, engine.global_rank, engine.world_size)
-    while _serve_once(folder, owner, declaration, engine, ranks=ranks, layout=layout):
+    hang = HangWatch(float(declaration.get("hang_floor_s") or FLOOR_S))
+    engine.model.gets_on = hang.expect
+    while _serve_once(folder, owner, declaration, engine, ranks=ranks, layout=layout, hang=hang):
         engine.forget()
     engine.stop()
 
@@ -64,6 +67,7 @@ def _serve_once(
     *,
     ranks: Ranks,
     layout: Layout,
+    hang: HangWatch,
 ) -> bool:
     """From the newest good snapshot to `close` (False), or until the loop takes requests back (True): then the worker
     begins again as if it were a new one, with a lease of its own; only the base model stays.
@@ -82,7 +86,7 @@ def _serve_once(
     if rewinds is not None and rewinds.seqs:
         aside.keep_only(train_step.set_aside)
     desk = first.desk(layout, snapshots) if first else None
-    again = Loop(folder.path, ranks, train_step, sample_step, snapshots, desk=desk).run()
+    again = Loop(folder.path, ranks, train_step, sample_step, snapshots, hang=hang, desk=desk).run()
     if first is not None:
         first.close()
     return again
