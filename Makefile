@@ -58,7 +58,8 @@ distributed: $(STAMP)
 	$(PYTEST) tests/distributed tests/benchmarks
 
 end-to-end: $(STAMP)
-	$(PYTEST) tests/end_to_end tests/contract -m "slow or not slow"
+	$(PYTEST) tests/end_to_end
+	$(PYTEST) tests/contract -m slow
 
 cookbook-env: $(COOKBOOK_STAMP)
 
