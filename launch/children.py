@@ -12,7 +12,7 @@ from pathlib import Path
 from launch import process_tree
 from launch.job_spec import JobSpec
 from launch.log_tail import read_tail
-from tinker_hpc.run_folder import RunFolder, fixed_seed
+from tinker_hpc.run_folder import RunFolder, seed_of_run
 
 MAX_RESTARTS = 3
 """How often torch's elastic agent starts the ranks again before it gives up."""
@@ -155,7 +155,7 @@ def loop_environment(spec: JobSpec, environ: Mapping[str, str], *, base_url: str
         # A log that is followed should not lag 8 KiB behind.
         "PYTHONUNBUFFERED": "1",
         # The order of sets of texts is the same when the loop is started again (tinker_hpc/loop.py).
-        "PYTHONHASHSEED": str(fixed_seed(spec.run_id)),
+        "PYTHONHASHSEED": str(seed_of_run(spec.run_id, environ)),
         # `python program.py` means the interpreter tinker_hpc is installed in.
         "PATH": f"{os.path.dirname(sys.executable)}:{environ.get('PATH', '/usr/bin:/bin')}",
     }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import inspect
+import os
 import random
 import sys
 import traceback
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from tinker_hpc.payload import dump_error, dump_success, load_call
-from tinker_hpc.run_folder import RunFolder, fixed_seed, write_bytes
+from tinker_hpc.run_folder import RunFolder, seed_of_run, write_bytes
 
 
 def seed_everything(run_id: str) -> None:
@@ -30,7 +31,7 @@ def seed_everything(run_id: str) -> None:
 
     The seed of hashing (PYTHONHASHSEED) has to be there before Python starts: launch/children.py sets it.
     """
-    seed = fixed_seed(run_id)
+    seed = seed_of_run(run_id, os.environ)
     random.seed(seed)
     np.random.seed(seed)
     if (torch := sys.modules.get("torch")) is not None:

@@ -170,9 +170,14 @@ def check_private(path: Path) -> None:
         )
 
 
-def fixed_seed(run_id: str) -> int:
-    """A seed of the run's own, the same at every start of its loop: 0 to 2**32 - 1, what PYTHONHASHSEED takes."""
-    return zlib.crc32(run_id.encode())
+def seed_of_run(run_id: str, environ: Mapping[str, str]) -> int:
+    """A seed of the run's own, the same in all its jobs and at every start of its loop: 0 to 2**32 - 1.
+
+    Python's own variable for it, where the user has set it to a number when submitting: two runs with the same
+    PYTHONHASHSEED draw the same. Else it comes from the run's id.
+    """
+    given = environ.get("PYTHONHASHSEED", "")
+    return int(given) if given.isdecimal() and int(given) < 2**32 else zlib.crc32(run_id.encode())
 
 
 def model_folder_name(model_id: str) -> str:

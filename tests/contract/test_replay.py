@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import serving
+import tinker
 from safetensors.numpy import load_file
 
 from tinker_hpc.log import LogReader
@@ -104,6 +105,51 @@ def test_a_loop_dies_and_comes_back_and_leaves_the_recorded_path(tmp_path: Path)
         fourth = start(service, steps=6, sample=True, other_from=2)
         assert numbers(fourth)[:5] == numbers(others) and len(numbers(fourth)) == 6
         assert num_requests(service) > before
+
+
+@pytest.mark.slow
+def test_a_retried_snapshot_does_not_rename_the_samplers_after_it(tmp_path: Path, processes: serving.Processes) -> None:
+    """The SDK counts a snapshot that it had to send twice as two samplers. A loop that is started again, and has to
+    send it once, is given the recorded samples all the same: it asks nothing that was not asked before.
+    """
+    run, worker = serving.new_run(tmp_path / "root")
+    serving.start_responder(processes, worker)
+
+    def loop(*, outage: bool) -> list[Any]:
+        run.begin_loop()
+        about = serving.start_gateway(processes, run)
+        service = tinker.ServiceClient(base_url=about.base_url, api_key=about.api_key)
+        model = serving.done(service.create_lora_training_client(base_model=about.base_model, rank=4))
+
+        def tries_counted() -> int:
+            return service.holder._sampling_client_counter or 0
+
+        if outage:
+            processes.stop("gateway", kill=True)
+        snapshot = model.save_weights_and_get_sampling_client()
+        if outage:
+            serving.wait_for(lambda: tries_counted() > 1, 60, "a second try")
+            serving.start_gateway(processes, run)
+        samplers = [serving.done(snapshot)]
+        samplers += [serving.done(service.create_sampling_client(base_model=about.base_model)) for _ in range(2)]
+        path = serving.done(model.save_weights_for_sampler("kept")).path
+        assert (tries_counted() > 3) == outage
+        params = tinker.SamplingParams(max_tokens=3)
+        prompts = [tinker.ModelInput.from_ints([5 + place]) for place in range(3)]
+        found = [
+            serving.done(sampler.sample(prompt=prompt, num_samples=2, sampling_params=params)).sequences
+            for sampler, prompt in zip(samplers, prompts, strict=True)
+        ]
+        processes.stop("gateway", kill=True)
+        return [path, [[sequence.tokens for sequence in sequences] for sequences in found]]
+
+    asked = LogReader(worker.requests)
+    first = loop(outage=True)
+    samples = [record for record in asked.poll() if record.header["op"] == "sample"]
+    assert len({record.header["sampling_session_id"] for record in samples}) == 3, "each is a sampler of its own"
+    assert len({record.header["seed"] for record in samples}) == 3
+    assert loop(outage=False) == first
+    assert asked.poll() == [], "everything was recorded"
 
 
 @pytest.mark.slow

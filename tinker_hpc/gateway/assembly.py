@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
@@ -19,7 +20,7 @@ from tinker_hpc.gateway.sessions import Sessions
 from tinker_hpc.gateway.shelf import Shelf
 from tinker_hpc.gateway.workers import Workers
 from tinker_hpc.log import Lease
-from tinker_hpc.run_folder import RunFolder
+from tinker_hpc.run_folder import RunFolder, seed_of_run
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,17 @@ def assemble(run: RunFolder, config: Config, lease: Lease, *, api_key: str, hold
     replay = Replay(run, ledger, workers)
     sessions = Sessions(run.sessions, replay)
     losses = passes.Losses(CustomLosses(run.custom_losses), stable_reinforce=config.stable_reinforce)
-    desk = Desk(run.data_root, workers, ledger, sessions, reads=Reads(run.reads), replay=replay, losses=losses)
+    run_seed = seed_of_run(run.run_id, os.environ)
+    desk = Desk(
+        run.data_root,
+        workers,
+        ledger,
+        sessions,
+        reads=Reads(run.reads),
+        replay=replay,
+        losses=losses,
+        run_seed=run_seed,
+    )
     lookup = Lookup(run.data_root, ledger, workers, sessions)
     shelf = Shelf(run.data_root, run.exports)
     retrieval = Retrieval(ledger, workers, hold_s=hold_s)

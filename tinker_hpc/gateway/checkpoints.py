@@ -96,6 +96,11 @@ class Checkpoint:
         return bool(self.metadata.get("optimizer"))
 
     @property
+    def step(self) -> int:
+        """Optimizer steps of the model that was saved."""
+        return int(self.metadata.get("step") or 0)
+
+    @property
     def created_at(self) -> float:
         return float(self.metadata.get("created_at") or 0.0)
 

@@ -8,7 +8,6 @@ later request of that model waits for (tinker's clients number a request before 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from tinker_hpc.gateway.ledger import Ledger, ModelState
 from tinker_hpc.gateway.refusals import Refusal, bad_request, try_again, unknown
 from tinker_hpc.gateway.replay import Replay
 from tinker_hpc.gateway.retention import Reads
+from tinker_hpc.gateway.seeds import drawn
 from tinker_hpc.gateway.sessions import Sessions
 from tinker_hpc.gateway.wire import decode_forward_backward, forward_backward_digest, json_digest
 from tinker_hpc.gateway.workers import WorkerLink, Workers
@@ -48,6 +48,7 @@ class Desk:
         reads: Reads,
         replay: Replay,
         losses: passes.Losses,
+        run_seed: int,
     ) -> None:
         self.root = root
         self.workers = workers
@@ -55,6 +56,7 @@ class Desk:
         self.sessions = sessions
         self.reads = reads
         self.losses = losses
+        self.run_seed = run_seed
         self.intake = Intake(ledger, replay)
         self.on_new_worker: Callable[[WorkerLink], None] = lambda link: None
 
@@ -68,7 +70,7 @@ class Desk:
             link = await self._serving(name)
             validate.optimizer_config(payload.get("optimizer_config"))
             lora = validate.lora(payload.get("lora_config"), link.base)
-            lora["seed"] = _drawn(lora["seed"])
+            lora["seed"] = self._seed(lora["seed"], f"{model_id}:lora")
             header = {"base_model": link.base.name, "lora": lora, "user_metadata": _metadata(payload)}
             return link, (header, {})
 
@@ -86,9 +88,10 @@ class Desk:
             validate.optimizer_config(payload.get("optimizer_config"))
             with_optimizer = _with_optimizer(payload, checkpoint)
             lora = {key: checkpoint.lora.get(key, True) for key in ("train_mlp", "train_attn", "train_unembed")}
+            seed = self._seed(checkpoint.lora.get("seed"), f"{model_id}:lora")
             header = {
                 "base_model": link.base.name,
-                "lora": {"rank": checkpoint.lora["rank"], "seed": _drawn(checkpoint.lora.get("seed")), **lora},
+                "lora": {"rank": checkpoint.lora["rank"], "seed": seed, **lora},
                 "from_state": _state(checkpoint, with_optimizer),
                 "user_metadata": _metadata(payload),
             }
@@ -290,13 +293,14 @@ class Desk:
                 source = {"type": "base"}
         except RequestError as error:
             raise bad_request(str(error)) from error
-        sampling_session_id = f"{session_id}:sample:{number}"
+        name = await self.sessions.sampler_name(session_id, number, str(source.get("path") or link.base.name))
+        sampling_session_id = f"{session_id}:sample:{name}"
         header = {
             "request_id": f"{sampling_session_id}:open",
             "op": "open_sampler",
             "model_id": None,
             "seq_id": None,
-            "digest": json_digest(payload),
+            "digest": json_digest(payload, without=("sampling_session_seq_id",)),
             "accepted_at": time.time(),
             "sampling_session_id": sampling_session_id,
             "source": source,
@@ -327,11 +331,15 @@ class Desk:
         arrays: dict[str, np.ndarray] = {}
         try:
             fields, arrays = sampling.sample(payload, link.base)
-            fields["seed"] = _drawn(fields["seed"])
+            fields["seed"] = self._seed(fields["seed"], f"{sampler.label}:{seq_id}")
             header.update(fields)
         except RequestError as error:
             header.update(_rejected("sample", error))
         return (await self.intake.accept(link, header, arrays)).reply
+
+    def _seed(self, given: int | None, label: str) -> int:
+        """The client's seed, or one drawn here and logged, so that redoing the log draws the same numbers."""
+        return drawn(self.run_seed, self.sessions.without_chance(label)) if given is None else given
 
     async def join_sampling_session(self, payload: Payload) -> Payload:
         """A number of its own for a copy of a sampling client, so that copies never use the same request ids."""
@@ -417,7 +425,8 @@ def _rejected(op: str, error: RequestError) -> dict[str, Any]:
 
 
 def _state(checkpoint: checkpoints.Checkpoint, optimizer: bool) -> dict[str, Any]:
-    return {"folder": str(checkpoint.folder), "path": str(checkpoint.path), "optimizer": optimizer}
+    where = {"folder": str(checkpoint.folder), "path": str(checkpoint.path)}
+    return {**where, "optimizer": optimizer, "step": checkpoint.step}
 
 
 def _with_optimizer(payload: Payload, checkpoint: checkpoints.Checkpoint) -> bool:
@@ -432,8 +441,3 @@ def _with_optimizer(payload: Payload, checkpoint: checkpoints.Checkpoint) -> boo
 
 def _metadata(payload: Payload) -> dict[str, Any] | None:
     return validate.metadata(payload.get("user_metadata"))
-
-
-def _drawn(seed: int | None) -> int:
-    """Seeds are drawn here and logged, so that redoing the log draws the same numbers."""
-    return secrets.randbits(63) if seed is None else seed

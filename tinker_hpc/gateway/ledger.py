@@ -13,6 +13,7 @@ from typing import Any
 from tinker_hpc.gateway.answers import facts_of, failure, reply_of
 from tinker_hpc.gateway.completions import target_of
 from tinker_hpc.gateway.futures import Future, FutureTable
+from tinker_hpc.gateway.seeds import Age
 
 
 @dataclass(slots=True)
@@ -23,6 +24,8 @@ class ModelState:
         lora: {rank, seed, train_mlp, train_attn, train_unembed}.
         next_seq: the lowest seq_id that has not arrived; the worker can run nothing from there on.
         early: seq_ids that arrived beyond it.
+        born: optimizer steps of the checkpoint it was made from; 0 for a new one.
+        age: what its samplers are told apart by where the server draws a seed.
     """
 
     model_id: str
@@ -34,25 +37,33 @@ class ModelState:
     last_request_at: float
     next_seq: int = 1
     early: set[int] = field(default_factory=set)
+    born: int = 0
+    age: Age = field(default_factory=Age)
 
-    def arrived(self, seq_id: int, at: float) -> None:
-        """Note a request in the model's order."""
+    def arrived(self, seq_id: int, at: float) -> bool:
+        """Note a request in the model's order. False: it had arrived before."""
         self.last_request_at = max(self.last_request_at, at)
-        if seq_id >= self.next_seq:
+        new = seq_id >= self.next_seq and seq_id not in self.early
+        if new:
             self.early.add(seq_id)
         while self.next_seq in self.early:
             self.early.remove(self.next_seq)
             self.next_seq += 1
+        return new
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerState:
-    """One sampler: the base model (`model_path` and `model_id` None), a checkpoint or an in-memory snapshot."""
+    """One sampler: the base model (`model_path` and `model_id` None), a checkpoint or an in-memory snapshot.
+
+    `label`: what it is called where a seed is drawn (seeds.py).
+    """
 
     sampling_session_id: str
     worker_index: int
     model_path: str | None
     model_id: str | None
+    label: str = ""
 
 
 class Ledger:
@@ -110,7 +121,10 @@ class Ledger:
         if "seq" in header and (future := self.futures.get(header["request_id"])) is not None:
             future.seq = future.seq or header["seq"]
         seq_id = header.get("seq_id")
+        sampler = header.get("sampling_session_id")
+        label = sampler
         if op == "create_model":
+            born = int((header.get("from_state") or {}).get("step") or 0)
             # setdefault: a record written twice (its first write was reported as failed) is one request.
             self.models.setdefault(
                 header["model_id"],
@@ -122,16 +136,17 @@ class Ledger:
                     user_metadata=header.get("user_metadata"),
                     created_at=header["accepted_at"],
                     last_request_at=header["accepted_at"],
+                    born=born,
+                    age=Age(born),
                 ),
             )
         elif model_id in self.models and seq_id is not None:
-            self.models[model_id].arrived(seq_id, header["accepted_at"])
-        if header.get("sampling_session_id") and op in ("open_sampler", "save_sampler_weights"):
-            source = header.get("source") or {}
-            self.samplers.setdefault(
-                header["sampling_session_id"],
-                SamplerState(header["sampling_session_id"], worker_index, source.get("path"), model_id),
-            )
+            model = self.models[model_id]
+            if model.arrived(seq_id, header["accepted_at"]):
+                label = f"{model_id}@{model.age.note(header)}"
+        if sampler and op in ("open_sampler", "save_sampler_weights"):
+            path = (header.get("source") or {}).get("path")
+            self.samplers.setdefault(sampler, SamplerState(sampler, worker_index, path, model_id, label or sampler))
         if op == "rejected":
             if header.get("asked") == "create_model" and model_id:
                 self.refused_models[model_id] = header["error"]
@@ -159,15 +174,16 @@ class Ledger:
             if future.op == "create_model":
                 self.models.pop(future.model_id or "", None)
             self.refused_models.pop(future.model_id or "", None)
-        kept: dict[str, list[int]] = {future.model_id: [] for future in lost if future.model_id in self.models}
+        kept: dict[str, list[Future]] = {future.model_id: [] for future in lost if future.model_id in self.models}
         for future in self.futures:
             if future.model_id in kept and future.seq_id:
-                kept[future.model_id].append(future.seq_id)
-        for model_id, seq_ids in kept.items():
+                kept[future.model_id].append(future)
+        for model_id, left in kept.items():
             model = self.models[model_id]
-            model.next_seq, model.early = 1, set()
-            for seq_id in seq_ids:
-                model.arrived(seq_id, model.last_request_at)
+            model.next_seq, model.early, model.age = 1, set(), Age(model.born)
+            for future in sorted(left, key=lambda future: future.seq_id or 0):
+                model.arrived(future.seq_id or 0, model.last_request_at)
+                model.age.note({"op": future.op, **future.facts})
 
     def _note_taken_back(self, request_id: str) -> None:
         self._taken_back.setdefault(request_id.partition("~")[0], set()).add(request_id)

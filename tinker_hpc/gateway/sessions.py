@@ -7,6 +7,7 @@ session without heartbeats is never ended: a starved client thread beats late, a
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import time
 from dataclasses import asdict, dataclass, field
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tinker_hpc.errors import DataRootError
-from tinker_hpc.gateway.refusals import Refusal, bad_request, try_again, unknown
+from tinker_hpc.gateway.refusals import Refusal, bad_request, conflicting, try_again, unknown
 from tinker_hpc.gateway.replay import Replay
+from tinker_hpc.gateway.seeds import without_chance
 from tinker_hpc.run_folder import read_json, write_json
 
 DEFAULT_PROJECT = "default"
@@ -32,6 +34,7 @@ class Session:
         loop_start: which start of the loop opened it last (replay.py).
         made_for: the idempotency key of the copy_weights this session was made for.
         copies: by sampler, how many copies of its client (pickled, or made from a handle) have joined.
+        samplers: of this start of the loop, by the client's number, how each is named (`sampler_name`).
     """
 
     session_id: str
@@ -44,6 +47,7 @@ class Session:
     project_id: str = DEFAULT_PROJECT
     made_for: str | None = None
     copies: dict[str, int] = field(default_factory=dict)
+    samplers: dict[str, str] = field(default_factory=dict)
     number: int = 0
     loop_start: int = 0
 
@@ -70,12 +74,13 @@ class Sessions:
             raise try_again(f"the session was not opened: {error} The SDK tries again.") from error
         recorded = self._recorded(metadata if isinstance(metadata, dict) else {})
         if recorded is not None:
-            before = recorded.loop_start, recorded.finished, recorded.copies
-            recorded.loop_start, recorded.finished, recorded.copies = self._replay.start, None, {}
+            before = recorded.loop_start, recorded.finished, recorded.copies, recorded.samplers
+            recorded.loop_start, recorded.finished = self._replay.start, None
+            recorded.copies, recorded.samplers = {}, {}
             try:
                 await self._save()
             except Refusal:
-                recorded.loop_start, recorded.finished, recorded.copies = before
+                recorded.loop_start, recorded.finished, recorded.copies, recorded.samplers = before
                 raise
             return recorded
         return await self._add(
@@ -153,6 +158,31 @@ class Sessions:
         number = session.copies[sampling_session_id] = session.copies.get(sampling_session_id, 0) + 1
         await self._save()
         return number
+
+    async def sampler_name(self, session_id: str, number: int, source: str) -> str:
+        """The name within its session of the sampler that a client opens under a number of its own.
+
+        Not that number: the SDK takes it from a counter which also goes up with every *retry* of a snapshot (tinker
+        0.38), so a loop that is started again and retries at other moments would find other samplers, or none, under
+        it. It is named after what it reads and how many of this start read the same; the number tells a retry.
+
+        Raises: Refusal 404, 422, 503.
+        """
+        session = self.get(session_id)
+        key = hashlib.sha256(self.without_chance(source).encode()).hexdigest()[:12]
+        known = session.samplers.get(str(number))
+        if known is not None:
+            if known.partition("-")[0] != key:
+                raise conflicting(f"sampler {number} of session {session_id} was opened before, on something else.")
+            return known
+        same = sum(name.partition("-")[0] == key for name in session.samplers.values())
+        name = session.samplers[str(number)] = f"{key}-{same}"
+        await self._save()
+        return name
+
+    def without_chance(self, text: str) -> str:
+        """See seeds.py: the random ids of sessions replaced by their numbers."""
+        return without_chance(text, ((session.session_id, session.number) for session in self._sessions.values()))
 
     def heartbeat(self, session_id: str) -> None:
         """Raises: Refusal 410 if the session has finished: the SDK then stops beating."""
