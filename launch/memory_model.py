@@ -89,7 +89,7 @@ def activation_bytes_per_token(sizes: ModelSizes, split: Split, job: Job) -> flo
 def attention_bytes(sizes: ModelSizes, split: Split, job: Job) -> float:
     """Of one token in one layer: both norms and the attention."""
     b, tp = job.bytes_per_number, split.tp_size
-    hidden, q, kv = sizes.hidden_size, sizes.q_size, sizes.kv_size
+    hidden, q, kv = sizes.hidden_size, sizes.q_size, split.kv_heads(sizes) * sizes.head_dim * tp
     norms = 2 * (4 + b) * hidden / tp  # float32 input, and the output as the input of A
     qkv = b * (q + 2 * kv)  # one fused tensor; v is a view of it
     qk_norm = 0 if not sizes.qk_norm else b * q if b == 4 else 4 * (q + kv)  # float32 inputs
@@ -119,7 +119,7 @@ def expert_bytes(sizes: ModelSizes, split: Split, job: Job) -> float:
 def workspace_bytes(sizes: ModelSizes, split: Split, job: Job, token_budget: int, *, alone: bool) -> int:
     """The process, and what comes and goes while a micro-batch is computed."""
     b = job.bytes_per_number
-    logits = min(LOGIT_CHUNK, token_budget * sizes.vocab_size // split.tp_size) * (8 + b)
+    logits = min(LOGIT_CHUNK, token_budget * split.vocab_rows(sizes)) * (8 + b)
     layer = max(mlp_bytes(sizes, split, job), expert_bytes(sizes, split, job)) + attention_bytes(sizes, split, job)
     process = CPU_PROCESS_GIB if not job.on_gpu else CUDA_CONTEXT_GIB + (0 if alone else NCCL_GIB)
     return int(process * GIB + max(logits, layer * token_budget) * _heap(job))
@@ -131,8 +131,7 @@ def _heap(job: Job) -> float:
 
 def cache_bytes_per_token(sizes: ModelSizes, split: Split, job: Job) -> int:
     """Keys and values of one cached token on one rank."""
-    heads = sizes.num_kv_heads // split.tp_size
-    return sizes.num_layers // split.pp_size * 2 * heads * sizes.head_dim * job.bytes_per_number
+    return split.stage_layers(sizes) * 2 * split.kv_heads(sizes) * sizes.head_dim * job.bytes_per_number
 
 
 def memory(sizes: ModelSizes, split: Split, job: Job, token_budget: int, cache_tokens: int, *, alone: bool) -> Memory:

@@ -71,6 +71,18 @@ class Split:
     ep_size: int = 1
     pp_size: int = 1
 
+    def kv_heads(self, sizes: ModelSizes) -> int:
+        """Key-value heads of a rank: with more ranks than heads, ranks hold copies."""
+        return max(1, sizes.num_kv_heads // self.tp_size)
+
+    def vocab_rows(self, sizes: ModelSizes) -> int:
+        """Rows of a rank's embedding, padding included."""
+        return -(-sizes.vocab_size // self.tp_size)
+
+    def stage_layers(self, sizes: ModelSizes) -> int:
+        """Layers of the longest pipeline stage."""
+        return -(-sizes.num_layers // self.pp_size)
+
 
 def read_sizes(config: Mapping[str, Any], where: str = "config.json") -> ModelSizes:
     """The sizes in a Hugging Face config.json.
@@ -119,18 +131,18 @@ def read_sizes(config: Mapping[str, Any], where: str = "config.json") -> ModelSi
 
 
 def base_parameters(sizes: ModelSizes, split: Split) -> dict[str, int]:
-    """Frozen weights of one rank, by part; for the first pipeline stage or the last, whichever holds more.
+    """Frozen weights of one rank, by part; at least those of the fullest pipeline stage.
 
     Megatron's rule: q, k, v, gate, up, embedding and unembedding by rows, o and down by columns over TP; whole experts
-    over EP; equal numbers of layers over PP; norms and router on every rank.
+    over EP; equal numbers of layers over PP, or one more; norms and router on every rank.
     """
     hidden, tp = sizes.hidden_size, split.tp_size
-    layers = sizes.num_layers // split.pp_size
+    layers = split.stage_layers(sizes)
     dense, expert = _stage_layers(sizes, split)
-    qkv = sizes.q_size + 2 * sizes.kv_size
-    attention = hidden * (qkv + sizes.q_size) // tp + (qkv // tp if sizes.qkv_bias else 0)
+    q, kv = sizes.q_size // tp, split.kv_heads(sizes) * sizes.head_dim
+    attention = hidden * (2 * q + 2 * kv) + (q + 2 * kv if sizes.qkv_bias else 0)
     norms = 2 * hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)
-    table = sizes.vocab_size * hidden // tp
+    table = split.vocab_rows(sizes) * hidden
     tables = 1 if split.pp_size > 1 or sizes.tied_embeddings else 2
     return {
         "attention": layers * attention,
@@ -153,26 +165,28 @@ def adapter_parameters(
 ) -> dict[str, int]:
     """Trainable numbers of one rank for an adapter of LoRA rank `rank`, by part; for the fullest pipeline stage.
 
-    A of a column-parallel matrix and B of a row-parallel one are on every TP rank. Experts are "shared-outer": the
-    factor that touches the hidden dimension is one for all experts of a matrix, the other is each expert's own.
+    A of a column-parallel matrix and B of a row-parallel one are on every TP rank, B of k and v by heads. Experts are
+    "shared-outer": the factor that touches the hidden dimension is one for all experts of a matrix, the other is each
+    expert's own.
     With every size 1 this is the published count (Tinker's and the cookbook's table).
     """
-    hidden, tp, q, kv = sizes.hidden_size, split.tp_size, sizes.q_size, sizes.kv_size
-    layers = sizes.num_layers // split.pp_size
+    hidden, tp = sizes.hidden_size, split.tp_size
+    q, kv = sizes.q_size // tp, split.kv_heads(sizes) * sizes.head_dim
+    layers = split.stage_layers(sizes)
     dense, expert = _stage_layers(sizes, split)
-    attention = (3 * hidden + (q + 2 * kv) // tp) + (q // tp + hidden)
+    attention = (3 * hidden + q + 2 * kv) + (q + hidden)
     mlp = 3 * (hidden + sizes.ffn_size // tp)
     experts = 3 * (hidden + sizes.num_experts // split.ep_size * sizes.expert_ffn_size)
     return {
         "attention": rank * layers * attention * train_attn,
         "mlp": rank * (dense * mlp + expert * experts) * train_mlp,
-        "unembed": rank * (hidden + sizes.vocab_size // tp) * train_unembed,
+        "unembed": rank * (hidden + split.vocab_rows(sizes)) * train_unembed,
     }
 
 
 def _stage_layers(sizes: ModelSizes, split: Split) -> tuple[int, int]:
     """Dense and expert layers of a pipeline stage: as many expert layers as a stage can have."""
-    layers = sizes.num_layers // split.pp_size
+    layers = split.stage_layers(sizes)
     expert = min(layers, sizes.num_expert_layers)
     return layers - expert, expert
 

@@ -119,12 +119,12 @@ def make_plan(
 
 
 def possible_layouts(sizes: ModelSizes, machine: Machine, wish: Wish) -> Iterator[Split]:
-    """Every cut that divides the model and the machine, tensor parallel groups within a node."""
+    """Every cut that fits the model and the machine, tensor parallel groups within a node."""
     for tp_size in _divisors(machine.ranks_per_node):
-        if wish.tp_size not in (None, tp_size) or not tp_divides(sizes, tp_size):
+        if wish.tp_size not in (None, tp_size) or not tp_fits(sizes, tp_size):
             continue
         for pp_size in _divisors(machine.world_size // tp_size):
-            if wish.pp_size not in (None, pp_size) or sizes.num_layers % pp_size:
+            if wish.pp_size not in (None, pp_size) or pp_size > sizes.num_layers:
                 continue
             stage_ranks = machine.world_size // pp_size
             for ep_size in _divisors(stage_ranks) if sizes.num_experts else (1,):
@@ -132,10 +132,15 @@ def possible_layouts(sizes: ModelSizes, machine: Machine, wish: Wish) -> Iterato
                     yield Split(tp_size, ep_size, pp_size)
 
 
-def tp_divides(sizes: ModelSizes, tp_size: int) -> bool:
-    """Whether every matrix and the heads can be cut into so many parts (families.check_layout's rule)."""
-    widths = (sizes.num_heads, sizes.num_kv_heads, sizes.vocab_size, sizes.ffn_size if sizes.num_dense_layers else 0)
-    return all(width % tp_size == 0 for width in widths)
+def tp_fits(sizes: ModelSizes, tp_size: int) -> bool:
+    """Whether the heads and every matrix can be cut into so many parts (families.check_layout's rule).
+
+    More ranks than key-value heads hold copies of them; a vocabulary is padded.
+    """
+    widths = (sizes.num_heads, sizes.ffn_size if sizes.num_dense_layers else 0)
+    kv_heads = sizes.num_kv_heads % tp_size == 0 or tp_size % sizes.num_kv_heads == 0
+    vocab = (tp_size - 1) * Split(tp_size).vocab_rows(sizes) < sizes.vocab_size
+    return all(width % tp_size == 0 for width in widths) and kv_heads and vocab
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,11 @@ def owned(shards: Sequence[Shard], place: Place) -> list[Shard]:
     """Those of a stage's shards that this rank gives to a file: each part of each matrix has one owner. Pure."""
     first_copy = place.dp_rank == 0
     owns = {None: first_copy and place.tp_rank == 0, "tp": first_copy, "ep": place.expert_copy == 0}
-    return [shard for shard in shards if owns[shard.axis]]
+    return [
+        shard
+        for shard in shards
+        if (first_copy and place.tp_rank % shard.copies == 0 if shard.axis == "kv" else owns[shard.axis])
+    ]
 
 
 def assemble(parts: Mapping[int, Tensor], stages: Sequence[Sequence[Shard]], layout: Layout) -> dict[str, Tensor]:
@@ -222,7 +226,7 @@ def assemble(parts: Mapping[int, Tensor], stages: Sequence[Sequence[Shard]], lay
         for shard, values in zip(mine, flat.split([shard.size for shard in mine]), strict=True):
             if shard.key not in full:
                 full[shard.key] = torch.empty(shard.full_shape, dtype=flat.dtype)
-            full[shard.key][shard.slice_of(place)] = values.view(shard.local_shape)
+            full[shard.key][shard.slice_of(place)] = replace(shard, offset=0).held(values, place)
     return full
 
 
@@ -258,7 +262,7 @@ def stage_shards(lora: LoraWeights, arch: Architecture, layout: Layout, pp_rank:
 
 def read_into(adapter: Adapter, flat: Tensor, file: AdapterTensors, suffix: str) -> None:
     for shard in adapter.shards:
-        shard.view(flat).copy_(file.read(shard.key + suffix, shard.slice_of(adapter.place)))
+        shard.held(flat, adapter.place).copy_(file.read(shard.key + suffix, shard.slice_of(adapter.place)))
 
 
 def _expected_shapes(

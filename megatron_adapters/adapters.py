@@ -1,8 +1,9 @@
 """One adapter: its A and B matrices (this rank's shards), their gradients and their optimizer state.
 
-All float32 state of an adapter lies in four flat buffers of one layout: replicated matrices first, then those split
-over TP, then those split over EP. So summing gradients, clipping and stepping are a few operations on long vectors,
-whatever the number of layers. A pipeline stage holds the matrices of its own layers.
+All float32 state of an adapter lies in four flat buffers of one layout: replicated matrices first, then those of
+key-value heads of which several TP ranks hold the same, then those split over TP, then those split over EP. So
+summing gradients, clipping and stepping are a few operations on long vectors, whatever the number of layers. A pipeline
+stage holds the matrices of its own layers.
 
 `LoraWeights` is what a forward needs; `Adapter` is one that can be trained; a snapshot is a `LoraWeights` that is
 frozen, in the compute dtype, and shares nothing with the adapter it was taken from.
@@ -14,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 from .interface import Layout
 from .placement import Place
 from .projections import Projection
+
+Axis = Literal["tp", "kv", "ep"] | None
 
 
 class LoraPair(NamedTuple):
@@ -79,11 +83,15 @@ class Shard:
     """PEFT's name: base_model.model.<path>.lora_A.weight, or lora_B"""
     path: str
     full_shape: tuple[int, ...]
-    axis: Literal["tp", "ep"] | None
-    """what the matrix is split over; None where every rank of the stage holds the whole"""
+    axis: Axis
+    """what the matrix is split over; "kv": over TP, but into fewer parts than ranks; None where every rank of the stage
+    holds the whole"""
     split_dim: int | None
     local_shape: tuple[int, ...]
+    """the same on every rank; where the parts do not divide the whole, the last rank's end is padding"""
     offset: int
+    copies: int = 1
+    """consecutive TP ranks that hold the same part; more than one on the axis "kv" alone"""
 
     @property
     def size(self) -> int:
@@ -92,13 +100,20 @@ class Shard:
     def view(self, flat: Tensor) -> Tensor:
         return flat[self.offset : self.offset + self.size].view(self.local_shape)
 
+    def held(self, flat: Tensor, place: Place) -> Tensor:
+        """The view without padding: what this rank has of the matrix."""
+        if self.split_dim is None:
+            return self.view(flat)
+        part = self.slice_of(place)[self.split_dim]
+        return self.view(flat).narrow(self.split_dim, 0, part.stop - part.start)
+
     def slice_of(self, place: Place) -> tuple[slice, ...]:
         """The index of this rank's part in the full matrix."""
         if self.split_dim is None:
             return ()
-        size = self.local_shape[self.split_dim]
-        part = place.tp_rank if self.axis == "tp" else place.ep_rank
-        return (*[slice(None)] * self.split_dim, slice(part * size, (part + 1) * size))
+        size, whole = self.local_shape[self.split_dim], self.full_shape[self.split_dim]
+        part = place.ep_rank if self.axis == "ep" else place.tp_rank // self.copies
+        return (*[slice(None)] * self.split_dim, slice(part * size, min((part + 1) * size, whole)))
 
 
 def peft_key(path: str, letter: str) -> str:
@@ -108,31 +123,30 @@ def peft_key(path: str, letter: str) -> str:
 
 def shard_layout(wanted: Iterable[Projection], rank: int, layout: Layout) -> list[Shard]:
     """Where every matrix lies in the flat buffers. The same on every rank of a stage."""
-    matrices: list[tuple[str, str, tuple[int, ...], Literal["tp", "ep"] | None, int | None]] = []
+    matrices: list[tuple[str, str, tuple[int, ...], Axis, int | None, int]] = []
     for projection in wanted:
         for letter, shape in (("A", projection.shape_a(rank)), ("B", projection.shape_b(rank))):
             axis, split_dim = _split(projection, letter, shape, layout)
-            matrices.append((peft_key(projection.path, letter), projection.path, shape, axis, split_dim))
-    matrices.sort(key=lambda matrix: (None, "tp", "ep").index(matrix[3]))  # stable
+            parts = {None: 1, "tp": layout.tp_size, "kv": projection.heads or 1, "ep": layout.ep_size}[axis]
+            matrices.append((peft_key(projection.path, letter), projection.path, shape, axis, split_dim, parts))
+    matrices.sort(key=lambda matrix: (None, "kv", "tp", "ep").index(matrix[3]))  # stable
     shards, offset = [], 0
-    for key, path, shape, axis, split_dim in matrices:
-        local = shape
-        if split_dim is not None:
-            parts = layout.tp_size if axis == "tp" else layout.ep_size
-            local = tuple(n // parts if dim == split_dim else n for dim, n in enumerate(shape))
-        shards.append(Shard(key, path, shape, axis, split_dim, local, offset))
+    for key, path, shape, axis, split_dim, parts in matrices:
+        local = tuple(-(-n // parts) if dim == split_dim else n for dim, n in enumerate(shape))
+        copies = layout.tp_size // parts if axis == "kv" else 1
+        shards.append(Shard(key, path, shape, axis, split_dim, local, offset, copies))
         offset += shards[-1].size
     return shards
 
 
-def _split(
-    projection: Projection, letter: str, shape: tuple[int, ...], layout: Layout
-) -> tuple[Literal["tp", "ep"] | None, int | None]:
+def _split(projection: Projection, letter: str, shape: tuple[int, ...], layout: Layout) -> tuple[Axis, int | None]:
     """Axis and dimension; (None, None) for a replicated matrix."""
     if projection.sharding == "expert":
         return ("ep", 0) if layout.ep_size > 1 and shape[0] > 1 else (None, None)
     split_letter, dim = ("B", 0) if projection.sharding == "column" else ("A", 1)
-    return ("tp", dim) if layout.tp_size > 1 and letter == split_letter else (None, None)
+    if layout.tp_size == 1 or letter != split_letter:
+        return None, None
+    return "kv" if projection.heads is not None and projection.heads < layout.tp_size else "tp", dim
 
 
 class Adapter:
@@ -140,7 +154,8 @@ class Adapter:
 
     Attributes:
         weights, grads, exp_avg, exp_avg_sq: float32 [num_local] on the model's device.
-        replicated, over_tp, over_ep: which entries are equal on all ranks of the stage, split over TP, over EP.
+        replicated, over_kv, over_tp, over_ep: which entries are equal on all ranks of the stage; equal on `kv_copies`
+            consecutive TP ranks; split over TP; over EP.
         step: optimizer steps taken.
         has_gradients: a pass has added to grads since they were last zeroed.
     """
@@ -160,19 +175,19 @@ class Adapter:
         """`wanted`: the projections of this rank's stage."""
         self.shards = shard_layout(wanted, rank, layout)
         self.place = place
-        sizes = {axis: sum(s.size for s in self.shards if s.axis == axis) for axis in (None, "tp", "ep")}
-        self.replicated = slice(0, sizes[None])
-        self.over_tp = slice(sizes[None], sizes[None] + sizes["tp"])
-        self.over_ep = slice(sizes[None] + sizes["tp"], sum(sizes.values()))
+        axes: tuple[Axis, ...] = (None, "kv", "tp", "ep")
+        ends = list(accumulate(sum(s.size for s in self.shards if s.axis == axis) for axis in axes))
+        self.replicated, self.over_kv, self.over_tp, self.over_ep = (slice(*x) for x in pairwise([0, *ends]))
+        self.kv_copies = max((shard.copies for shard in self.shards), default=1)
         self.weights, self.grads, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(sum(sizes.values()), dtype=torch.float32, device=device) for _ in range(4)
+            torch.zeros(ends[-1], dtype=torch.float32, device=device) for _ in range(4)
         )
         self.step = 0
         self.has_gradients = False
         parameters: dict[str, Tensor] = {}
         for shard in self.shards:
-            parameter = nn.Parameter(shard.view(self.weights))
-            parameter.grad = shard.view(self.grads)  # autograd adds into an existing gradient in place
+            parameter = nn.Parameter(shard.held(self.weights, place))
+            parameter.grad = shard.held(self.grads, place)  # autograd adds into an existing gradient in place
             parameters[shard.key] = parameter
         pairs = {
             projection.path: LoraPair(
@@ -206,7 +221,7 @@ class Adapter:
         """
         with torch.no_grad():
             for shard in self.shards:
-                view = shard.view(self.weights)
+                view = shard.held(self.weights, self.place)
                 if not shard.key.endswith("lora_A.weight"):
                     view.zero_()
                     continue

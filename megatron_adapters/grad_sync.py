@@ -4,6 +4,7 @@ Rules (see lora_linear.py and experts.py for why). Losses are sums, so every gra
   replicated (column A, row B, lm_head's A; of experts the shared factor): each rank has the part of its own tokens,
       so the sum is over TP and over DP, that is over all ranks of the stage.
   split over TP: complete for the tokens of its copy of the model; a sum over DP.
+  of key-value heads that several TP ranks hold: each rank has the part of its own queries; a sum over those ranks, DP.
   split over EP: complete for the tokens that reached its expert; a sum over the copies of the expert.
 Nothing is communicated before the optimizer step, however many passes accumulate.
 """
@@ -22,12 +23,14 @@ from .runtime import Runtime
 def sum_gradients(adapter: Adapter, runtime: Runtime, grads: torch.Tensor | None = None) -> None:
     """Complete adapter.grads, or a copy of them, in place.
 
-    Collectives: all-reduce of the replicated part over the TP group; of that and what TP splits over the DP group; of
-        what EP splits over the group of its copies. A part that is empty (the same on all ranks) is left out.
+    Collectives: all-reduce of the replicated part and of that of shared key-value heads over the TP group; of these and
+        what TP splits over the DP group; of what EP splits over the group of its copies. A part that is empty (the same
+        on all ranks) is left out.
     """
     layout, grads = runtime.layout, adapter.grads if grads is None else grads
     if layout.tp_size > 1:
         _sum(grads[adapter.replicated], runtime.tp_group)
+        _sum_over_copies(grads[adapter.over_kv], adapter.kv_copies, runtime)
     if layout.dp_size > 1:
         _sum(grads[: adapter.over_tp.stop], runtime.dp_group)
     if layout.expert_copies > 1:
@@ -39,6 +42,18 @@ def _sum(part: torch.Tensor, group: dist.ProcessGroup) -> None:
         dist.all_reduce(part, group=group)
 
 
+def _sum_over_copies(part: torch.Tensor, copies: int, runtime: Runtime) -> None:
+    """Sum over runs of `copies` consecutive TP ranks: one all-reduce over the whole group, each run in its own row. The
+    part is small (B of k and v), and a group of its own would cost NCCL more memory than the rows.
+    """
+    if copies > 1:
+        rows = part.new_zeros(runtime.layout.tp_size // copies, part.numel())
+        mine = rows[runtime.tp_rank // copies]
+        mine.copy_(part)
+        dist.all_reduce(rows, group=runtime.tp_group)
+        part.copy_(mine)
+
+
 def keep_one_share(adapter: Adapter, runtime: Runtime) -> None:
     """The way back from a whole gradient on every rank to shares whose sum it is: the first rank of each sum has it
     all, the others zero. No communication.
@@ -46,6 +61,8 @@ def keep_one_share(adapter: Adapter, runtime: Runtime) -> None:
     place, grads = runtime.place, adapter.grads
     if place.tp_rank != 0 or place.dp_rank != 0:
         grads[adapter.replicated].zero_()
+    if place.tp_rank % adapter.kv_copies or place.dp_rank != 0:
+        grads[adapter.over_kv].zero_()
     if place.dp_rank != 0:
         grads[adapter.over_tp].zero_()
     if place.expert_copy != 0:
@@ -53,16 +70,17 @@ def keep_one_share(adapter: Adapter, runtime: Runtime) -> None:
 
 
 def gradient_norm(adapter: Adapter, runtime: Runtime) -> float:
-    """Euclidean norm of the whole gradient, replicated matrices counted once; equal on every rank.
+    """Euclidean norm of the whole gradient, every matrix counted once; equal on every rank.
 
     Collectives: one all-reduce of a scalar over the TP, EP and pipeline groups each.
     """
-    parts = (adapter.replicated, adapter.over_tp, adapter.over_ep)
+    parts = (adapter.replicated, adapter.over_kv, adapter.over_tp, adapter.over_ep)
     squares = torch.stack([torch.linalg.vector_norm(adapter.grads[x], dtype=torch.float64) ** 2 for x in parts])
+    squares[1] /= adapter.kv_copies
     if runtime.layout.tp_size > 1:
-        dist.all_reduce(squares[1:2], group=runtime.tp_group)
+        dist.all_reduce(squares[1:3], group=runtime.tp_group)
     if runtime.layout.ep_size > 1:
-        dist.all_reduce(squares[2:3], group=runtime.ep_group)
+        dist.all_reduce(squares[3:4], group=runtime.ep_group)
     total = squares.sum()
     if runtime.layout.pp_size > 1:
         dist.all_reduce(total, group=runtime.forward_group)

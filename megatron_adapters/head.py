@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from .adapters import LoraPair
 from .frozen_linear import frozen_linear, frozen_linear_grad
 from .lora_linear import Segment, check_tiling
+from .placement import vocab_rows_of_rank
 
 PATH = "lm_head"
 CHUNK_ELEMENTS = 2**26
@@ -34,16 +36,14 @@ CHUNK_ELEMENTS = 2**26
 class LmHead:
     """The frozen unembedding of this rank.
 
-    weight_VD: [vocab_size / tp_size, hidden]; the embedding's own matrix where the two are tied.
+    weight_VD: [vocab_size / tp_size, hidden], rounded up, the last rank with what is left; the embedding's own matrix
+        where the two are tied.
     """
 
     weight_VD: Tensor
     vocab_start: int
+    vocab_size: int
     tp_group: dist.ProcessGroup
-
-    @property
-    def vocab_size(self) -> int:
-        return self.weight_VD.shape[0] * self.tp_group.size()
 
     def target_logprobs(self, hidden_TD: Tensor, targets: Tensor, segments: Sequence[Segment]) -> Tensor:
         """log p of every target, float32 in the shape of `targets`, differentiable in hidden_TD and the adapters.
@@ -74,9 +74,12 @@ class LmHead:
         local_NV = torch.cat(parts) if parts else torch.zeros(0, self.weight_VD.shape[0], device=hidden_ND.device)
         if self.tp_group.size() == 1:
             return local_NV
+        rows = vocab_rows_of_rank(self.vocab_size, self.tp_group.size())
+        if local_NV.shape[1] < rows:  # gathered parts must be of equal size
+            local_NV = F.pad(local_NV, (0, rows - local_NV.shape[1]))
         gathered = [torch.empty_like(local_NV) for _ in range(self.tp_group.size())]
         dist.all_gather(gathered, local_NV.contiguous(), group=self.tp_group)
-        return torch.cat(gathered, dim=1)
+        return torch.cat(gathered, dim=1)[:, : self.vocab_size]
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ def transformer_config(arch: Architecture, layout: Layout, dtype: torch.dtype, *
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_attention_heads=arch.num_heads,
-        num_query_groups=arch.num_kv_heads,
+        # With more ranks than key-value heads, ranks hold copies: the same as a model that has as many heads as ranks.
+        num_query_groups=max(arch.num_kv_heads, layout.tp_size),
         kv_channels=arch.head_dim,
         ffn_hidden_size=arch.ffn_size,
         layernorm_epsilon=arch.norm_eps,

@@ -26,7 +26,7 @@ from .layers import block_spec, transformer_config
 from .links import Links
 from .lora_linear import LoraLinear, Routing, Segment
 from .moe import MoeMlp, Router
-from .placement import FIRST_RANK, Place, stage_layers
+from .placement import FIRST_RANK, Place, kv_heads_of_rank, stage_layers, vocab_rows_of_rank
 from .projections import layer_path
 from .recompute import recompute_layers
 from .rope import RotaryTable
@@ -51,7 +51,7 @@ def build_gpt(
         config,
         # A block specification is accepted, only not annotated.
         block_spec(config, arch, layers, is_last=is_last),  # type: ignore[arg-type]
-        vocab_size=arch.vocab_size,
+        vocab_size=vocab_rows_of_rank(arch.vocab_size, layout.tp_size) * layout.tp_size,
         max_sequence_length=arch.max_context,
         pre_process=place.pp_rank == 0,
         post_process=is_last,
@@ -61,6 +61,8 @@ def build_gpt(
     )
     decoder: Any = gpt.decoder
     for index, layer in enumerate(decoder.layers):
+        # megatron-core counts as if all stages had equally many.
+        layer.layer_number = layers[index] + 1
         # Attention counts the layers of its stage, as a cache does that holds those alone.
         layer.self_attention.core_attention.layer_number = index + 1
         if layers[index] in arch.expert_layers:
@@ -176,24 +178,26 @@ class Model:
 
 def _head(gpt: Any, arch: Architecture, runtime: Runtime) -> LmHead:
     unembedding = gpt.embedding.word_embeddings if gpt.share_embeddings_and_output_weights else gpt.output_layer
-    vocab_start = runtime.tp_rank * (arch.vocab_size // runtime.layout.tp_size)
-    return LmHead(unembedding.weight.detach(), vocab_start, runtime.tp_group)
+    rows = vocab_rows_of_rank(arch.vocab_size, runtime.layout.tp_size)
+    vocab_start = runtime.tp_rank * rows
+    # Without the padding at the end of the last rank: nothing sees it, so nothing can be sampled from it.
+    weight_VD = unembedding.weight.detach()[: min(rows, arch.vocab_size - vocab_start)]
+    return LmHead(weight_VD, vocab_start, arch.vocab_size, runtime.tp_group)
 
 
 def _wrap_linears(gpt: nn.Module, arch: Architecture, runtime: Runtime, routing: Routing) -> None:
     tp_size = runtime.layout.tp_size
-    q, kv, ffn, hidden = arch.q_size // tp_size, arch.kv_size // tp_size, arch.ffn_size // tp_size, arch.hidden_size
+    groups = kv_heads_of_rank(arch.num_kv_heads, tp_size)
+    q, kv, ffn, hidden = arch.q_size // tp_size, groups * arch.head_dim, arch.ffn_size // tp_size, arch.hidden_size
 
     def merge_qkv(deltas: list[Tensor]) -> Tensor:
         """[T, q], [T, kv], [T, kv] -> megatron-core's order: per group its queries, key, value."""
-        groups = arch.num_kv_heads // tp_size
         return torch.cat([x.view(x.shape[0], groups, -1) for x in deltas], dim=-1).flatten(1)
 
     def merge_side_by_side(deltas: list[Tensor]) -> Tensor:
         return deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=-1)
 
     def split_qkv(out_TO: Tensor) -> list[Tensor]:
-        groups = arch.num_kv_heads // tp_size
         return list(out_TO.view(out_TO.shape[0], groups, -1).split((q // groups, kv // groups, kv // groups), dim=-1))
 
     def split_gate_up(out_TO: Tensor) -> list[Tensor]:

@@ -35,6 +35,23 @@ def place_of(global_rank: int, layout: Layout) -> Place:
 
 
 def stage_layers(num_layers: int, layout: Layout, pp_rank: int) -> range:
-    """The decoder layers (from 0) of a stage: equal consecutive shares."""
-    share = num_layers // layout.pp_size
-    return range(pp_rank * share, (pp_rank + 1) * share)
+    """The decoder layers (from 0) of a stage: consecutive shares, equal where the stages divide them.
+
+    What is left over goes to the stages in the middle first, one layer each, since the ends hold the embedding and the
+    unembedding too; then to the last, then to the first, which keeps the activations of most micro-batches.
+    """
+    share, left = divmod(num_layers, layout.pp_size)
+    last = layout.pp_size - 1
+    longer = [*range(1, last), last, 0][:left]
+    start = pp_rank * share + sum(stage < pp_rank for stage in longer)
+    return range(start, start + share + (pp_rank in longer))
+
+
+def kv_heads_of_rank(num_kv_heads: int, tp_size: int) -> int:
+    """Key-value heads that a TP rank holds: its part of them, or one, which consecutive ranks hold together."""
+    return max(1, num_kv_heads // tp_size)
+
+
+def vocab_rows_of_rank(vocab_size: int, tp_size: int) -> int:
+    """Rows of a TP rank's embedding; on the last rank those beyond the vocabulary are padding."""
+    return -(-vocab_size // tp_size)

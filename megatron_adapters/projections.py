@@ -37,6 +37,8 @@ class Projection:
     experts_a: int | None = None
     """Experts' A are stacked, [experts_a, rank, d_in]: 1 where all share it. None: a plain matrix, no experts."""
     experts_b: int | None = None
+    heads: int | None = None
+    """d_out is this many key-value heads: where TP has more ranks than heads, consecutive ranks hold the same one."""
 
     @property
     def name(self) -> str:
@@ -96,7 +98,8 @@ def projections(
                 found.append(_expert_projection(arch, layer, name, per_expert))
             else:
                 sharding = "row" if name in ROW_PARALLEL else "column"
-                found.append(Projection(layer_path(layer, name), *widths[name], sharding))
+                heads = arch.num_kv_heads if name in ("k_proj", "v_proj") else None
+                found.append(Projection(layer_path(layer, name), *widths[name], sharding, heads=heads))
     if "lm_head" in wanted and arch.num_layers - 1 in layers:
         found.append(Projection("lm_head", *widths["lm_head"], "column"))
     return found

@@ -16,6 +16,7 @@ from .adapters import LoraWeights
 from .decode import Decoder
 from .kv_cache import KvCache, KvShape
 from .model import Model
+from .placement import kv_heads_of_rank
 from .sample_ranks import SampleRanks
 from .sampler_forward import ModelForward
 from .stopping import DecodeText
@@ -47,7 +48,7 @@ def make_decoder(model: Model, snapshots: Mapping[str, LoraWeights], base_model_
     )
     shape = KvShape(
         num_layers=len(model.layers),
-        num_kv_heads=arch.num_kv_heads // runtime.layout.tp_size,
+        num_kv_heads=kv_heads_of_rank(arch.num_kv_heads, runtime.layout.tp_size),
         head_dim=arch.head_dim,
         dtype=runtime.dtype,
         device=runtime.device,

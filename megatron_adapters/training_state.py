@@ -59,14 +59,14 @@ def restore_gradients(adapter: Adapter, folder: Path, runtime: Runtime, *, same_
 def copy_snapshot(weights: LoraWeights, arch: Architecture, runtime: Runtime, *, base_model: str) -> HostCopy:
     """A sampling snapshot, in the compute dtype. Collectives: those of adapter_files.gather."""
     shards = stage_shards(weights, arch, runtime.layout, runtime.place.pp_rank)
-    flat = torch.empty(sum(shard.size for shard in shards), dtype=runtime.dtype, device=runtime.device)
+    flat = torch.zeros(sum(shard.size for shard in shards), dtype=runtime.dtype, device=runtime.device)
     parts = {
         peft_key(path, letter): part
         for path, pair in weights.pairs.items()
         for letter, part in zip("AB", pair, strict=True)
     }
     for shard in shards:
-        shard.view(flat).copy_(parts[shard.key])
+        shard.held(flat, runtime.place).copy_(parts[shard.key])
     config = peft_config(weights.rank, weights.alpha, weights.targets, base_model)
     return HostCopy(config, gather(weights, flat, runtime, arch), {}, 0)
 

@@ -21,7 +21,7 @@ from .experts import StackedExperts
 from .families import Architecture
 from .interface import Layout
 from .moe import MoeMlp
-from .placement import Place
+from .placement import Place, kv_heads_of_rank
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Buffers that old exports carry; we compute them."""
@@ -40,12 +40,16 @@ class Checkpoint:
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
 
     def read(self, name: str, dim: int | None = None, part: int = 0, parts: int = 1) -> Tensor:
-        """Tensor `name`, or slice `part` of `parts` equal ones along `dim`; only that slice is read from disk."""
+        """Tensor `name`, or slice `part` of `parts` along `dim`; only that slice is read from disk.
+
+        The slices are equal, but for the last where `parts` does not divide the tensor.
+        """
         if dim is None or parts == 1:
             return self._file_of[name].get_tensor(name)
         view = self._file_of[name].get_slice(name)
-        size = view.get_shape()[dim] // parts
-        start, end = part * size, (part + 1) * size
+        whole = view.get_shape()[dim]
+        size = -(-whole // parts)
+        start, end = part * size, min((part + 1) * size, whole)
         return view[start:end] if dim == 0 else view[:, start:end]
 
 
@@ -138,24 +142,35 @@ def load_weights(model: Any, folder: Path, arch: Architecture, layout: Layout, p
     def columns(name: str) -> Tensor:
         return checkpoint.read(name, 1, tp_rank, tp_size)
 
+    def kv_rows(name: str) -> Tensor:
+        parts = min(arch.num_kv_heads, tp_size)
+        return checkpoint.read(name, 0, tp_rank * parts // tp_size, parts)
+
+    def copy_padded(weight_VD: Tensor, part: Tensor) -> None:
+        weight_VD[: len(part)].copy_(part)
+        weight_VD[len(part) :].zero_()
+
     if model.pre_process:
-        model.embedding.word_embeddings.weight.copy_(rows("model.embed_tokens.weight"))
+        copy_padded(model.embedding.word_embeddings.weight, rows("model.embed_tokens.weight"))
     if model.post_process:
         model.decoder.final_layernorm.weight.copy_(whole("model.norm.weight"))
         if not model.share_embeddings_and_output_weights:  # tied ones are shared where one stage holds both ends
             name = "model.embed_tokens.weight" if arch.tied_embeddings else "lm_head.weight"
-            model.output_layer.weight.copy_(rows(name))
-    groups = arch.num_kv_heads // tp_size
+            copy_padded(model.output_layer.weight, rows(name))
+    groups = kv_heads_of_rank(arch.num_kv_heads, tp_size)
+
+    def qkv(prefix: str, kind: str) -> Tensor:
+        parts = [read(f"{prefix}{x}_proj.{kind}") for x, read in (("q", rows), ("k", kv_rows), ("v", kv_rows))]
+        return interleave_qkv(*parts, groups=groups)
+
     for layer in model.decoder.layers:
         prefix = f"model.layers.{layer.layer_number - 1}."
         attention = layer.self_attention
         layer.input_layernorm.weight.copy_(whole(f"{prefix}input_layernorm.weight"))
         layer.pre_mlp_layernorm.weight.copy_(whole(f"{prefix}post_attention_layernorm.weight"))
-        qkv = [rows(f"{prefix}self_attn.{x}_proj.weight") for x in "qkv"]
-        attention.linear_qkv.weight.copy_(interleave_qkv(*qkv, groups=groups))
+        attention.linear_qkv.weight.copy_(qkv(f"{prefix}self_attn.", "weight"))
         if arch.qkv_bias:
-            qkv = [rows(f"{prefix}self_attn.{x}_proj.bias") for x in "qkv"]
-            attention.linear_qkv.bias.copy_(interleave_qkv(*qkv, groups=groups))
+            attention.linear_qkv.bias.copy_(qkv(f"{prefix}self_attn.", "bias"))
         if arch.qk_norm:
             attention.q_layernorm.weight.copy_(whole(f"{prefix}self_attn.q_norm.weight"))
             attention.k_layernorm.weight.copy_(whole(f"{prefix}self_attn.k_norm.weight"))

@@ -17,10 +17,10 @@ def check_layout(arch: Architecture, layout: Layout) -> None:
         if getattr(layout, name) < 1:
             raise ConfigError(f"{name} is {getattr(layout, name)}; it must be at least 1.")
     _check_tp(arch, layout.tp_size)
-    if arch.num_layers % layout.pp_size:
+    if layout.pp_size > arch.num_layers:
         raise ConfigError(
-            f"pp_size {layout.pp_size} does not divide the {arch.num_layers} layers of this {arch.model_type} model. "
-            f"Sizes that work: {_divisors(arch.num_layers)}."
+            f"pp_size {layout.pp_size} is more than the {arch.num_layers} layers of this {arch.model_type} model. "
+            f"Use at most {arch.num_layers}, so that every stage has one."
         )
     if layout.ep_size == 1:
         return
@@ -44,21 +44,29 @@ def check_layout(arch: Architecture, layout: Layout) -> None:
 
 
 def _check_tp(arch: Architecture, tp_size: int) -> None:
-    sizes = {
-        "num_attention_heads": arch.num_heads,
-        "num_key_value_heads": arch.num_kv_heads,
-        "intermediate_size": arch.ffn_size,
-        "vocab_size": arch.vocab_size,
-    }
-    if len(arch.expert_layers) == arch.num_layers:
-        del sizes["intermediate_size"]  # experts are never split over TP
-    misfits = [f"{name} ({size})" for name, size in sizes.items() if size % tp_size]
+    misfits = _misfits(arch, tp_size)
     if misfits:
-        allowed = [n for n in range(1, arch.num_kv_heads + 1) if all(size % n == 0 for size in sizes.values())]
+        allowed = [n for n in range(1, arch.num_heads + 1) if not _misfits(arch, n)]
         raise ConfigError(
             f"tp_size {tp_size} does not divide {', '.join(misfits)} of this {arch.model_type} model. "
             f"Sizes that work: {', '.join(map(str, allowed))}."
         )
+
+
+def _misfits(arch: Architecture, tp_size: int) -> list[str]:
+    """Sizes that TP cannot cut, by their names in config.json.
+
+    More ranks than key-value heads hold copies of them; a vocabulary is padded, but no rank may have padding alone.
+    """
+    sizes = {"num_attention_heads": arch.num_heads}
+    if len(arch.expert_layers) < arch.num_layers:  # experts are never split over TP
+        sizes["intermediate_size"] = arch.ffn_size
+    misfits = [f"{name} ({size})" for name, size in sizes.items() if size % tp_size]
+    if arch.num_kv_heads % tp_size and tp_size % arch.num_kv_heads:
+        misfits.append(f"num_key_value_heads ({arch.num_kv_heads})")
+    if (tp_size - 1) * -(-arch.vocab_size // tp_size) >= arch.vocab_size:
+        misfits.append(f"vocab_size ({arch.vocab_size})")
+    return misfits
 
 
 def _divisors(number: int) -> str:

@@ -97,8 +97,9 @@ def cached_token_bytes(gpt: Any, arch: Any, layout: Any) -> int:
     import torch
 
     from megatron_adapters.kv_cache import KvShape, LaneGroup
+    from megatron_adapters.placement import kv_heads_of_rank
 
-    heads = arch.num_kv_heads // layout.tp_size
+    heads = kv_heads_of_rank(arch.num_kv_heads, layout.tp_size)
     group = LaneGroup(KvShape(len(gpt.decoder.layers), heads, arch.head_dim, torch.bfloat16, torch.device("meta")), 64)
     group.resize(1)
     return sum(x.numel() * x.element_size() for x in (*group.keys_RHCD, *group.values_RHCD)) // 64

@@ -52,9 +52,11 @@ _EXPERTS: dict[str, Any] = {
     "head_dim": 32,
     "tie_word_embeddings": False,
 }
+# What no size of 2 divides: one key-value head, of which ranks hold copies; a padded vocabulary; unequal stages.
+_INDIVISIBLE: dict[str, Any] = {"num_key_value_heads": 1, "vocab_size": 131, "num_hidden_layers": 5}
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_SIZES, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False),
-    "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**(_SIZES | _INDIVISIBLE), tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=False),
     "qwen3_bf16": lambda: Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=True),
     "qwen3_moe": lambda: Qwen3MoeConfig(**_SIZES, **_EXPERTS, norm_topk_prob=True, decoder_sparse_step=1),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).parents[2] / "models"))
@@ -81,9 +81,10 @@ def test_does_not_fit_and_says_what_would() -> None:
     made = plan("Qwen3-235B-A22B", Machine(1, 8, 40))
     assert not made.fits
     assert any("does not fit" in reason for reason in made.reasons)
-    assert any("It would fit on 4 such nodes" in reason for reason in made.reasons)
-    assert not plan("Qwen3-235B-A22B", Machine(2, 8, 40)).fits
-    assert plan("Qwen3-235B-A22B", Machine(4, 8, 40)).fits
+    assert any("It would fit on 2 such nodes" in reason for reason in made.reasons)
+    # Possible since TP 8 holds copies of the 4 key-value heads: twice the weights of one node's 320 GiB.
+    assert layout(plan("Qwen3-235B-A22B", Machine(2, 8, 40))) == (8, 8, 2, 1)
+    assert not plan("Qwen3-235B-A22B", Machine(2, 8, 40), wish=Wish(tp_size=4)).fits
     hopeless = plan("Llama-3.1-70B", Machine(1, 1, 4))
     assert any("more memory" in reason for reason in hopeless.reasons)
 
@@ -133,14 +134,15 @@ MACHINES = st.builds(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(MODELS, MACHINES)
 def test_every_plan_keeps_the_rules(name: str, machine: Machine) -> None:
     model, made = sizes(name), plan(name, machine)
     assert made.tp_size * made.pp_size * made.dp_size == machine.world_size
     assert machine.ranks_per_node % made.tp_size == 0, "tensor parallel groups stay within a node"
     assert (made.tp_size * made.dp_size) % made.ep_size == 0
-    for size, parts in ((model.num_kv_heads, made.tp_size), (model.num_layers, made.pp_size)):
-        assert size % parts == 0
+    assert model.num_kv_heads % made.tp_size == 0 or made.tp_size % model.num_kv_heads == 0
+    assert made.pp_size <= model.num_layers
     assert made.ep_size == 1 or model.num_experts % made.ep_size == 0
     if made.fits:
         assert made.memory.total <= machine.memory_gib * GIB
@@ -148,6 +150,7 @@ def test_every_plan_keeps_the_rules(name: str, machine: Machine) -> None:
     assert Split(made.tp_size, made.ep_size, made.pp_size) in others
 
 
+@settings(deadline=None)
 @given(MODELS, MACHINES)
 def test_more_memory_never_hurts(name: str, machine: Machine) -> None:
     larger = Machine(machine.nodes, machine.ranks_per_node, machine.memory_gib * 2)

@@ -59,14 +59,19 @@ def test_end_of_turn_tokens_come_from_the_generation_config(tmp_path: Path) -> N
 
 
 def test_a_tensor_parallel_size_that_does_not_divide_says_which_do() -> None:
-    arch = architecture(
-        Qwen3Config(num_attention_heads=12, num_key_value_heads=4, intermediate_size=96, vocab_size=1000)
-    )
-    check_layout(arch, Layout(tp_size=4))
-    with pytest.raises(ConfigError, match=r"tp_size 3 does not divide num_key_value_heads \(4\).*work: 1, 2, 4"):
+    sizes = {"num_attention_heads": 24, "num_key_value_heads": 4, "intermediate_size": 96}
+    arch = architecture(Qwen3Config(**sizes, vocab_size=1001))
+    for size in (4, 8):  # copies of key-value heads, and a padded vocabulary
+        check_layout(arch, Layout(tp_size=size))
+    with pytest.raises(ConfigError, match=r"3 does not divide num_key_value_heads \(4\).*work: 1, 2, 4, 8, 12, 24"):
         check_layout(arch, Layout(tp_size=3))
-    with pytest.raises(ConfigError, match=r"num_key_value_heads \(4\)"):
-        check_layout(arch, Layout(tp_size=8))  # more ranks than key-value heads
+    with pytest.raises(ConfigError, match=r"num_attention_heads \(24\), intermediate_size \(96\)"):
+        check_layout(arch, Layout(tp_size=64))
+    with pytest.raises(ConfigError, match=r"vocab_size \(9\)"):  # the last rank would have none of it
+        check_layout(architecture(Qwen3Config(**sizes, vocab_size=9)), Layout(tp_size=8))
+    check_layout(arch, Layout(pp_size=arch.num_layers - 1))
+    with pytest.raises(ConfigError, match="pp_size 33 is more than the 32 layers"):
+        check_layout(arch, Layout(pp_size=33))
     with pytest.raises(ConfigError, match="at least 1"):
         check_layout(arch, Layout(dp_size=0))
 

@@ -45,7 +45,7 @@ def case() -> dict[str, Any]:
     group: Any = OneRank()
     first, second = adapter(3, seed=10), adapter(2, seed=20)
     return {
-        "head": LmHead(random(VOCAB, HIDDEN, seed=1), 0, group),
+        "head": LmHead(random(VOCAB, HIDDEN, seed=1), 0, VOCAB, group),
         "hidden": random(NUM_TOKENS, HIDDEN, seed=2).requires_grad_(),
         "targets": torch.randint(0, VOCAB, (NUM_TOKENS,), generator=torch.Generator().manual_seed(3)),
         "upstream": random(NUM_TOKENS, seed=4),

@@ -49,6 +49,16 @@ def test_places_are_megatrons() -> None:
     assert list(stage_layers(6, layout, 1)) == [3, 4, 5]
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "sizes"), [(94, [23, 24, 24, 23]), (93, [23, 23, 24, 23]), (95, [23, 24, 24, 24]), (8, [2] * 4)]
+)
+def test_stages_are_unequal_where_they_must_be(num_layers: int, sizes: list[int]) -> None:
+    stages = [stage_layers(num_layers, Layout(pp_size=4), rank) for rank in range(4)]
+    assert sorted(len(stage) for stage in stages) == sorted(sizes)
+    assert max(map(len, stages)) - min(map(len, stages)) <= 1
+    assert [layer for stage in stages for layer in stage] == list(range(num_layers))
+
+
 def test_ranks_that_share_experts_run_equally_many_micro_batches() -> None:
     lengths, budget = [9, 9, 9, 2, 2], 10
     alone = [plan_micro_batches(lengths, Layout(1, 4), rank, budget) for rank in range(4)]

@@ -126,6 +126,14 @@ def build(arch: Architecture, global_rank: int = 0, layout: Layout = SINGLE, *, 
     return adapter
 
 
+def number_b(adapter: Adapter) -> None:
+    """B is zero at first, which would hide rows that are missing or twice."""
+    for shard in adapter.shards:
+        if "lora_B" in shard.key:
+            full = torch.arange(1.0, 1 + torch.Size(shard.full_shape).numel()).view(shard.full_shape)
+            shard.held(adapter.weights, adapter.place).copy_(full[shard.slice_of(adapter.place)])
+
+
 def full_matrices(ranks: list[Adapter], layout: Layout) -> dict[str, torch.Tensor]:
     parts = {
         rank: torch.cat([shard.view(adapter.weights).flatten() for shard in mine])
@@ -136,16 +144,22 @@ def full_matrices(ranks: list[Adapter], layout: Layout) -> dict[str, torch.Tenso
     return assemble(parts, [ranks[stage * stage_size].shards for stage in range(layout.pp_size)], layout)
 
 
+@pytest.mark.parametrize("change", [{}, {"num_key_value_heads": 1, "vocab_size": 33, "num_hidden_layers": 3}], ids=str)
 @pytest.mark.parametrize("per_expert", [False, True])
 @pytest.mark.parametrize(
     "layout",
-    [Layout(), Layout(2), Layout(1, 2), Layout(2, 2, 2), Layout(1, 2, 1, 2), Layout(2, 1, 2, 2), Layout(2, 2, 1, 4)],
+    [Layout(), Layout(2), Layout(1, 2), Layout(2, 2, 2), Layout(1, 2, 1, 2), Layout(2, 1, 2, 2), Layout(4, 2, 1, 4)],
     ids=str,
 )
-def test_shards_of_any_layout_make_the_same_full_matrices(layout: Layout, per_expert: bool) -> None:
-    arch = architecture(MOE)
+def test_shards_of_any_layout_make_the_same_full_matrices(
+    layout: Layout, per_expert: bool, change: dict[str, int]
+) -> None:
+    """Also where ranks hold copies of a key-value head, and padding at the end of the vocabulary."""
+    arch = architecture(Qwen3MoeConfig(**(MOE.to_dict() | change)))
     ranks = [build(arch, rank, layout, per_expert=per_expert) for rank in range(layout.world_size)]
     whole = build(arch, per_expert=per_expert)
+    for adapter in [*ranks, whole]:
+        number_b(adapter)
     joined, expected = full_matrices(ranks, layout), full_matrices([whole], SINGLE)
     assert joined.keys() == expected.keys()
     assert all(torch.equal(joined[key], expected[key]) for key in expected)
