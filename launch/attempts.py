@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from launch import process_tree, progress
-from launch.chain import WITHOUT_A_WORD, Attempt
+from launch.chain import FROM_OUTSIDE, WITHOUT_A_WORD, Attempt
 from launch.progress import Credit
 from tinker_hpc.patience import until_written
 from tinker_hpc.run_folder import RunFolder, make_private, read_json, write_json
@@ -159,6 +159,15 @@ def history(run_folder: RunFolder, *, credit: Credit, before: int | None = None)
             )
         )
     return found
+
+
+def last_end_in_words(run_folder: RunFolder) -> str:
+    """How the newest attempt ended, if it did and left a note; else ""."""
+    number = holder(run_folder)
+    if number == 0 or _name("end", number) not in os.listdir(run_folder.attempts):
+        return ""
+    said = read_json(run_folder.attempts / _name("end", number)) or {}
+    return FROM_OUTSIDE.get(str(said.get("reason")), "")
 
 
 def start_afresh(run_folder: RunFolder) -> None:

@@ -25,7 +25,7 @@ SUPERSEDED = "superseded"
 SCANCELLED = "scancelled"
 """Somebody's scancel, not `tinker-hpc cancel`. Whose, accounting tells: the owner's own ends the run."""
 
-_FROM_OUTSIDE = {
+FROM_OUTSIDE = {
     WITHOUT_A_WORD: "its job was killed",
     "preempted": "it was preempted",
     "node_fail": "its node went down",
@@ -34,6 +34,7 @@ _FROM_OUTSIDE = {
     SUPERSEDED: "its node had been given up by Slurm",
     SCANCELLED: "its job was cancelled by an administrator",
 }
+"""Reasons after which a run goes on, in words."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def verdict(attempts: Sequence[Attempt], *, cancelled: bool) -> Verdict:
     if not attempts:
         return Verdict(True, "the first job of the run")
     last = attempts[-1]
-    if last.reason not in _FROM_OUTSIDE:
+    if last.reason not in FROM_OUTSIDE:
         return Verdict(False, last.error or f"ended by itself ({last.reason})", last.reason)
-    said = _FROM_OUTSIDE[last.reason]
+    said = FROM_OUTSIDE[last.reason]
     if last.progress:
         return Verdict(True, said)
     if last.reason == "time_limit":

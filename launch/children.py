@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch import process_tree
+from launch import parting, process_tree
 from launch.job_spec import JobSpec
 from launch.log_tail import read_tail
 from tinker_hpc.run_folder import RunFolder, seed_of_run
@@ -126,8 +126,8 @@ def agent_environment(spec: JobSpec, environ: Mapping[str, str], *, cores: int) 
         # A store of its own for each start of the ranks. By default torch 2.13 keeps one for all starts, and ranks
         # started again find their predecessors' addresses in it: "Gloo connectFullMesh failed ... Connection refused".
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        # Ranks end at once when asked; one that has not by then stands still (launch/stopped.py).
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
+        # Ranks put their state away when asked to end, or end at once; one that has not by then stands still.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(round(parting.LONGEST_S) + 5),
     }
     # Without a word from the user: a node's cores divided by its ranks. torch would say 1 on any number of cores.
     env.setdefault("OMP_NUM_THREADS", str(max(1, min(cores, spec.cpus_per_node) // spec.ranks_per_node)))

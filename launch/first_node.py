@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from launch import hub_view, process_tree, progress, scontrol
+from launch import hub_view, parting, process_tree, progress, scontrol
 from launch.chain import MAX_IN_VAIN, SCANCELLED
 from launch.children import Child, loop_argv, loop_environment
 from launch.further_workers import FurtherWorkers, ServedRun
@@ -85,9 +85,8 @@ class FirstNode(Node):
         if self.tenure.cancelled:
             return self._end(128 + signal.SIGTERM, "cancelled", "cancelled on request", orderly=False)
         if self.tenure.must_hand_over():
-            return self._hand_over(
-                _HANDED_OVER, "time_limit", f"the time limit of {self.spec.time_limit_min} min is near"
-            )
+            near = f"the time limit of {self.spec.time_limit_min} min is near"
+            return self._hand_over(_HANDED_OVER, "time_limit", near, ends_at=self.tenure.end_time)
         if self.place.executor == "local" and time.time() - self.started_at > 60 * self.spec.time_limit_min:
             return self._end(
                 128 + signal.SIGTERM,
@@ -225,22 +224,44 @@ class FirstNode(Node):
             "signal": f"ended by {signal.Signals(number).name}",
         }
         guess = "cancelled" if asked else "time_limit" if near_limit else "signal"
-        reason = (scontrol.why_ending(self.place.job_id) if self.place.executor == "slurm" else None) or guess
+        on_slurm = self.place.executor == "slurm"
+        said, ends_at = scontrol.why_ending(self.place.job_id) if on_slurm else (None, None)
+        reason = said or guess
         error = errors[reason]
         if reason == "cancelled" and not asked:
             reason = SCANCELLED  # by whom, the next job asks accounting
-        return self._hand_over(128 + number, "cancelled" if asked else reason, error)
+        return self._hand_over(
+            128 + number, "cancelled" if asked else reason, error, ends_at=ends_at, asked_by_slurm=on_slurm
+        )
 
-    def _hand_over(self, exit_code: int, reason: str, error: str) -> int:
-        """End this job for something that is not the run's own doing. The next job goes on, if the rule says so."""
+    def _hand_over(
+        self, exit_code: int, reason: str, error: str, *, ends_at: float | None, asked_by_slurm: bool = False
+    ) -> int:
+        """End this job for something that is not the run's own doing. The next job goes on, if the rule says so.
+
+        Args: see Tenure.parting_s.
+        """
+        parted_by = time.monotonic() + self.tenure.parting_s(ends_at=ends_at, asked_by_slurm=asked_by_slurm)
         ruling = self.tenure.after(reason, error, exit_code)
         if not ruling.goes_on:
-            return self._end(exit_code, ruling.reason, ruling.why, orderly=False)
+            return self._end(exit_code, ruling.reason, ruling.why, orderly=False, parted_by=parted_by)
         self.record.event("handed_over", reason=reason, error=error)
         self.record.worker_status("queued", f"{error}; the run goes on in its next job")
-        process_tree.end_below(os.getpid(), grace_s=TERM_GRACE_S)
+        self._end_everything(parted_by)
         self.tenure.leave(reason, error, exit_code, goes_on=True)
         return exit_code
+
+    def _end_everything(self, parted_by: float) -> None:
+        """TERM, then KILL. Until `parted_by`, on the monotonic clock, ranks may put their state away; those that have
+        none yet end by the TERM.
+        """
+
+        def parts() -> bool:
+            self.tenure.beat()
+            return self.agent is not None and self.agent.exit_code() is None
+
+        patience_s = parted_by - time.monotonic()
+        parting.end_below(os.getpid(), parts=parts, patience_s=patience_s, grace_s=TERM_GRACE_S)
 
     def _superseded(self, by: int) -> int:
         """Another job works on the run: end everything at once, and write nothing that is not ours alone."""
@@ -251,9 +272,21 @@ class FirstNode(Node):
         return 1
 
     def _end(
-        self, exit_code: int, reason: str, error: str | None, *, traceback: str | None = None, orderly: bool = True
+        self,
+        exit_code: int,
+        reason: str,
+        error: str | None,
+        *,
+        traceback: str | None = None,
+        orderly: bool = True,
+        parted_by: float | None = None,
     ) -> int:
-        """Write the outcome, then take everything down: ask, TERM, KILL."""
+        """Write the outcome, then take everything down: ask, TERM, KILL.
+
+        Args:
+            orderly: the run is over, and the ranks are asked to close. Else they put their state away, for `resume`.
+            parted_by: until when, on the monotonic clock; None: for as long as it may take at most.
+        """
         elsewhere = self.ranks.kills_elsewhere if self.ranks else 0
         kills = self.memory_kills() + elsewhere
         if exit_code and kills and reason not in ("cancelled", "time_limit", "preempted"):
@@ -269,7 +302,10 @@ class FirstNode(Node):
         if self.has_loop:
             self.further.end(deadline=close_deadline if orderly else 0.0)
         self.record.worker_status("ended", ending, error=None if exit_code == 0 else error)
-        process_tree.end_below(os.getpid(), grace_s=TERM_GRACE_S)
+        if orderly:
+            process_tree.end_below(os.getpid(), grace_s=TERM_GRACE_S)
+        else:
+            self._end_everything(parted_by or time.monotonic() + parting.LONGEST_S)
         self.tenure.leave(reason, error, exit_code, goes_on=False)
         return exit_code
 

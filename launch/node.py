@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch import memory_kills, process_tree
+from launch import memory_kills, parting, process_tree
 from launch.children import Child, agent_argv, agent_environment
 from launch.job_spec import JobSpec
 from launch.log_tail import were_killed, worker_words
@@ -150,6 +150,7 @@ class OtherNode(Node):
             reported, following = False, None
             while following is None:
                 if self.take_signals_to_stop():
+                    self._end_ranks(agent)
                     return 1
                 self.end_stopped()
                 code = agent.exit_code()
@@ -170,6 +171,15 @@ class OtherNode(Node):
             agent.kill()
             rendezvous = following
         return 1
+
+    @staticmethod
+    def _end_ranks(agent: Child) -> None:
+        """The ranks of all nodes put their state away together; Slurm's KILL, or this, ends those that cannot."""
+
+        def parts() -> bool:
+            return agent.exit_code() is None
+
+        parting.end_below(os.getpid(), parts=parts, patience_s=parting.LONGEST_S, grace_s=0.0)
 
     def _report(self, code: int, number: int) -> None:
         why = self.agent_failure(code)

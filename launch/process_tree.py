@@ -123,6 +123,11 @@ def end_run(run_id: str, *, grace_s: float) -> None:
     _end_all(lambda: of_run(run_id), grace_s)
 
 
+def ask_below(pid: int) -> None:
+    """TERM to every descendant of a process, once. Does not wait."""
+    _signal(descendants(pid), signal.SIGTERM)
+
+
 def end_below(pid: int, *, grace_s: float) -> None:
     """End every descendant of a process: TERM, then KILL."""
     _end_all(lambda: descendants(pid), grace_s)

@@ -28,16 +28,30 @@ def query(host: Host, job_id: str) -> tuple[str, JobStatus] | None:
     raise SlurmUnavailableError(f"scontrol show job {job_id} failed: {result.words}", command="scontrol")
 
 
-def why_ending(job_id: str, host: Host | None = None) -> str | None:
-    """Who ended the running job `job_id` just now: a `reason` of outcome.json, or None if Slurm does not say.
+def why_ending(job_id: str, host: Host | None = None) -> tuple[str | None, float | None]:
+    """Who ended the running job `job_id` just now, a `reason` of outcome.json, and for a preempted one when it will be
+    killed (unix seconds). None if Slurm does not say.
 
     For a process that was sent TERM: Slurm gives the same signal for all reasons. Quick or not at all.
     """
     try:
         result = (host or LocalHost()).run(["scontrol", "show", "job", "--oneliner", job_id], timeout_s=2.0)
     except SlurmUnavailableError:
+        return None, None
+    reason = ending_reason(result.stdout) if result.ok else None
+    # From the moment of its preemption a job's EndTime is the end of its grace.
+    ends = unix_time(dict(_PAIR.findall(result.stdout)).get("EndTime", "")) if reason == "preempted" else None
+    return reason, ends
+
+
+def kill_wait_s(host: Host) -> float | None:
+    """Seconds from Slurm's TERM to its KILL; None if it does not say."""
+    try:
+        result = host.run(["scontrol", "show", "config"], timeout_s=10.0)
+    except SlurmUnavailableError:
         return None
-    return ending_reason(result.stdout) if result.ok else None
+    found = re.search(r"^KillWait\s*=\s*(\d+) sec", result.stdout, re.MULTILINE)
+    return float(found[1]) if result.ok and found else None
 
 
 def end_time(job_id: str, host: Host) -> float | None:

@@ -28,8 +28,8 @@ __all__ = ["SubmittedJob", "cancel", "submit"]
 
 _CANCEL_ROUNDS = 10
 _CANCEL_PAUSE_S = 0.3
-CANCEL_GRACE_S = 20.0
-"""How long a local job gets to end by itself; the supervisor needs at most half of it."""
+CANCEL_GRACE_S = 40.0
+"""How long a local job gets to end by itself; its supervisor needs at most parting.LONGEST_S and a few seconds."""
 
 
 def submit(spec: JobSpec, run_folder: RunFolder, *, host: Host | None = None, again: bool = False) -> SubmittedJob:

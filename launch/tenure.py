@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 
-from launch import attempts, sacct, scontrol
+from launch import attempts, parting, sacct, scontrol
 from launch.chain import SCANCELLED, SUPERSEDED, Attempt, Verdict, explained, verdict
 from launch.host import Host, LocalHost
 from launch.job_spec import JobSpec
@@ -22,7 +22,9 @@ from tinker_hpc.errors import SlurmUnavailableError
 from tinker_hpc.run_folder import RunFolder
 
 HANDOVER_MARGIN_S = 20.0
-"""Before the time limit: the ranks get TERM_GRACE_S, the successor must find an end that was written down."""
+"""Before the time limit: the ranks put their state away, and the successor must find an end that was written down."""
+_REQUEUE_S = 10.0
+"""Of it: for Slurm to take the job back where it has to (no successor waits in the queue)."""
 _CANCEL_PATIENCE_S = 6.0
 """From cancel.json to ending by ourselves: scancel follows it at once, and then Slurm knows who ended the job."""
 
@@ -51,6 +53,8 @@ class Tenure:
         self.cancelled = False
         self.end_time = 0.0
         """Unix seconds: when Slurm will end the job."""
+        self.kill_wait_s = parting.KILL_WAIT_S
+        """From Slurm's TERM to its KILL."""
 
     # -- the beginning ------------------------------------------------------------------------------------------
 
@@ -84,6 +88,8 @@ class Tenure:
             self._take_back()
             return 0
         self.end_time = self._find_end_time()
+        if self._on_slurm:
+            self.kill_wait_s = scontrol.kill_wait_s(self._host) or parting.KILL_WAIT_S
         return None
 
     def _past(self) -> list[Attempt]:
@@ -111,12 +117,16 @@ class Tenure:
 
     # -- meanwhile ----------------------------------------------------------------------------------------------
 
+    def beat(self) -> None:
+        """Say that this job still has to do with the run."""
+        if time.monotonic() >= self._next_beat:
+            self._next_beat = time.monotonic() + attempts.BEAT_S
+            attempts.beat(self._run_folder, self.number)
+
     def step(self) -> None:
         """Beat, and look around. Sets `lost_to` and `cancelled`."""
+        self.beat()
         now = time.monotonic()
-        if now >= self._next_beat:
-            self._next_beat = now + attempts.BEAT_S
-            attempts.beat(self._run_folder, self.number)
         if now < self._next_look:
             return
         self._next_look = now + LISTING_POLL_S
@@ -142,6 +152,22 @@ class Tenure:
             and self._successor.how is not None
             and attempts.progressed(self._run_folder, self.number, credit=self._credit)
         )
+
+    def parting_s(self, *, ends_at: float | None, asked_by_slurm: bool) -> float:
+        """How long the ranks may take to put their state away, from now.
+
+        Args:
+            ends_at: when Slurm will kill the job (unix seconds), as far as it said.
+            asked_by_slurm: it has sent TERM.
+        """
+        killed_in_s = None
+        if ends_at is not None:
+            killed_in_s = ends_at - time.time()
+        elif asked_by_slurm:
+            killed_in_s = self.kill_wait_s
+        if killed_in_s is not None and self._successor is not None and self._successor.how == "requeue":
+            killed_in_s -= _REQUEUE_S
+        return parting.patience_s(killed_in_s=killed_in_s)
 
     def _step_successor(self) -> None:
         if self._successor is None or not self._successor.step():

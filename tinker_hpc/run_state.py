@@ -46,6 +46,7 @@ class RunStatus:
     """Why it waits, or how it ended."""
     phase: str = ""
     """Of its worker: queued, starting, ready, ended."""
+    phase_since: float | None = None
     job_id: str | None = None
     """Of the job that works on it now, or did last."""
     job_ids: tuple[str, ...] = ()
@@ -149,6 +150,7 @@ def combine(run_id: str, own: OwnFiles, job: JobStatus | None) -> RunStatus:
         slurm_state=job.slurm_state if job else "",
         reason=reason,
         phase=str((own.worker_status or {}).get("phase", "")),
+        phase_since=(own.worker_status or {}).get("since"),
         job_id=job.job_id if job else own.job_ids[-1] if own.job_ids else None,
         job_ids=own.job_ids,
         created_at=own.spec.get("created_at") or (own.submitted or {}).get("submitted_at"),

@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import contextlib
 import functools
+import importlib
 import inspect
 import os
 import threading
@@ -46,12 +47,23 @@ class ServiceClient(tinker.ServiceClient):
             session = default_session()
         self._hpc_session = session
         if session is not None:
+            say_at_once_why_it_waits()
             base_url, api_key = session.base_url, session.api_key
             bypass_proxy(os.environ)
         given: dict[str, Any] = {"base_url": base_url, "api_key": api_key}
         # tinker 0.25 takes these as **kwargs and asks its environment only where they are absent.
         given = {name: value for name, value in given.items() if value is not None}
         super().__init__(user_metadata, project_id, **given, **kwargs)
+
+
+def say_at_once_why_it_waits() -> None:
+    """Let the SDK log why training waits from the beginning. tinker 0.38 first keeps it to itself for a quarter of an
+    hour: short pauses are a cloud's own affair, but a Slurm queue is the user's.
+    """
+    with contextlib.suppress(ImportError):  # older SDKs have no such module, or no such constant in it
+        logger = importlib.import_module("tinker.lib.queue_state_logger")
+        if hasattr(logger, "PAUSE_GRACE_PERIOD"):
+            setattr(logger, "PAUSE_GRACE_PERIOD", 0)  # noqa: B010  not a public name
 
 
 def _serving_first(stock: Callable[..., Any]) -> Callable[..., Any]:

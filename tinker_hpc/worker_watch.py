@@ -17,6 +17,7 @@ from pathlib import Path
 
 from launch import attempts, lineage
 from launch.job_state import JobState, JobStatus
+from launch.waiting_words import in_words
 from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.job_watch import JobWatch
 from tinker_hpc.run_folder import RunFolder, WorkerFolder, write_json
@@ -38,12 +39,21 @@ class WatchedWorker:
     first_seen: float
     written: tuple[str, str] | None = None
     """Phase and reason of status.json."""
+    known: tuple[str, str] | None = None
+    """The same of when Slurm answered last."""
     since: float = 0.0
     """When it came into that phase."""
 
 
-def phase_of(job: JobStatus, *, ready: bool) -> tuple[str, str, str | None]:
-    """(phase, reason, error) of status.json for a worker's job (pure). Reason is what the SDK prints while it waits."""
+def phase_of(
+    job: JobStatus, *, ready: bool, before: str = "", known: tuple[str, str] | None = None
+) -> tuple[str, str, str | None]:
+    """(phase, reason, error) of status.json for a worker's job (pure). Reason is what the SDK prints while it waits.
+
+    Args:
+        before: how the job before this one ended, in words; "" for the first.
+        known: the phase and reason of when Slurm answered last; None if it never did.
+    """
     if job.state.finished:
         said = job.reason or job.slurm_state or job.state.value
         if job.state is JobState.COMPLETED:
@@ -54,13 +64,20 @@ def phase_of(job: JobStatus, *, ready: bool) -> tuple[str, str, str | None]:
     if job.state is JobState.RUNNING:
         where = f" on {', '.join(job.nodes)}" if job.nodes else ""
         return "starting", f"job {job.job_id} runs{where}, the model is loading", None
+    if job.state is JobState.UNKNOWN and known is not None:
+        said = f"Slurm does not say how job {job.job_id} is ({job.reason.rstrip('.')})"
+        phase = known[0] if known[0] == "starting" else "queued"
+        return phase, f"{said}; before that: {known[1]}" if known[1] else said, None
     why = f" ({job.reason})" if job.reason else ""
     start = (
         f", estimated start {time.strftime('%a %H:%M', time.localtime(job.estimated_start))}"
         if job.estimated_start
         else ""
     )
-    return "queued", f"Slurm {job.slurm_state or job.state.value}{why}{start}, job {job.job_id}", None
+    words = in_words(job.reason, job.job_id)
+    more = [f": {words}"] if words else []
+    more += [f"; {before}, and the run goes on in this one"] if before else []
+    return "queued", f"Slurm {job.slurm_state or job.state.value}{why}{start}, job {job.job_id}{''.join(more)}", None
 
 
 class WorkerWatch:
@@ -107,7 +124,10 @@ class WorkerWatch:
             return
         assert status is not None, "a watched worker has a job"
         ready = attempts.takes_requests(own)
-        phase, reason, error_text = phase_of(status, ready=ready)
+        before = attempts.last_end_in_words(own)
+        phase, reason, error_text = phase_of(status, ready=ready, before=before, known=worker.known)
+        if status.state is not JobState.UNKNOWN:
+            worker.known = (phase, reason)
         if worker.written is None or worker.written[0] != phase:
             worker.since = time.time()
         if (phase, reason) != worker.written:

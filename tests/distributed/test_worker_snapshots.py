@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +45,15 @@ def kill(worker: WorkerUnderTest) -> None:
         if process.poll() is None:
             process.kill()
         process.wait()
+
+
+def ask_to_end(worker: WorkerUnderTest) -> None:
+    """SIGTERM, as Slurm and the agent send it: to every rank. They put their state away, and end by the signal."""
+    assert not snapshots(worker)
+    for process in worker.processes:
+        process.terminate()
+    assert {process.wait(60) for process in worker.processes} == {-signal.SIGTERM}, worker.stderr
+    assert len(snapshots(worker)) == 1
 
 
 def snapshots(worker: WorkerUnderTest) -> list[Path]:
@@ -103,15 +113,23 @@ def second_half(worker: WorkerUnderTest, folder: Path) -> Outcome:
 
 
 def interrupted(
-    base: Path, path: Path, workers: list[WorkerUnderTest], before: dict[str, Any], after: dict[str, Any]
+    base: Path,
+    path: Path,
+    workers: list[WorkerUnderTest],
+    before: dict[str, Any],
+    after: dict[str, Any],
+    *,
+    end: Callable[[WorkerUnderTest], None] = kill,
 ) -> tuple[WorkerUnderTest, list[Record], dict[str, np.ndarray]]:
-    """The story with a kill of every rank in the middle, and other ranks to go on."""
-    worker = WorkerUnderTest(path / "w", base, before, snapshot_interval_s=0)
+    """The story with the end of every rank in the middle, and other ranks to go on."""
+    asked = end is ask_to_end
+    worker = WorkerUnderTest(path / "w", base, before, snapshot_interval_s=3600 if asked else 0)
     workers.append(worker)
     worker.start()
     first_half(worker)
-    wait_for_snapshot_of(worker, worker.log.last)
-    kill(worker)
+    if not asked:
+        wait_for_snapshot_of(worker, worker.log.last)
+    end(worker)
     worker.layout = after
     worker._declare()
     worker.processes.clear()
@@ -148,22 +166,28 @@ def numbers(records: list[Record]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("layout", [TP2, DP2], ids=["tp2", "dp2"])
+@pytest.mark.parametrize("case", [(TP2, kill), (DP2, ask_to_end)], ids=["tp2-killed", "dp2-asked"])
 def test_from_a_snapshot_equals_uninterrupted_to_the_bit(
     base: Path,
     workers: list[WorkerUnderTest],
     uninterrupted: Callable[[dict[str, Any]], Outcome],
     tmp_path: Path,
-    layout: dict[str, Any],
+    case: tuple[dict[str, Any], Callable[[WorkerUnderTest], None]],
 ) -> None:
-    """Weights, moments, returned numbers; the gradients pending at the snapshot and the older sampler among them."""
+    """Weights, moments, returned numbers; the gradients pending at the snapshot and the older sampler among them.
+
+    Whether the last snapshot is one of those taken now and then, or the one of a worker that was asked to end.
+    """
+    layout, end = case
     expected, expected_tensors = uninterrupted(layout)
-    worker, returned, tensors = interrupted(base, tmp_path, workers, layout, layout)
+    worker, returned, tensors = interrupted(base, tmp_path, workers, layout, layout, end=end)
     assert numbers(returned) == numbers(expected)
     assert tensors.keys() == expected_tensors.keys()
     for key, values in tensors.items():
         assert values.tobytes() == expected_tensors[key].tobytes(), key
     assert starts(worker)[-1]["num_redo_batches"] > 10, "all in the log, and yet none was computed again:"
+    redone = [record.header["num_requests"] for record in worker.records if record.header["op"] == "redone"]
+    assert redone == [0]
     assert len(worker.folder.metrics.read_text().splitlines()) == 6
     worker.send("close")
     assert set(worker.wait_for_exit()) == {0}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from continued import Numbers, numbers, train
 from slurm_machine import INSTALL, REPOSITORY, SlurmCluster
 
 _COMMANDS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "sshd", "unshare", "nsenter")
@@ -102,6 +103,13 @@ def give_configuration(cluster: SlurmCluster, user: str) -> None:
     (folder / "config.toml").write_text(CONFIG)
     for path in (home / ".config", folder, folder / "config.toml"):
         os.chown(path, owner.st_uid, owner.st_gid)
+
+
+@pytest.fixture(scope="session")
+def unharmed(cluster_session: SlurmCluster) -> Numbers:
+    """What the loop of continued.py ends with when nothing happens to it."""
+    cluster_session.script("reset")
+    return numbers(cluster_session, train(cluster_session))
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import click
 
 from launch import lineage
 from launch.failure import duration_text
-from launch.job_state import JobStatus
+from launch.job_state import JobState, JobStatus
+from launch.waiting_words import in_words
 from tinker_hpc.cli.options import json_option
 from tinker_hpc.cli.output import age_text, clock_text, emit, fields, table
 from tinker_hpc.config import Config, load_config
@@ -34,7 +35,7 @@ def ls(limit: int, as_json: bool) -> None:
         emit([status.to_json() for status in statuses])
         return
     rows = [
-        (s.id, s.state.value, s.cluster, s.job_id or "", s.base_model, age_text(s.created_at), s.reason)
+        (s.id, s.state.value, s.cluster, s.job_id or "", s.base_model, age_text(s.created_at), reason_text(s))
         for s in statuses
     ]
     table(("ID", "STATE", "CLUSTER", "JOB", "BASE MODEL", "AGE", "REASON"), rows)
@@ -57,8 +58,8 @@ def status(run_id: str, as_json: bool) -> None:
             "id": now.id,
             "state": now.state.value
             + (f"  ({now.slurm_state})" if now.slurm_state not in ("", now.state.value) else ""),
-            "reason": now.reason,
-            "worker": now.phase,
+            "reason": reason_text(now),
+            "worker": f"{now.phase} since {clock_text(now.phase_since)}" if now.phase_since else now.phase,
             "cluster": now.cluster,
             "job": now.job_id,
             "all jobs": ", ".join(now.job_ids) if len(now.job_ids) > 1 else None,
@@ -77,6 +78,12 @@ def status(run_id: str, as_json: bool) -> None:
             "folder": run.folder.path,
         }
     )
+
+
+def reason_text(status: RunStatus) -> str:
+    """Why it waits or how it ended; beside Slurm's own word for waiting what it means (pure)."""
+    words = in_words(status.reason, status.job_id) if status.state is JobState.PENDING else ""
+    return f"{status.reason}: {words}" if words else status.reason
 
 
 def current_statuses(config: Config, *, limit: int = 0) -> list[RunStatus]:

@@ -65,6 +65,12 @@ class Bell:
             with self._send_lock, contextlib.suppress(OSError):  # nobody there, or enough rings waiting already
                 self._socket.sendto(b"!", self._peer)
 
+    def wake(self) -> None:
+        """Ring ourselves: end our own `wait`, from another thread. Never blocks, never raises."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.sendto(b"!", str(self._own))
+
     def wait(self, timeout_s: float) -> bool:
         """Wait for a ring, at most `timeout_s` seconds; True if it rang.
 

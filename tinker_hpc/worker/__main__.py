@@ -1,6 +1,7 @@
 """One rank of a worker: `python -m tinker_hpc.worker --worker-dir DIR`, started by torch's elastic agent.
 
-Exit codes: 0 after `close`; 1 otherwise, the reason on the last line of stderr.
+Exit codes: 0 after `close`; by SIGTERM where it was sent that (parting.py); 1 otherwise, the reason on the last line
+of stderr.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.patience import words_may_be_lost
 from tinker_hpc.run_folder import WorkerFolder
 from tinker_hpc.worker import agent
+from tinker_hpc.worker.parting import Parted, Parting, leave
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,9 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from tinker_hpc.worker.serve import serve
 
         try:
-            serve(folder, owner)
+            serve(folder, owner, Parting())
         except EndWorker as error:
             _end(f"worker rank {rank} ends: {error}")
+        except Parted:
+            sys.stdout.flush()
+            leave()
     except TinkerHpcError as error:
         _end(f"worker rank {rank} ends: {error}")
     except Exception as error:

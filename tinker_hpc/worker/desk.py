@@ -5,6 +5,7 @@ Rank 0's desk: reads requests, decides what runs next, and hands results to the 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tinker_hpc.log import Bell, Lease, LogReader, Record
+from tinker_hpc.worker.parting import Parting
 from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.ranks import EndWorker, Failure
 from tinker_hpc.worker.redo import Redo
@@ -54,6 +56,7 @@ class Desk:
         alone: Collection[int],
         snapshots: SnapshotStep,
         rewinds: Rewinds,
+        parting: Parting,
     ) -> None:
         """poison: requests not to be run, by seq; alone: passes not to be mixed with others (poison.py)."""
         self._requests = requests
@@ -65,10 +68,13 @@ class Desk:
         self._alone = alone
         self._snapshots = snapshots
         self._rewinds = rewinds
+        self._parting = parting
         self._rewound = False
         self._open: set[int] = set()  # read from the log and not finished
         self._schedule = Schedule()
         self._backlog = 0
+        self._num_redone = 0  # requests that were answered before and are computed again
+        self._redo_began = time.monotonic() if redo.batches else None
         self._touched: list[str] = []
         self._sampling: dict[str, int] = {}  # samples under way: their seq by request id
         self._slice_started = self._last_poll = time.monotonic()
@@ -77,15 +83,18 @@ class Desk:
     # ---- what to do next
 
     def next_orders(self) -> Orders:
-        """Wait for work: a batch, nothing after SIGN_OF_LIFE_S, `close` at the end of the log, or `rewind`: the loop
-        took requests back, and all ranks must go back to their state before them.
+        """Wait for work: a batch, nothing after SIGN_OF_LIFE_S, `close` at the end of the log, `rewind`: the loop
+        took requests back, and all ranks must go back to their state before them; or `part` (parting.py).
         """
         deadline = time.monotonic() + SIGN_OF_LIFE_S
         while True:
             self._check()
+            if self._parting.asked:
+                return self._orders("part", (), None if self._rewound else self._snapshots.order(parting=True))
             if self._backlog < BACKLOG_BYTES:
                 self._read()
             if not self._redo.batches:
+                self._say_redone()
                 self._take_cancelled()
             batch = self._next_redo() if self._redo.batches else self._next_new()
             if self._rewound:
@@ -110,6 +119,8 @@ class Desk:
 
     def orders_while_sampling(self) -> Orders:
         """Between two decode steps: samples that join, and a training batch when it is its turn. Never waits."""
+        if self._parting.asked:  # what is being sampled is begun anew by the next worker
+            return self._orders("part", (), None if self._rewound else self._snapshots.order(parting=True))
         now = time.monotonic()
         if now - self._last_poll < POLL_WHILE_SAMPLING_S and not self._schedule.training_waits():
             return []
@@ -175,6 +186,13 @@ class Desk:
         """Wait until every result is durable."""
         self._guard(self._publisher.flush)
 
+    def part(self) -> None:
+        """Wait until every result and the last snapshot are on the disk."""
+        self._snapshots.settle()
+        self._check()
+        self.flush()
+        print("worker: asked to end; everything is on the disk.", file=sys.stderr, flush=True)
+
     # ---- inside
 
     def _read(self) -> bool:
@@ -238,9 +256,17 @@ class Desk:
                 continue
             self._redo.batches.popleft()
             runnable = self._runnable(requests)
+            self._num_redone += sum(self._redo.is_answered(request) for request in runnable)
             if runnable:
                 return Batch("sample" if runnable[0].header["op"] == "sample" else "train", tuple(runnable))
         return None if self._rewound else self._next_new()
+
+    def _say_redone(self) -> None:
+        """Log, once, what it took to get back to where the worker before this one had been."""
+        if self._redo_began is not None:
+            seconds = time.monotonic() - self._redo_began
+            self._publish(Record({"op": "redone", "num_requests": self._num_redone, "seconds": seconds}))
+            self._redo_began = None
 
     def _runnable(self, requests: Iterable[Record]) -> list[Record]:
         """Those to compute. The others, answered before and without effect, or known to break a rank, end here."""

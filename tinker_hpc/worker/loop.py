@@ -11,11 +11,13 @@ import traceback
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from tinker_hpc.log import Record
 from tinker_hpc.worker.batch import train_groups
 from tinker_hpc.worker.desk import Desk, Orders
 from tinker_hpc.worker.hang import HangWatch
+from tinker_hpc.worker.parting import Parted
 from tinker_hpc.worker.poison import leave_alone_notes, leave_note
 from tinker_hpc.worker.ranks import EndWorker, Failure, Ranks, describe
 from tinker_hpc.worker.sample_step import SampleStep
@@ -55,7 +57,8 @@ class Loop:
         """Returns False after `close`, everything answered and durable; True if the worker has to begin again from a
         state before requests that were taken back.
 
-        Raises: EndWorker if this worker cannot go on: lease lost, logs damaged, ranks of different states.
+        Raises: EndWorker if this worker cannot go on: lease lost, logs damaged, ranks of different states. Parted if it
+            was asked to end and its state is on the disk.
         Collectives: first one Ranks.agree; per batch one Ranks.broadcast, those of its steps, and one Ranks.agree per
             request or group of passes.
         """
@@ -69,6 +72,8 @@ class Loop:
                 return command == "rewind"
             self._train_step.touch(orders[0].header["touched"])
             self._take_snapshot(orders[0].header["snapshot"])
+            if command == "part":
+                self._part()
             if command == "idle":
                 continue
             if command == "train":
@@ -108,6 +113,8 @@ class Loop:
         if not orders:
             return [], []
         self._take_snapshot(orders[0].header["snapshot"])
+        if orders[0].header["command"] == "part":
+            self._part()  # which samples' weights were touched meanwhile does not matter any more
         num_samples = orders[0].header["num_samples"]
         training = orders[1 + num_samples :]
         if training:
@@ -120,6 +127,13 @@ class Loop:
     def _take_snapshot(self, order: Order | None) -> None:
         if order is not None:
             self._snapshots.take(order, self._desk.coverage() if self._desk else None)
+
+    def _part(self) -> NoReturn:
+        """End together, once rank 0 has everything on the disk. Collectives: one Ranks.broadcast."""
+        if self._desk:
+            self._desk.part()
+        self._ranks.broadcast([] if self._desk else None)
+        raise Parted
 
     def _train(self, requests: Sequence[Record], alone: Collection[int] = ()) -> None:
         """`alone`: the seqs of passes that are not to be mixed with others."""

@@ -23,6 +23,7 @@ from tinker_hpc.worker.desk import LAG_S, Desk
 from tinker_hpc.worker.hang import FLOOR_S, HangWatch
 from tinker_hpc.worker.loop import Loop
 from tinker_hpc.worker.metrics import MetricsFile
+from tinker_hpc.worker.parting import Parting
 from tinker_hpc.worker.poison import read_alone_notes, read_notes
 from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.ranks import Ranks
@@ -35,13 +36,15 @@ from tinker_hpc.worker.snapshot_writer import SnapshotWriter, newest_good
 from tinker_hpc.worker.train_step import TrainStep
 
 
-def serve(folder: WorkerFolder, owner: dict[str, Any]) -> None:
+def serve(folder: WorkerFolder, owner: dict[str, Any], parting: Parting) -> None:
     """Start the engine and serve the folder's requests until `close`.
 
     The lease is taken once the engine stands: until then a worker that still runs goes on.
 
-    Args: owner: who takes the lease (agent.owner).
-    Raises: EndWorker or a TinkerHpcError if it cannot start or go on.
+    Args:
+        owner: who takes the lease (agent.owner).
+        parting: whether this rank is asked to end; armed here, once it takes requests.
+    Raises: EndWorker or a TinkerHpcError if it cannot start or go on; Parted if it was asked to end.
     """
     declaration = read_json(folder.declaration)
     if declaration is None:
@@ -54,7 +57,7 @@ def serve(folder: WorkerFolder, owner: dict[str, Any]) -> None:
     ranks = Ranks(engine.control_group, engine.global_rank, engine.world_size)
     hang = HangWatch(float(declaration.get("hang_floor_s") or FLOOR_S))
     engine.model.gets_on = hang.expect
-    while _serve_once(folder, owner, declaration, engine, ranks=ranks, layout=layout, hang=hang):
+    while _serve_once(folder, owner, declaration, engine, ranks=ranks, layout=layout, hang=hang, parting=parting):
         engine.forget()
     engine.stop()
 
@@ -68,6 +71,7 @@ def _serve_once(
     ranks: Ranks,
     layout: Layout,
     hang: HangWatch,
+    parting: Parting,
 ) -> bool:
     """From the newest good snapshot to `close` (False), or until the loop takes requests back (True): then the worker
     begins again as if it were a new one, with a lease of its own; only the base model stays.
@@ -85,7 +89,8 @@ def _serve_once(
         snapshots.restore(Snapshot(**record.header))
     if rewinds is not None and rewinds.seqs:
         aside.keep_only(train_step.set_aside)
-    desk = first.desk(layout, snapshots) if first else None
+    parting.arm(first.wake if first else None)
+    desk = first.desk(layout, snapshots, parting) if first else None
     again = Loop(folder.path, ranks, train_step, sample_step, snapshots, hang=hang, desk=desk).run()
     if first is not None:
         first.close()
@@ -135,7 +140,11 @@ class _FirstRank:
         """The snapshot every rank is to start from; none: from nothing."""
         return [Record(asdict(self._started_from[1]))] if self._started_from else []
 
-    def desk(self, layout: Layout, snapshots: SnapshotStep) -> Desk:
+    def wake(self) -> None:
+        """Let the desk look up from waiting."""
+        self._bell.wake()
+
+    def desk(self, layout: Layout, snapshots: SnapshotStep, parting: Parting) -> Desk:
         """Say that this worker takes requests, and take them."""
         started = {"op": "worker_started", **self._owner, "layout": asdict(layout)}
         started |= {"num_redo_batches": len(self._redo.batches)}
@@ -151,6 +160,7 @@ class _FirstRank:
             alone=read_alone_notes(self._folder.path),
             snapshots=snapshots,
             rewinds=self._rewinds,
+            parting=parting,
         )
 
     def close(self) -> None:

@@ -43,14 +43,24 @@ class SnapshotStep:
         notes = self._writer.notes
         return [notes.pop(0) for _ in range(len(notes))]
 
-    def order(self) -> Order | None:
-        """On rank 0: whether the ranks should take a snapshot now, and what of it is to be copied."""
+    def order(self, *, parting: bool = False) -> Order | None:
+        """On rank 0: whether the ranks should take a snapshot now, and what of it is to be copied.
+
+        Args: parting: it is the last one: taken if anything changed since the one before, however costly.
+        """
         assert self._writer is not None
         pending = any(adapter.has_gradients for adapter in self._engine.adapters.values())
-        if not self._writer.is_due(pending_gradients=pending):
+        if parting:
+            self._writer.settle()
+        if not (self._writer.changed if parting else self._writer.is_due(pending_gradients=pending)):
             return None
         alive = [snapshot_id for snapshot_id in self._train_step.samplers.values() if snapshot_id is not None]
         return {"samplers": [snapshot_id for snapshot_id in alive if snapshot_id not in self._writer.samplers]}
+
+    def settle(self) -> None:
+        """On rank 0: wait until what was begun is on the disk, or has failed."""
+        assert self._writer is not None
+        self._writer.settle()
 
     def take(self, order: Order, coverage: Coverage | None) -> None:
         """Copy everything; rank 0, which knows the `coverage`, begins to write it.

@@ -95,6 +95,11 @@ class SnapshotWriter:
         self._thread = threading.Thread(target=self._run, args=(taken, num_handed), name="snapshot", daemon=True)
         self._thread.start()
 
+    def settle(self) -> None:
+        """Wait until the snapshot under way is on the disk, or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+
     def close(self) -> None:
         """Nothing will need the snapshot under way: give it a moment so that it leaves no half of itself."""
         if self._thread is not None:

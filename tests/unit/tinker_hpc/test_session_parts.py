@@ -36,6 +36,34 @@ def test_estimated_start_is_told() -> None:
     assert "estimated start" in phase_of(job, ready=False)[1]
 
 
+def test_a_reason_is_told_in_words() -> None:
+    held = JobStatus("8", JobState.PENDING, "PENDING", "JobHeldUser")
+    assert phase_of(held, ready=False)[1].endswith("job 8: held; `scontrol release 8` lets it go")
+    limited = JobStatus("8", JobState.PENDING, "PENDING", "QOSMaxJobsPerUserLimit")
+    assert "a limit of your QOS is reached" in phase_of(limited, ready=False)[1]
+    down = JobStatus("8", JobState.PENDING, "PENDING", "ReqNodeNotAvail, UnavailableNodes:n[1-4]")
+    assert phase_of(down, ready=False)[1].endswith("nodes it needs are down, drained or reserved")
+
+
+def test_a_successor_says_what_became_of_the_job_before_it() -> None:
+    job = JobStatus("9", JobState.PENDING, "PENDING", "Priority")
+    assert phase_of(job, ready=False, before="it was preempted")[1].endswith(
+        "jobs of higher priority go first; it was preempted, and the run goes on in this one"
+    )
+
+
+def test_what_slurm_said_last_is_kept_while_it_is_away() -> None:
+    away = JobStatus("8", JobState.UNKNOWN, reason="squeue failed: Connection refused.")
+    last = phase_of(JobStatus("8", JobState.PENDING, "PENDING", "Priority"), ready=False)[:2]
+    phase, reason, error = phase_of(away, ready=False, known=last)
+    assert (phase, error) == ("queued", None)
+    assert reason.startswith(
+        "Slurm does not say how job 8 is (squeue failed: Connection refused); before that: Slurm P"
+    )
+    assert phase_of(away, ready=False, known=("ready", ""))[0] == "queued", "its heart does not beat any more"
+    assert phase_of(away, ready=True, known=("ready", ""))[0] == "ready"
+
+
 def test_the_loopback_address_never_goes_through_a_proxy() -> None:
     environ = {"http_proxy": "http://proxy:3128", "no_proxy": "cluster.edu,localhost"}
     bypass_proxy(environ)
