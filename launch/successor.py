@@ -23,6 +23,8 @@ from tinker_hpc.patience import until_written
 from tinker_hpc.run_folder import RunFolder
 
 _RETRY_S = 30.0
+_RECHECK_S = 300.0
+"""A controller that dies within seconds of a submission forgets the job that it acknowledged (Slurm 22.05)."""
 _LIMITS = ("limit", "quota", "temporarily", "too many")
 """Words of a refusal that is about now, not about this site."""
 
@@ -41,6 +43,7 @@ class Successor:
         self._host = host
         self._job_id = job_id
         self._next_try = 0.0
+        self._next_check = time.monotonic() + _RECHECK_S
         self.how: site.Continuation | None = None
         """How it is settled; None while it is not (Slurm does not answer), or cannot be."""
         self.trouble: str | None = None
@@ -48,7 +51,14 @@ class Successor:
         self.hopeless = False
 
     def step(self) -> bool:
-        """Try, unless it is settled or was tried a moment ago. Returns whether anything became known."""
+        """Try, unless it is settled or was tried a moment ago. Returns whether anything became known.
+
+        Where it was settled, look now and then whether the successor is still in the queue.
+        """
+        if self.how in ("chain", "ladder") and time.monotonic() >= self._next_check:
+            self._next_check = time.monotonic() + _RECHECK_S
+            if self._waiting(or_running=True) == []:
+                self.how = None
         if self.how is not None or self.hopeless or time.monotonic() < self._next_try:
             return False
         self._next_try = time.monotonic() + _RETRY_S
@@ -107,12 +117,13 @@ class Successor:
         else:
             self.trouble, self.hopeless = "no rung of the ladder is left: `tinker-hpc resume` adds some", True
 
-    def _waiting(self) -> list[str]:
-        """Jobs of this run that wait in the queue."""
+    def _waiting(self, *, or_running: bool = False) -> list[str] | None:
+        """Other jobs of this run that wait in the queue; None if Slurm does not say."""
         try:
-            return [row for row in live_jobs(self._spec.run_id, self._host, pending_only=True) if row != self._job_id]
+            found = live_jobs(self._spec.run_id, self._host, pending_only=not or_running)
         except SlurmUnavailableError:
-            return []
+            return None
+        return [job_id for job_id in found if job_id != self._job_id]
 
 
 def submit_after(spec: JobSpec, run_folder: RunFolder, host: Host, dependencies: Sequence[str]) -> str:

@@ -148,3 +148,23 @@ def redone(cluster: SlurmCluster, run: dict[str, Any]) -> list[int]:
     while records := reader.poll():
         found += [record.header["num_requests"] for record in records if record.header["op"] == "redone"]
     return found
+
+
+def end_of(cluster: SlurmCluster, job_id: str) -> list[str]:
+    """State and exit code of a job in accounting, once it has ended (accounting follows after seconds)."""
+
+    def ended() -> list[str]:
+        row = cluster.sacct(job_id, "State", "ExitCode")
+        return row if row and row[0] not in ("PENDING", "RUNNING", "COMPLETING") else []
+
+    return until(ended, timeout_s=60, what=f"the end of job {job_id} in accounting")
+
+
+def settled(cluster: SlurmCluster, run_id: str) -> dict[str, Any]:
+    """The run's status once its job's processes have ended too."""
+    ending = ("RUNNING", "COMPLETING")
+    return until(
+        lambda: (s := cluster.act("alice", "status", run_id))["slurm_state"] not in ending and s,
+        timeout_s=60,
+        what=f"the end of run {run_id} in `status`",
+    )

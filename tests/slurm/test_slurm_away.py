@@ -62,7 +62,11 @@ def away(cluster: SlurmCluster, unharmed: Numbers, *, seconds: float) -> None:
 
 
 def test_held_and_released_and_cancelled(cluster: SlurmCluster) -> None:
-    """A successor that is held says so; a user's cancel ends the job and all that would follow it."""
+    """A successor that is held says so; a user's cancel ends the job and all that would follow it.
+
+    And of another run Slurm knows whose scancel it was: the next job finds the owner's, says so, and ends.
+    """
+    scancelled = train(cluster, pause_s=5.0)
     run = train(cluster, pause_s=5.0)
     wait_for_steps(cluster, run, 1)
     until(lambda: len(status_of(cluster, run)["job_ids"]) == 2, timeout_s=20, what="the successor")
@@ -76,6 +80,8 @@ def test_held_and_released_and_cancelled(cluster: SlurmCluster) -> None:
         what="the reason the run waits",
     )
     assert waiting["job_id"] == successor
+    wait_for_steps(cluster, scancelled, 1)
+    assert cluster.as_user("alice", "scancel", scancelled["job_id"]).returncode == 0
     cluster.slurm("scontrol", "release", successor)
     recovery.wait()
     cluster.act("alice", "cancel", run["run_id"])
@@ -83,18 +89,11 @@ def test_held_and_released_and_cancelled(cluster: SlurmCluster) -> None:
     assert result["error"] == "JobCancelledError"
     nothing_left(cluster, run)
     num_jobs = len(status_of(cluster, run)["job_ids"])
+    result = cluster.act("alice", "result", scancelled["run_id"])
+    assert result["error"] == "JobCancelledError" and "scancel" in result["message"]
+    nothing_left(cluster, scancelled)
     time.sleep(5.0)
     assert run["run_id"] not in queue(cluster) and len(status_of(cluster, run)["job_ids"]) == num_jobs
-
-
-def test_the_owners_scancel_ends_the_run(cluster: SlurmCluster) -> None:
-    """Slurm knows whose scancel it was: the next job finds the owner's, says so, and ends."""
-    run = train(cluster, pause_s=5.0)
-    wait_for_steps(cluster, run, 1)
-    assert cluster.as_user("alice", "scancel", run["job_id"]).returncode == 0
-    result = cluster.act("alice", "result", run["run_id"])
-    assert result["error"] == "JobCancelledError" and "scancel" in result["message"]
-    nothing_left(cluster, run)
 
 
 @pytest.mark.slow

@@ -4,30 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import Any
 
 import pytest
+from continued import end_of, settled
 from slurm_machine import TINY_MODEL, SlurmCluster, until
-
-
-def end_of(cluster: SlurmCluster, job_id: str) -> list[str]:
-    """State and exit code of a job in accounting, once it has ended (accounting follows after seconds)."""
-
-    def ended() -> list[str]:
-        row = cluster.sacct(job_id, "State", "ExitCode")
-        return row if row and row[0] not in ("PENDING", "RUNNING", "COMPLETING") else []
-
-    return until(ended, timeout_s=60, what=f"the end of job {job_id} in accounting")
-
-
-def settled(cluster: SlurmCluster, run_id: str) -> dict[str, Any]:
-    """The run's status once its job's processes have ended too."""
-    ending = ("RUNNING", "COMPLETING")
-    return until(
-        lambda: (s := cluster.act("alice", "status", run_id))["slurm_state"] not in ending and s,
-        timeout_s=60,
-        what=f"the end of run {run_id} in `status`",
-    )
 
 
 def wait_running(cluster: SlurmCluster, run: dict[str, str]) -> None:
@@ -80,27 +60,6 @@ def test_cancel_while_it_runs(cluster: SlurmCluster) -> None:
         )
     # A second time is no error.
     assert "error" not in cluster.act("alice", "cancel", run["run_id"])
-
-
-def test_time_limit_and_a_job_that_never_starts(cluster: SlurmCluster) -> None:
-    """Slurm's finest time limit is a minute, looked at every half minute: about 80 s, used for the second job too."""
-    run = cluster.submit("sleep", "600", resources={"time": 1})
-    too_big = cluster.submit("true", resources={"nodes": 9})
-    status = until(
-        lambda: (s := cluster.act("alice", "status", too_big["run_id"]))["reason"] == "PartitionNodeLimit" and s,
-        timeout_s=20,
-        what="the reason the other job does not start",
-    )
-    assert (status["state"], status["start"]) == ("PENDING", None)
-    result = cluster.act("alice", "result", run["run_id"])
-    assert result["error"] == "JobTimeLimitError"
-    assert "1 min" in result["message"] and "`time`" in result["message"]
-    assert end_of(cluster, run["job_id"])[0] == "TIMEOUT"
-    outcome = json.loads((cluster.run_folder(run["run_id"]) / "outcome.json").read_text())
-    assert (outcome["reason"], outcome["exit_code"]) == ("time_limit", 143), "the supervisor asked Slurm why"
-    assert cluster.events(run["run_id"]).count("signal") == 2, "USR2 announced it, TERM ended it"
-    assert settled(cluster, run["run_id"])["slurm_state"] == "TIMEOUT"
-    assert cluster.act("alice", "status", too_big["run_id"])["state"] == "PENDING"
 
 
 @pytest.mark.parametrize(

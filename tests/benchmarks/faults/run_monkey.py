@@ -153,8 +153,7 @@ def bench(
 ) -> dict[str, Any]:
     """Run it all; the report, also written to `out` after each run. No run is begun after `stop_at` (unix seconds)."""
     unharmed: dict[str, Left] = {}
-    for loop in loops:
-        run = submit(cluster, loop)
+    for loop, run in {loop: submit(cluster, loop) for loop in loops}.items():
         trouble = wait_for_end(cluster, run["run_id"])
         assert not trouble, f"the unharmed {loop} run failed: {trouble}"
         unharmed[loop] = left_by(RunFolder(cluster.run_folder(run["run_id"])))

@@ -16,7 +16,7 @@ import tinker_hpc
 def train(base_model: str, steps: int) -> dict[str, object]:
     """Runs in the job."""
     print("the loop is running", flush=True)
-    return sft_loop.main(base_model, steps)
+    return sft_loop.main(base_model, steps, pause_s=0.1)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,26 @@ def test_a_limit_is_no_property_of_the_site(run_folder: RunFolder, monkeypatch: 
     assert successor.step() and successor.how == "chain" and successor.trouble is None
 
 
+def test_a_successor_that_slurm_forgot_is_submitted_again(
+    run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Queue(run_folder.run_id, j7="RUNNING")
+    successor = Successor(spec_of(run_folder), run_folder, host, "7")
+    assert successor.step() and list(host.jobs) == ["7", "8"]
+    del host.jobs["8"]  # the controller died before it had written down what it had acknowledged
+    assert not successor.step(), "looked for every five minutes"
+    began = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: began + 301)
+    host.refuses = {"squeue": "slurm_load_jobs error: Unable to contact slurm controller"}
+    assert not successor.step() and successor.how == "chain", "no answer is no news"
+    host.refuses = {}
+    monkeypatch.setattr(time, "monotonic", lambda: began + 602)
+    assert successor.step() and successor.how == "chain" and successor.trouble is None
+    assert list(host.jobs) == ["7", "8"] and len([call for call in host.calls if call.startswith("sbatch")]) == 2
+    monkeypatch.setattr(time, "monotonic", lambda: began + 903)
+    assert not successor.step(), "it waits"
+
+
 def test_those_that_wait_are_ended_first_and_latecomers_too(run_folder: RunFolder) -> None:
     host = Queue(run_folder.run_id, j7="RUNNING", j8="PENDING")
     late = iter(["9"])
