@@ -35,8 +35,8 @@ from strikes import Striker  # noqa: E402
 from tinker_hpc.run_folder import RunFolder, read_json  # noqa: E402
 
 LOOPS = {"sft": ("sft_loop.py", "30", "0.3"), "rl": ("rl_loop.py", "18", "0.3")}
-"""Program, steps, and the pause after each: something to strike in between. Long enough that a run seldom ends before it
-has had its blows."""
+"""Program, steps, and the pause after each: something to strike in between. Long enough that a run seldom ends before
+it has had its blows."""
 DISK_MIB = 1500
 _PROGRESS_PATIENCE_S = 240.0
 _RUN_PATIENCE_S = 900.0
