@@ -72,7 +72,7 @@ class Node:
         self._kills_before = memory_kills.count()  # a local job shares its cgroup with others
         self._kills_elsewhere = 0
         self._signals: list[int] = []
-        self._stopped = StoppedWatch()
+        self._stopped_watch = StoppedWatch()
         self._next_look_for_stopped = 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT):
             signal.signal(number, self._on_signal)
@@ -110,7 +110,7 @@ class Node:
             return 0
         self._next_look_for_stopped = now + LOOK_EVERY_S
         pids = [self.agent.pid, *process_tree.descendants(self.agent.pid)]
-        hung = self._stopped.look(process_tree.stopped(pids), now)
+        hung = self._stopped_watch.look(process_tree.stopped(pids), now)
         for who in hung:
             kind = "the agent of the ranks" if who.pid == self.agent.pid else "a rank"
             self.say(f"{kind} (pid {who.pid}) was stopped by a signal and stood still; killed, to be started again")
