@@ -63,12 +63,16 @@ class Job:
     on_gpu: bool
     lora_rank: int = 32
     num_adapters: int = 1
+    per_expert: bool = False
+    """Every expert has LoRA matrices of its own, instead of sharing the factor on the hidden side."""
+    recompute: bool = False
+    """Of each layer only the input is kept for the backward (megatron_adapters/recompute.py)."""
 
 
 def fixed_memory(sizes: ModelSizes, split: Split, job: Job) -> tuple[int, int]:
     """Bytes of weights, and of adapters with their optimizer state."""
     weights = sum(base_parameters(sizes, split).values()) * job.bytes_per_number
-    trained = sum(adapter_parameters(sizes, split, job.lora_rank).values())
+    trained = sum(adapter_parameters(sizes, split, job.lora_rank, per_expert=job.per_expert).values())
     return weights, trained * BYTES_PER_TRAINED * job.num_adapters
 
 
@@ -79,8 +83,11 @@ def activation_bytes_per_token(sizes: ModelSizes, split: Split, job: Job) -> flo
     """
     dense = attention_bytes(sizes, split, job) + mlp_bytes(sizes, split, job)
     sparse = attention_bytes(sizes, split, job) + expert_bytes(sizes, split, job)
-    layers = sizes.num_dense_layers * dense + sizes.num_expert_layers * sparse
     b = job.bytes_per_number
+    layers = sizes.num_dense_layers * dense + sizes.num_expert_layers * sparse
+    if job.recompute:  # every layer's input, and everything of the one whose backward is under way
+        inputs = sizes.num_layers * b * sizes.hidden_size / split.tp_size
+        layers = inputs + max(dense if sizes.num_dense_layers else 0, sparse if sizes.num_expert_layers else 0)
     # Embedding and final norm on this rank's share of the tokens; the head's hidden states, and their gradient, on all.
     ends = (b + 4) * sizes.hidden_size / split.tp_size + 2 * b * sizes.hidden_size
     return (layers + ends) * _heap(job)

@@ -162,12 +162,13 @@ def adapter_parameters(
     train_attn: bool = True,
     train_mlp: bool = True,
     train_unembed: bool = True,
+    per_expert: bool = False,
 ) -> dict[str, int]:
     """Trainable numbers of one rank for an adapter of LoRA rank `rank`, by part; for the fullest pipeline stage.
 
     A of a column-parallel matrix and B of a row-parallel one are on every TP rank, B of k and v by heads. Experts are
     "shared-outer": the factor that touches the hidden dimension is one for all experts of a matrix, the other is each
-    expert's own.
+    expert's own; with `per_expert` both are.
     With every size 1 this is the published count (Tinker's and the cookbook's table).
     """
     hidden, tp = sizes.hidden_size, split.tp_size
@@ -176,7 +177,8 @@ def adapter_parameters(
     dense, expert = _stage_layers(sizes, split)
     attention = (3 * hidden + q + 2 * kv) + (q + hidden)
     mlp = 3 * (hidden + sizes.ffn_size // tp)
-    experts = 3 * (hidden + sizes.num_experts // split.ep_size * sizes.expert_ffn_size)
+    held = sizes.num_experts // split.ep_size
+    experts = 3 * (held * hidden if per_expert else hidden) + 3 * held * sizes.expert_ffn_size
     return {
         "attention": rank * layers * attention * train_attn,
         "mlp": rank * (dense * mlp + expert * experts) * train_mlp,

@@ -1,8 +1,11 @@
 """Which layout to use and whether the job fits, from config.json and the sizes of the GPUs (pure).
 
-Every layout that the model's heads, experts, layers and vocabulary allow is costed (memory_model.py). Of those with
-room for a micro-batch worth computing, the one that communicates least is taken: the fewest pipeline stages, then the
-smallest tensor parallel size, then the smallest expert parallel size; all other ranks are copies that share the batch.
+Every layout that the model's heads, experts, layers and vocabulary allow is costed (memory_model.py), once with the
+activations kept for the backward and once with those of each layer computed again: a third more time, for micro-batches
+many times as large. Of those with room for a micro-batch worth computing, the cheapest is taken: the fewest pipeline
+stages, then activations that are kept, then the smallest tensor parallel size, then the smallest expert parallel size;
+all other ranks are copies that share the batch. A single sequence longer than a micro-batch is computed again whatever
+the layout (megatron_adapters/training_pass.py), so the longest that can be trained is that of recomputation.
 
 World size = tp_size * pp_size * dp_size. Expert parallel ranks are taken out of the tp_size * dp_size ranks of a
 pipeline stage, so ep_size divides that product (Megatron's "parallel folding", expert tensor parallel size 1).
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launch.memory_model import (
@@ -32,6 +35,8 @@ from launch.model_sizes import ModelSizes, Split
 
 GOOD_TOKENS = 4096
 """Of a micro-batch: matrix products of this many rows keep a GPU busy; more is hardly faster."""
+ENOUGH_TOKENS = 2048
+"""With room for the activations of this many, they are kept; with less, computed again in the backward."""
 LEAST_TOKENS = 512
 """A job that cannot train this many tokens at once is said not to fit."""
 MAX_TOKENS = 8192
@@ -76,6 +81,9 @@ class Plan:
     """Tokens of a micro-batch."""
     longest_sequence: int
     """Tokens of the longest sequence that can be trained: it would be a micro-batch of its own."""
+    recompute: bool
+    """Activations are computed again in the backward instead of being kept; of sequences longer than token_budget they
+    are in any case."""
     cache_tokens: int
     """Tokens of all samples under way together, in each of the dp_size copies."""
     memory: Memory
@@ -91,17 +99,25 @@ class Plan:
 
 
 def make_plan(
-    sizes: ModelSizes, machine: Machine, *, wish: Wish | None = None, lora_rank: int = 32, num_adapters: int = 1
+    sizes: ModelSizes,
+    machine: Machine,
+    *,
+    wish: Wish | None = None,
+    lora_rank: int = 32,
+    num_adapters: int = 1,
+    per_expert: bool = False,
 ) -> Plan | None:
     """The best layout for this model on this machine; None if no layout divides both model and machine."""
     wish = wish or Wish()
-    job = Job(2 if machine.on_gpu else 4, machine.on_gpu, lora_rank, num_adapters)
+    job = Job(2 if machine.on_gpu else 4, machine.on_gpu, lora_rank, num_adapters, per_expert)
     layouts = list(possible_layouts(sizes, machine, wish))
     if not layouts:
         return None
-    costed = [_cost(sizes, machine, split, job) for split in layouts]
+    jobs = (job, replace(job, recompute=True))
+    costed = [_cost(sizes, machine, split, one) for one in jobs for split in layouts]
     chosen = min(costed, key=_preference)
-    reasons = _reasons(sizes, machine, wish, job, chosen=chosen, costed=costed)
+    longest = _cost(sizes, machine, chosen.split, jobs[1]).tokens
+    reasons = _reasons(sizes, machine, wish, job, chosen=chosen, longest=longest, costed=costed)
     return Plan(
         tp_size=chosen.split.tp_size,
         ep_size=chosen.split.ep_size,
@@ -109,7 +125,8 @@ def make_plan(
         dp_size=machine.world_size // (chosen.split.tp_size * chosen.split.pp_size),
         dtype="bfloat16" if machine.on_gpu else "float32",
         token_budget=chosen.token_budget,
-        longest_sequence=chosen.longest_sequence,
+        longest_sequence=longest,
+        recompute=chosen.recompute,
         cache_tokens=chosen.cache_tokens,
         memory=chosen.memory,
         capacity=machine.memory_gib * GIB,
@@ -146,21 +163,22 @@ def tp_fits(sizes: ModelSizes, tp_size: int) -> bool:
 @dataclass(frozen=True)
 class _Costed:
     split: Split
+    recompute: bool
     room: float
     """Bytes left beside weights, adapters and workspace; negative if they do not fit, infinite if memory is."""
     token_budget: int
-    longest_sequence: int
+    tokens: int
+    """That fit at once, up to the model's context."""
     cache_tokens: int
     memory: Memory
     max_context: int
 
     @property
     def fits(self) -> bool:
-        return self.longest_sequence >= min(LEAST_TOKENS, self.max_context)
+        return self.has_room_for(LEAST_TOKENS)
 
-    @property
-    def roomy(self) -> bool:
-        return self.longest_sequence >= min(GOOD_TOKENS, self.max_context)
+    def has_room_for(self, tokens: int) -> bool:
+        return self.tokens >= min(tokens, self.max_context)
 
 
 def _cost(sizes: ModelSizes, machine: Machine, split: Split, job: Job) -> _Costed:
@@ -170,20 +188,21 @@ def _cost(sizes: ModelSizes, machine: Machine, split: Split, job: Job) -> _Coste
     per_token = activation_bytes_per_token(sizes, split, job)
     # The workspace grows with the micro-batch too: take it for the smallest, then for what that leaves.
     budget = LEAST_TOKENS
-    longest, room = 0, 0.0
+    fitting, room = 0, 0.0
     for _ in range(8):
         room = usable - fixed - workspace_bytes(sizes, split, job, budget, alone=alone)
         tokens = max(0.0, room / per_token)
         most = MAX_TOKENS if math.isfinite(tokens) else GOOD_TOKENS
-        longest, budget = int(min(tokens, sizes.max_context)), int(max(1, min(tokens, most)))
+        fitting, budget = int(min(tokens, sizes.max_context)), int(max(1, min(tokens, most)))
     share = CACHE_SHARE_GPU if machine.on_gpu else CACHE_SHARE_CPU
     per_cached = max(1, cache_bytes_per_token(sizes, split, job))
     cache_tokens = int(max(0.0, min(share * room / per_cached, MAX_ROWS * sizes.max_context)))
     return _Costed(
         split=split,
+        recompute=job.recompute,
         room=room,
         token_budget=budget,
-        longest_sequence=longest,
+        tokens=fitting,
         cache_tokens=cache_tokens,
         memory=memory(sizes, split, job, budget, cache_tokens, alone=alone),
         max_context=sizes.max_context,
@@ -191,18 +210,21 @@ def _cost(sizes: ModelSizes, machine: Machine, split: Split, job: Job) -> _Coste
 
 
 def _preference(costed: _Costed) -> tuple[float, ...]:
-    """Smaller is better. Roomy layouts by what they communicate; others by their room."""
-    split = costed.split
-    cheap = (split.pp_size, split.tp_size, split.ep_size)
-    if costed.roomy:
-        return (0, 0, *cheap)
-    if costed.fits:
-        return (1, -costed.longest_sequence, *cheap)
-    return (2, -costed.room, *cheap)
+    """Smaller is better. Those with much room by their stages, then whether activations are kept, then by what they
+    communicate; others by their room.
+    """
+    split, again = costed.split, costed.recompute
+    if costed.has_room_for(GOOD_TOKENS):
+        return (0, split.pp_size, again, 0, 0, split.tp_size, split.ep_size)
+    if costed.has_room_for(ENOUGH_TOKENS) and not again:
+        return (0, split.pp_size, again, 1, -costed.tokens, split.tp_size, split.ep_size)
+    if costed.fits and again:
+        return (1, -costed.tokens, split.pp_size, split.tp_size, split.ep_size)
+    return (2, -costed.room, not again, split.pp_size, split.tp_size, split.ep_size)
 
 
 def _reasons(
-    sizes: ModelSizes, machine: Machine, wish: Wish, job: Job, *, chosen: _Costed, costed: list[_Costed]
+    sizes: ModelSizes, machine: Machine, wish: Wish, job: Job, *, chosen: _Costed, longest: int, costed: list[_Costed]
 ) -> list[str]:
     """The plan in words, the most important first."""
     split, capacity = chosen.split, machine.memory_gib
@@ -226,6 +248,8 @@ def _reasons(
             f"{split.pp_size} pipeline stages: "
             + ("as given." if wish.pp_size else "without them a rank would have no room for the weights it holds.")
         )
+    if chosen.recompute and chosen.fits:
+        words.append(_why_recompute(chosen, costed))
     if not chosen.fits:
         short = chosen.memory.weights + chosen.memory.adapters + chosen.memory.workspace - capacity * GIB
         words.append(
@@ -233,11 +257,8 @@ def _reasons(
             + (f"; weights, adapter and workspace alone exceed a rank by {short / GIB:.1f} GiB." if short > 0 else ".")
         )
         words.append(_what_would_fit(sizes, machine, wish, job))
-    elif chosen.longest_sequence < sizes.max_context:
-        words.append(
-            f"Sequences of up to {chosen.longest_sequence} tokens can be trained; the model's context of "
-            f"{sizes.max_context} needs more memory."
-        )
+    else:
+        words.append(_why_long(sizes, chosen, longest))
     return words
 
 
@@ -245,17 +266,37 @@ def _why_tp(wish: Wish, chosen: _Costed, costed: list[_Costed]) -> str:
     size = chosen.split.tp_size
     if wish.tp_size:
         return f"Tensor parallel size {size}, as given."
-    smaller = [c for c in costed if c.split.tp_size < size and c.split.pp_size == chosen.split.pp_size]
+    alike = [c for c in costed if c.split.pp_size == chosen.split.pp_size and c.recompute == chosen.recompute]
+    smaller = [c for c in alike if c.split.tp_size < size]
     if not smaller:
         return f"Tensor parallel size {size}."
-    best = max(smaller, key=lambda c: (c.longest_sequence, c.room))
-    left = f"room for {best.longest_sequence} tokens at a time" if best.room > 0 else "no room beside the weights"
+    best = max(smaller, key=lambda c: (c.tokens, c.room))
+    left = f"room for {best.tokens} tokens at a time" if best.room > 0 else "no room beside the weights"
     would = f"{best.split.tp_size} would leave {left}"
-    return f"Tensor parallel size {size}: {would}; {size} leaves {chosen.longest_sequence}."
+    return f"Tensor parallel size {size}: {would}; {size} leaves {chosen.tokens}."
+
+
+def _why_recompute(chosen: _Costed, costed: list[_Costed]) -> str:
+    stages = chosen.split.pp_size
+    longest = max(c.tokens for c in costed if not c.recompute and c.split.pp_size == stages)
+    return (
+        "Activations are computed again in the backward, which takes a third more time: kept, they would leave "
+        f"{f'room for {longest} tokens at a time' if longest else 'no room for a micro-batch'}."
+    )
+
+
+def _why_long(sizes: ModelSizes, chosen: _Costed, longest: int) -> str:
+    words = f"Sequences of up to {longest} tokens can be trained"
+    if not chosen.recompute and longest > chosen.token_budget:
+        words += f" (activations of those beyond {chosen.token_budget} are computed again in the backward)"
+    if longest < sizes.max_context:
+        words += f"; the model's context of {sizes.max_context} needs more memory"
+    return words + "."
 
 
 def _what_would_fit(sizes: ModelSizes, machine: Machine, wish: Wish, job: Job) -> str:
     """The smallest number of such nodes on which it would fit."""
+    job = replace(job, recompute=True)
     for nodes in range(machine.nodes + 1, 65):
         more = Machine(nodes, machine.ranks_per_node, machine.memory_gib, machine.on_gpu)
         if any(_cost(sizes, more, split, job).fits for split in possible_layouts(sizes, more, wish)):

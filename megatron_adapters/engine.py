@@ -99,7 +99,8 @@ class Engine:
         Args:
             dtype: "float32" or "bfloat16"; None means bfloat16 on CUDA and float32 on CPU.
             token_budget: most tokens of a micro-batch, but for a single longer sequence.
-            recompute: keep only each layer's input for the backward and compute the rest again: a third more time.
+            recompute: keep only each layer's input for the backward and compute the rest again: a third more time. Of
+                sequences longer than token_budget that is done in any case.
         Raises: ConfigError for a model or layout that cannot run, WeightsError for a checkpoint that does not fit;
             both before any communication or memory is spent.
         Collectives: creation of the process groups.

@@ -16,6 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+from . import recompute as recomputation
 from .adapters import LoraWeights
 from .attention import AttentionCache, PackedContext, packed_context
 from .experts import StackedExperts
@@ -28,7 +29,6 @@ from .lora_linear import LoraLinear, Routing, Segment
 from .moe import MoeMlp, Router
 from .placement import FIRST_RANK, Place, kv_heads_of_rank, stage_layers, vocab_rows_of_rank
 from .projections import layer_path
-from .recompute import recompute_layers
 from .rope import RotaryTable
 from .runtime import Runtime
 from .stage_head import shared_head
@@ -110,8 +110,8 @@ class Model:
         self.own_head = _head(gpt, arch, runtime) if runtime.is_last_stage else None
         self.head = shared_head(self.own_head, arch.vocab_size, runtime)
         _wrap_linears(self.gpt, arch, runtime, self.routing)
-        if recompute:
-            recompute_layers(gpt, self.routing)
+        self._always_recompute = recompute
+        self._recompute = recomputation.install(gpt, self.routing)
 
     def padded_length(self, num_tokens: int) -> int:
         """Tokens of a forward after padding: sequence parallelism needs equal shares, and no rank may have none."""
@@ -129,6 +129,7 @@ class Model:
         *,
         arrived_L1D: Tensor | None = None,
         table: Table = None,
+        recompute: bool = False,
     ) -> Tensor:
         """This stage's layers: hidden states of this rank's share of the tokens, [L, 1, D]; normed on the last stage.
 
@@ -137,9 +138,11 @@ class Model:
             segments: which tokens use which adapter; must tile 0..T.
             arrived_L1D: what the stage before made of them; None on the first stage.
             table: see Routing.use.
+            recompute: do not keep the activations for the backward; the same on every rank that takes part.
         Collectives: per layer the sequence-parallel gathers and reduce-scatters of megatron-core and LoRA over the TP
             group, and MoeMlp's over the EP group.
         """
+        self._recompute.active = recompute or self._always_recompute
         with self.routing.use(segments, tokens_T.shape[0], table):
             if arrived_L1D is None:
                 embedded: Tensor = self.gpt.embedding(tokens_T[None], None)

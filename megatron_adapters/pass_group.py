@@ -48,7 +48,7 @@ def run_together(
     failure: Exception | None = None
     try:
         running = TrainingPass(model, passes, loras, results, backward)
-        running.run([[items[index] for index in members] for members in batches])
+        running.run([([items[index] for index in batch.members], batch.is_long) for batch in batches])
     except Exception as error:  # another data-parallel rank may have had other data, and waits for us below
         failure = error
     model.gets_on(sum(lengths))  # now it may have to wait for copies that have more to do, or other data

@@ -1,7 +1,9 @@
 """Training (or scoring) passes: micro-batches through the pipeline, losses at its end, gradients on the way back.
 
 Ranks that share experts step together: each runs as many micro-batches as the one with the most, of padding alone where
-it has no data left. A loss that raises does not stop its rank, which others wait for; its micro-batch then has loss 0.
+it has no data left. The activations of a datum longer than a micro-batch should be would not fit: they are computed
+again in the backward (recompute.py). A loss that raises does not stop its rank, which others wait for; its micro-batch
+then has loss 0.
 
 Shapes: T tokens of a micro-batch with padding, L a TP rank's share of them, D hidden.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,17 +26,28 @@ from .packing import pack, split_over_ranks
 from .pipeline import schedule
 
 
-def plan_micro_batches(lengths: Sequence[int], layout: Layout, dp_rank: int, token_budget: int) -> list[list[int]]:
-    """Indices of the data in each micro-batch of this data-parallel rank; empty lists are padding. Pure.
+class MicroBatchPlan(NamedTuple):
+    """What one rank does in one micro-batch."""
 
-    Every rank knows all lengths, so each also knows how many micro-batches the others run.
+    members: list[int]
+    """indices of its data; none is padding alone"""
+    is_long: bool
+    """a datum in it is longer than a micro-batch should be, here or on a rank that shares experts with this one"""
+
+
+def plan_micro_batches(lengths: Sequence[int], layout: Layout, dp_rank: int, token_budget: int) -> list[MicroBatchPlan]:
+    """The micro-batches of this data-parallel rank. Pure.
+
+    Every rank knows all lengths, so each also knows how many micro-batches the others run, and which are long.
     """
     shares = split_over_ranks(lengths, layout.dp_size)
-    if not layout.experts_span_copies:
-        return pack(shares[dp_rank], lengths, token_budget)
-    plans = [pack(share, lengths, token_budget) for share in shares]
+    together = shares if layout.experts_span_copies else [shares[dp_rank]]
+    plans = [pack(share, lengths, token_budget) for share in together]
     most = max(len(plan) for plan in plans)
-    return plans[dp_rank] + [[] for _ in range(most - len(plans[dp_rank]))]
+    plans = [plan + [[] for _ in range(most - len(plan))] for plan in plans]
+    longest = [max(sum(lengths[i] for i in plan[index]) for plan in plans) for index in range(most)]
+    own = plans[dp_rank] if layout.experts_span_copies else plans[0]
+    return [MicroBatchPlan(members, num > token_budget) for members, num in zip(own, longest, strict=True)]
 
 
 @dataclass
@@ -58,8 +72,10 @@ class TrainingPass:
     results: Results
     backward: bool
 
-    def run(self, batches: Sequence[Sequence[Item]]) -> None:
-        """Collectives: those of `Model.stage` and of the head, per micro-batch, forward and backward; between stages a
+    def run(self, batches: Sequence[tuple[Sequence[Item], bool]]) -> None:
+        """Forward, and backward, of micro-batches: their data, and whether to compute their activations again.
+
+        Collectives: those of `Model.stage` and of the head, per micro-batch, forward and backward; between stages a
         message [L, 1, D] each way.
         """
         runtime = self.model.runtime
@@ -69,14 +85,14 @@ class TrainingPass:
         for what, index in order:
             self.model.gets_on(sum(len(item.datum.tokens) for item in batches[index]))
             if what == "forward":
-                one = self._forward(batches[index], links)
+                one = self._forward(*batches[index], links)
                 if self.backward:
                     running[index] = one
             else:
                 self._backward(running.pop(index), links)
         links.finish()
 
-    def _forward(self, items: Sequence[Item], links: Links) -> _Running:
+    def _forward(self, items: Sequence[Item], is_long: bool, links: Links) -> _Running:
         model, device = self.model, self.model.runtime.device
         num_tokens = sum(len(item.datum.tokens) for item in items)
         batch = MicroBatch(self.passes, items, model.padded_length(num_tokens))
@@ -89,7 +105,7 @@ class TrainingPass:
             tokens_T = torch.from_numpy(batch.tokens).to(device)
             # Every adapter of the group, since other ranks' tokens may come to this one's experts with any of them.
             table = list(self.loras.values())
-            hidden_L1D = model.stage(tokens_T, context, segments, arrived_L1D=arrived, table=table)
+            hidden_L1D = model.stage(tokens_T, context, segments, arrived_L1D=arrived, table=table, recompute=is_long)
             links.send_hidden(hidden_L1D)
             if model.own_head is None:
                 return _Running(hidden_L1D, arrived)

@@ -78,8 +78,9 @@ def build_job_spec(
     working_folder: str | None = None,
     environment: Mapping[str, str] | None = None,
     serves_run: str | None = None,
+    per_expert: bool = False,
 ) -> JobSpec:
-    """The job that serves `base_model` with these resources on that cluster.
+    """The job that serves `base_model` with these resources on that cluster. per_expert: see Config.expert_lora.
 
     Raises: ConfigError where the sizes cannot go together.
     """
@@ -93,7 +94,12 @@ def build_job_spec(
         on_gpu=gpus_per_node > 0,
     )
     plan = plan_for(
-        base_model, machine, tp_size=resources.tp_size, pp_size=resources.pp_size, ep_size=resources.ep_size
+        base_model,
+        machine,
+        tp_size=resources.tp_size,
+        pp_size=resources.pp_size,
+        ep_size=resources.ep_size,
+        per_expert=per_expert,
     )
     sure = resources.tp_size is None and machine.on_gpu and known_gpu_memory_gib(profile) is not None
     if sure and not plan.fits:
@@ -122,6 +128,7 @@ def build_job_spec(
             pp_size=plan.pp_size,
             ep_size=plan.ep_size,
             token_budget=plan.token_budget,
+            recompute=plan.recompute,
         ),
         command=command,
         working_folder=working_folder or os.getcwd(),
@@ -163,6 +170,7 @@ def plan_for(
     ep_size: int | None = None,
     lora_rank: int = 32,
     num_adapters: int = 1,
+    per_expert: bool = False,
 ) -> Plan:
     """The layout of this model on this machine, chosen but for what is given.
 
@@ -170,7 +178,7 @@ def plan_for(
     """
     sizes = read_sizes(base_model.config, str(base_model.folder / "config.json"))
     wish = Wish(tp_size=tp_size, ep_size=ep_size, pp_size=pp_size)
-    plan = make_plan(sizes, machine, wish=wish, lora_rank=lora_rank, num_adapters=num_adapters)
+    plan = make_plan(sizes, machine, wish=wish, lora_rank=lora_rank, num_adapters=num_adapters, per_expert=per_expert)
     if plan is not None:
         return plan
     if tp_size is not None and machine.world_size % tp_size:

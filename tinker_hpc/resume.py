@@ -101,6 +101,7 @@ def resumed_spec(spec: JobSpec, *, cluster: str | None, resources: Resources, co
         working_folder=spec.working_folder,
         environment=spec.environment,
         serves_run=spec.serves_run,
+        per_expert=config.expert_lora == "per_expert",
     )
     layout = spec.layout if same_ranks and all(asked[name] is None for name in sizes) else fresh.layout
     return replace(fresh, base_model_folder=spec.base_model_folder, layout=layout)

@@ -196,6 +196,7 @@ def job_specs(
                 command=command if index == 0 and not separate else None,
                 environment=environment,
                 serves_run=None if index == 0 and not separate else run_id,
+                per_expert=config.expert_lora == "per_expert",
             )
         )
     return [driver_spec(specs[0], run_id=run_id, command=command), *specs] if separate else specs

@@ -121,6 +121,7 @@ class Session:
                 run_id=folder.run_id,
                 kind="session",
                 name=self._name,
+                per_expert=self._config.expert_lora == "per_expert",
             )
             try:
                 submit_job(spec, folder)

@@ -148,17 +148,29 @@ def start_responder(processes: Processes, worker: WorkerFolder) -> None:
     wait_for(lambda: (read_json(worker.status) or {}).get("phase") == "ready", START_S, "the responder")
 
 
-def start_worker(processes: Processes, worker: WorkerFolder) -> None:
-    """A real worker: one rank of torch's elastic agent."""
-    argv = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--max-restarts=0")
-    processes.start("worker", *argv, "--module", "tinker_hpc.worker", "--worker-dir", str(worker.path))
+def start_worker(processes: Processes, worker: WorkerFolder, num_ranks: int = 1, max_restarts: int = 0) -> None:
+    """A real worker: ranks of torch's elastic agent. Returns when it has said its first words."""
+    start_ranks(processes, worker, num_ranks, max_restarts)
 
     def ready() -> bool:
         assert processes.running["worker"].poll() is None, f"the worker ended: {processes.log('worker')[-4000:]}"
-        return any(worker.results.iterdir())  # its first words
+        return any(worker.results.iterdir())
 
     wait_for(ready, WORKER_START_S, "the worker")
     write_json(worker.status, {"phase": "ready", "reason": "", "error": None, "since": time.time()})
+
+
+def start_ranks(processes: Processes, worker: WorkerFolder, num_ranks: int, max_restarts: int) -> None:
+    argv = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}")
+    module = (f"--max-restarts={max_restarts}", "--module", "tinker_hpc.worker", "--worker-dir", str(worker.path))
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as launch/children.py
+    processes.start("worker", *argv, *module, env=env)
+
+
+def ranks_of(processes: Processes) -> list[int]:
+    """Pids of the worker's ranks; fewer while its agent starts them."""
+    agent = processes.running["worker"].pid
+    return [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
 
 
 def wait_for(condition: Any, timeout_s: float, what: str) -> None:

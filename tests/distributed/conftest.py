@@ -1,22 +1,15 @@
-"""Per session: the reference models once, and one process group per layout that serves every test of it."""
+"""Per session: the reference models once, and one start of 1, 2 and 4 ranks each for all jobs of the selected tests."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import parity_reference
 import pytest
-from gloo_launcher import run_ranks
-from parity_reference import CONFIGS, Reference
-
-from megatron_adapters.interface import Layout
-
-LAYOUTS = {"tp1": Layout(1, 1), "tp2": Layout(2, 1), "tp2dp2": Layout(2, 2)}
-SAVES_FOR = {"tp1": "tp2", "tp2dp2": "tp1"}
-"""layout -> the layout whose saved state it resumes"""
+from jobs import Job, Outcomes
+from parity_reference import Reference
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,47 +18,47 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Whichever test comes first waits for all jobs of as many ranks.
+    for item in items:
+        if any(True for _ in _jobs_of(item)):
+            item.add_marker(pytest.mark.timeout(1200))
+
+
+class References(dict[str, Reference]):
+    """transformers + peft on a family, when first asked for. Computed here, in the parent, by code that imports nothing
+    of ours.
+    """
+
+    def __init__(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        super().__init__()
+        self._folder = tmp_path_factory.mktemp("references")
+
+    def __missing__(self, family: str) -> Reference:
+        self[family] = parity_reference.build(family, self._folder / family)
+        return self[family]
+
+
 @pytest.fixture(scope="session")
-def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
-    """transformers + peft on every family. Computed here, in the parent, by code that imports nothing of ours."""
+def references(tmp_path_factory: pytest.TempPathFactory) -> References:
     os.environ["HF_HUB_OFFLINE"] = "1"
-    folder = tmp_path_factory.mktemp("references")
-    return {family: parity_reference.build(family, folder / family) for family in CONFIGS}
+    return References(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def outcome_of(
-    references: dict[str, Reference], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], dict[str, Any]]:
-    """outcome_of("tp2") runs all scenarios under that layout, once per session."""
-    done: dict[str, dict[str, Any]] = {}
-    failed: dict[str, BaseException] = {}
-
-    def outcome(name: str) -> dict[str, Any]:
-        if name in failed:  # once is enough: every test of the layout would wait for the same failure
-            raise failed[name]
-        if name not in done:
-            try:
-                done[name] = run(name)
-            except BaseException as error:
-                failed[name] = error
-                raise
-        return done[name]
-
-    def run(name: str) -> dict[str, Any]:
-        other = SAVES_FOR.get(name)
-        saved: Path | None = outcome(other)["properties"]["save_load_step"]["folder"] if other else None
-        folder, layout = tmp_path_factory.mktemp(name), LAYOUTS[name]
-        return run_ranks("parity_scenarios:run_all", layout.world_size, folder, references, layout, folder, saved)
-
-    return outcome
+    request: pytest.FixtureRequest, references: References, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Job], Any]:
+    """The outcome of a job. A test names its jobs in its parameters, so that all selected are known at the start."""
+    planned = dict.fromkeys(job for item in request.session.items for job in _jobs_of(item))
+    return Outcomes(planned, references.__getitem__, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.fixture(scope="session", params=list(LAYOUTS))
-def layout_name(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def properties(outcome_of: Callable[[str], dict[str, Any]], layout_name: str) -> dict[str, Any]:
-    return outcome_of(layout_name)["properties"]
+def _jobs_of(item: pytest.Item) -> Iterator[Job]:
+    parameters = (
+        item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    )
+    for value in parameters:
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, Job):
+                yield one

@@ -1,37 +1,87 @@
-"""What the ranks of a layout with stages or shared experts run: parity, sampling, and a state to hand on."""
+"""What the ranks of a layout do beyond parity: sample, hand on a state, recompute, join steps without data."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from parity_reference import ADAM, Reference
-from parity_scenarios import Bench, batch, cross_entropy, parity
-from sampling_scenarios import greedy
+import sampling_scenarios
+from jobs import Ground
+from parity_reference import ADAM
+from parity_scenarios import Outcome, batch, cross_entropy, start
 
-from megatron_adapters.engine import AdamParams, Engine, Layout
+from megatron_adapters.engine import AdamParams, Engine
 
-
-def run_all(references: dict[str, Reference], layout: Layout, folder: Path, resumed: list[Path]) -> dict[str, Any]:
-    outcome: dict[str, Any] = {}
-    for family, reference in references.items():
-        engine = Engine.start(reference.model_folder, layout, token_budget=40)  # several micro-batches
-        outcome[family] = parity(Bench(engine, folder), reference)
-        engine.load_snapshot("peft", reference.adapter_folder)
-        outcome[family]["greedy"] = greedy(engine)
-        state = folder / f"state-{family}"
-        engine.save_adapter("a", state, optimizer=True)
-        outcome[family]["state"] = state
-        outcome[family]["next_losses"] = [next_losses(engine, path) for path in [state, *resumed]]
-    engine.stop()
-    return outcome
+STEPS = 5
 
 
-def next_losses(engine: Engine, state: Path) -> list[float]:
-    """Five more steps on a saved state, of this layout or another."""
-    engine.load_adapter("next", state, optimizer=True)
+def greedy(ground: Ground) -> Outcome:
+    """Greedy tokens of base and adapter."""
+    engine = start(ground).engine
+    engine.load_snapshot("peft", ground.reference.adapter_folder)
+    return sampling_scenarios.greedy(engine)
+
+
+def state(ground: Ground) -> Outcome:
+    """A few steps, a state, and the losses of the steps after it."""
+    engine = start(ground).engine
+    engine.load_adapter("a", ground.reference.adapter_folder, optimizer=False)
+    _losses(engine, "a")
+    folder = ground.folder / "state"
+    engine.save_adapter("a", folder, optimizer=True)
+    return {"folder": folder, "next_losses": _losses(engine, "a")}
+
+
+def next_losses(ground: Ground) -> list[float]:
+    """The same steps on the state that another layout saved."""
+    engine = start(ground).engine
+    folder: Path = ground.given["folder"]
+    engine.load_adapter("next", folder, optimizer=True)
+    return _losses(engine, "next")
+
+
+def _losses(engine: Engine, adapter_id: str) -> list[float]:
     losses = []
-    for _ in range(5):
-        losses.append(engine.run_pass("next", batch(), cross_entropy, backward=True).loss_sum)
-        engine.optim_step("next", AdamParams(**ADAM))
+    for _ in range(STEPS):
+        losses.append(engine.run_pass(adapter_id, batch(), cross_entropy, backward=True).loss_sum)
+        engine.optim_step(adapter_id, AdamParams(**ADAM))
     return losses
+
+
+def recomputed(ground: Ground) -> Outcome:
+    """Gradients with all activations kept, and with those of each layer computed again in the backward."""
+    found = []
+    for recompute in (False, True):
+        bench = start(ground, recompute=recompute)
+        bench.engine.load_adapter("a", ground.reference.adapter_folder, optimizer=False)
+        output = bench.engine.run_pass("a", batch(), cross_entropy, backward=True)
+        found.append({"loss": output.loss_sum, "logprobs": output.logprobs, "grads": bench.grads("a")})
+    return {"kept": found[0], "recomputed": found[1]}
+
+
+def little_data(ground: Ground) -> Outcome:
+    """Batches of fewer data than data-parallel ranks: some ranks have none, and join each step all the same."""
+    bench = start(ground)
+    engine, data = bench.engine, batch()
+    for name in ("joined", "split"):
+        engine.load_adapter(name, ground.reference.adapter_folder, optimizer=False)
+    joined = engine.run_pass("joined", data, cross_entropy, backward=True)
+    single = [engine.run_pass("split", [datum], cross_entropy, backward=True) for datum in data]
+    return {
+        "joined": bench.grads("joined"),
+        "split": bench.grads("split"),
+        "losses": [joined.loss_sum, sum(output.loss_sum for output in single)],
+        "forward_only": engine.run_pass("split", data[:1], cross_entropy, backward=False).loss_sum,
+        "first": single[0].loss_sum,
+    }
+
+
+def in_bfloat16(ground: Ground) -> Outcome:
+    """One pass and one step with weights and activations in bfloat16; adapters and optimizer stay in float32."""
+    bench = start(ground, dtype="bfloat16")
+    engine = bench.engine
+    engine.load_adapter("a", ground.reference.adapter_folder, optimizer=False)
+    before = bench.weights("a")
+    output = engine.run_pass("a", batch(), cross_entropy, backward=True)
+    grads = bench.grads("a")
+    engine.optim_step("a", AdamParams(**ADAM))
+    return {"loss": output.loss_sum, "grads": grads, "before": before, "after": bench.weights("a")}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from parity_scenarios import Bench, cross_entropy
+from jobs import Ground
+from parity_reference import VOCAB
+from parity_scenarios import Bench, cross_entropy, start
 
-from megatron_adapters.engine import AdamParams, Datum, Engine, Layout, LoraSpec, Pass, SampleRequest
+from megatron_adapters.engine import AdamParams, Datum, LoraSpec, Pass, SampleRequest
 
 Outcome = dict[str, Any]
 
@@ -21,7 +22,7 @@ SPECS: dict[str, LoraSpec] = {
     "mlp": LoraSpec(8, seed=5, train_attn=False, train_unembed=False),
     "attention": LoraSpec(32, seed=6, train_mlp=False, train_unembed=False),
     "unembedding": LoraSpec(1, seed=7, train_mlp=False, train_attn=False),
-    "again-rank-8": LoraSpec(8, seed=8, train_unembed=False),
+    "again-rank-8": LoraSpec(8, seed=8, train_unembed=False, per_expert=True),
 }
 STEPS = 3
 
@@ -32,7 +33,7 @@ def data_for(name: str, seed: int = 0) -> list[Datum]:
     random = np.random.default_rng(100 * place + seed)
     data = []
     for length in (5 + place, 11, 17 - place):
-        ids = random.integers(3, 250, length + 1)
+        ids = random.integers(3, VOCAB, length + 1)
         weights = random.random(length, dtype=np.float32)
         data.append(Datum(ids[:-1].astype(np.int32), {"target_tokens": ids[1:].astype(np.int64), "weights": weights}))
     return data
@@ -46,9 +47,20 @@ def infinite(logprobs_T: Any, inputs: Any, segment_ids_T: Any) -> Any:
     return logprobs_T.sum() * float("inf")
 
 
-def run(model_folder: Path, layout: Layout, folder: Path) -> Outcome:
-    engine = Engine.start(model_folder, layout, token_budget=64)  # several micro-batches, adapters cut across them
-    bench = Bench(engine, folder)
+def with_experts(ground: Ground) -> Outcome:
+    """What experts and stages could spoil: training and sampling, together and alone."""
+    bench = start(ground, token_budget=64)
+    return {
+        "alone": training(bench, together=False),
+        "together": training(bench, together=True),
+        "samples": samples(bench),
+    }
+
+
+def run(ground: Ground) -> Outcome:
+    """Everything."""
+    bench = start(ground, token_budget=64)  # several micro-batches, adapters cut across them
+    engine = bench.engine
     outcome = {
         "alone": training(bench, together=False),
         "together": training(bench, together=True),
@@ -61,7 +73,6 @@ def run(model_folder: Path, layout: Layout, folder: Path) -> Outcome:
     # No adapter stays in memory but the one at work: the rest waits on the disk between any two calls.
     engine.room.most_bytes = 0
     outcome["put_away"] = training(bench, together=False)
-    engine.stop()
     return outcome
 
 

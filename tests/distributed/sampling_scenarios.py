@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from parity_reference import RANK, VOCAB, Reference
+from jobs import Ground
+from parity_reference import RANK, VOCAB
 from parity_scenarios import batch, cross_entropy
 
-from megatron_adapters.engine import AdamParams, Datum, Engine, Layout, LoraSpec, SampleRequest, SampleResult
+from megatron_adapters.engine import AdamParams, Datum, Engine, LoraSpec, SampleRequest, SampleResult
 from megatron_adapters.sample_request import PromptTargets
 
 Outcome = dict[str, Any]
@@ -27,18 +28,23 @@ def ask(prompt: np.ndarray, snapshot_id: str | None, **changes: Any) -> SampleRe
     return SampleRequest(snapshot_id, prompt, **{"max_tokens": NEW_TOKENS, "temperature": 1.0, "seed": 1, **changes})
 
 
-def run_all(references: dict[str, Reference], layout: Layout) -> Outcome:
-    outcome: Outcome = {"greedy": {}, "logprobs": {}}
-    for family, reference in references.items():
-        engine = Engine.start(reference.model_folder, layout)
-        engine.load_adapter("peft", reference.adapter_folder, optimizer=False)
-        engine.load_snapshot("peft", reference.adapter_folder)
-        outcome["greedy"][family] = greedy(engine)
-        outcome["logprobs"][family] = logprobs(engine)
-        if family == "qwen3":
-            outcome |= {scenario.__name__: scenario(engine) for scenario in SCENARIOS}
-    engine.stop()
-    return outcome
+def family(ground: Ground) -> Outcome:
+    """What every family is asked."""
+    engine = _start(ground)
+    return {"greedy": greedy(engine), "logprobs": logprobs(engine)}
+
+
+def all_scenarios(ground: Ground) -> Outcome:
+    """What one family is asked for all."""
+    engine = _start(ground)
+    return {scenario.__name__: scenario(engine) for scenario in SCENARIOS}
+
+
+def _start(ground: Ground) -> Engine:
+    engine = Engine.start(ground.reference.model_folder, ground.layout)
+    engine.load_adapter("peft", ground.reference.adapter_folder, optimizer=False)
+    engine.load_snapshot("peft", ground.reference.adapter_folder)
+    return engine
 
 
 def greedy(engine: Engine) -> dict[str | None, list[SampleResult]]:

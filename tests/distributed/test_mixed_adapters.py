@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from gloo_launcher import run_ranks
+from jobs import Job
 from mixed_scenarios import SPECS, STEPS
-
-from megatron_adapters.interface import Layout
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-
-import random_models
 
 pytestmark = pytest.mark.distributed
 
-LAYOUTS = {"tp1": Layout(1, 1), "tp2dp2": Layout(2, 2)}
+JOBS = [Job(layout, "mixed_scenarios:run", "qwen3") for layout in ("TP1", "TP2×DP2")]
+WITH_EXPERTS = [Job(layout, "mixed_scenarios:with_experts", "qwen3_moe") for layout in ("EP2", "PP2", "TP2+EP4")]
 # Another batch is another shape of matrix product: float32 sums in another order. Relative to the largest entry.
 CLOSE = 1e-6
 # Gradients are sums that cancel, above all at rank 1 and where four ranks cut the batch: 3.7e-6 was seen under
@@ -27,12 +21,9 @@ CLOSE = 1e-6
 CLOSE_GRADIENTS = 1e-5
 
 
-@pytest.fixture(scope="module", params=list(LAYOUTS))
-def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp(request.param)
-    layout = LAYOUTS[request.param]
-    model = random_models.make("qwen3", folder)
-    return run_ranks("mixed_scenarios:run", layout.world_size, folder / "run", model, layout, folder / "files")
+@pytest.fixture(params=JOBS, ids=str)
+def outcome(request: pytest.FixtureRequest, outcome_of: Callable[[Job], Any]) -> dict[str, Any]:
+    return outcome_of(request.param)
 
 
 def gap(ours: Any, theirs: Any) -> float:
@@ -46,8 +37,13 @@ def worst(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     return max(gap(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("name", list(SPECS))
-def test_alone_equals_together(name: str, outcome: dict[str, Any]) -> None:
+@pytest.mark.parametrize("job", [*JOBS, *WITH_EXPERTS], ids=str)
+def test_alone_equals_together(job: Job, outcome_of: Callable[[Job], Any]) -> None:
+    for name in SPECS:
+        check_alone_equals_together(name, outcome_of(job))
+
+
+def check_alone_equals_together(name: str, outcome: dict[str, Any]) -> None:
     alone, together = outcome["alone"][name], outcome["together"][name]
     gaps = {
         "losses": gap(together["losses"], alone["losses"]),
@@ -106,8 +102,9 @@ def test_two_passes_of_one_adapter(outcome: dict[str, Any]) -> None:
     assert worst(*found["grads"]) <= CLOSE
 
 
-def test_samples_alone_equal_together(outcome: dict[str, Any]) -> None:
-    found = outcome["samples"]
+@pytest.mark.parametrize("job", [*JOBS, *WITH_EXPERTS], ids=str)
+def test_samples_alone_equal_together(job: Job, outcome_of: Callable[[Job], Any]) -> None:
+    found = outcome_of(job)["samples"]
     for together, alone in zip(found["together"], found["alone"], strict=True):
         for (tokens, logprobs), (own_tokens, own_logprobs) in zip(together, alone, strict=True):
             assert np.array_equal(tokens, own_tokens)

@@ -8,10 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs import Job
 from parity_reference import Reference
 from torch import Tensor
 
 pytestmark = pytest.mark.distributed
+
+JOBS = {
+    layout: Job(layout, "property_scenarios:run_all", "qwen3", also=("qwen2",)) for layout in ("TP1", "TP2", "TP2×DP2")
+}
+RESUMED = [
+    Job(layout, "property_scenarios:resume", "qwen3", given=JOBS[saved])
+    for saved, layout in (("TP2", "TP1"), ("TP1", "TP2×DP2"))
+]
+
+
+@pytest.fixture(params=JOBS.values(), ids=JOBS)
+def properties(request: pytest.FixtureRequest, outcome_of: Callable[[Job], Any]) -> dict[str, Any]:
+    return outcome_of(request.param)
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -46,10 +60,11 @@ def test_initial_weights_are_pefts_distribution(properties: dict[str, Any]) -> N
             assert matrix.std() == pytest.approx(bound / 3**0.5, rel=0.15)
 
 
-def test_initial_weights_do_not_depend_on_the_layout(outcome_of: Callable[[str], dict[str, Any]]) -> None:
-    name = "fresh_adapter_is_the_base"
-    single, sharded = (outcome_of(layout)["properties"][name]["weights"] for layout in ("tp1", "tp2dp2"))
-    assert_same_bits(single, sharded)
+def test_initial_weights_do_not_depend_on_the_layout(
+    properties: dict[str, Any], outcome_of: Callable[[Job], Any]
+) -> None:
+    single = outcome_of(JOBS["TP1"])
+    assert_same_bits(*(x["fresh_adapter_is_the_base"]["weights"] for x in (single, properties)))
 
 
 def test_two_passes_equal_one_joined(properties: dict[str, Any]) -> None:
@@ -102,14 +117,11 @@ def test_save_load_step_equals_step_bit_for_bit(properties: dict[str, Any]) -> N
     assert_same_bits(result["kept"], result["loaded"])
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [("tp2", "tp1"), ("tp1", "tp2dp2")])
-def test_a_state_resumes_under_another_layout(
-    outcome_of: Callable[[str], dict[str, Any]], saved: str, resumed: str
-) -> None:
-    kept = outcome_of(saved)["properties"]["save_load_step"]["kept"]
-    elsewhere = outcome_of(resumed)["resumed_elsewhere"]
-    gap = largest_gap(kept, elsewhere)
-    print(f"\nPARITY state saved under {saved}, step under {resumed}: max abs {gap:.1e}")
+@pytest.mark.parametrize("job", RESUMED, ids=str)
+def test_a_state_resumes_under_another_layout(job: Job, outcome_of: Callable[[Job], Any]) -> None:
+    assert job.given is not None
+    gap = largest_gap(outcome_of(job.given)["save_load_step"]["kept"], outcome_of(job))
+    print(f"\nPARITY state saved under {job.given.layout}, step under {job.layout}: max abs {gap:.1e}")
     assert gap < 1e-6
 
 

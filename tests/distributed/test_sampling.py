@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LAYOUTS
-from gloo_launcher import run_ranks
+from jobs import Job
 from parity_reference import Reference, load_transformers
 from sampling_scenarios import NEW_TOKENS, prompts
 
@@ -18,33 +17,27 @@ from megatron_adapters.engine import SampleResult
 
 pytestmark = pytest.mark.distributed
 
-FAMILIES = {"tp1": ("llama", "qwen2", "qwen3"), "tp2": ("llama", "qwen2", "qwen3"), "tp2dp2": ("qwen3",)}
-"""Data parallelism shares out whole sequences, whatever the family: one is enough there."""
-CASES = [(layout, family) for layout, families in FAMILIES.items() for family in families]
+DENSE = ("llama", "qwen2", "qwen3")
+# Data parallelism shares out whole sequences, whatever the family: one is enough there.
+JOBS = [
+    Job(layout, "sampling_scenarios:family", family)
+    for layout, families in {"TP1": DENSE, "TP2": DENSE, "TP2×DP2": ("qwen3",)}.items()
+    for family in families
+]
+ALL = [Job(layout, "sampling_scenarios:all_scenarios", "qwen3") for layout in ("TP1", "TP2", "TP2×DP2")]
 LOGPROB_TOLERANCE = 1e-4  # float32, natural log
 
+Outcomes = Callable[[Job], dict[str, Any]]
 
-@pytest.fixture(scope="session")
-def sampled_under(
-    references: dict[str, Reference], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], dict[str, Any]]:
-    """sampled_under("tp2") runs all scenarios under that layout, once per session."""
-    done: dict[str, dict[str, Any]] = {}
 
-    def outcome(name: str) -> dict[str, Any]:
-        if name not in done:
-            mine = {family: references[family] for family in FAMILIES[name]}
-            folder = tmp_path_factory.mktemp(f"sampling-{name}")
-            layout = LAYOUTS[name]
-            done[name] = run_ranks("sampling_scenarios:run_all", layout.world_size, folder, mine, layout)
-        return done[name]
-
-    return outcome
+@pytest.fixture(params=ALL, ids=str)
+def sampled(request: pytest.FixtureRequest, outcome_of: Outcomes) -> dict[str, Any]:
+    return outcome_of(request.param)
 
 
 @pytest.fixture
-def sampled(sampled_under: Callable[[str], dict[str, Any]], layout_name: str) -> dict[str, Any]:
-    return sampled_under(layout_name)
+def single(outcome_of: Outcomes) -> dict[str, Any]:
+    return outcome_of(ALL[0])
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +46,7 @@ def generated(references: dict[str, Reference]) -> dict[tuple[str, str | None], 
     from peft import PeftModel
 
     tokens: dict[tuple[str, str | None], list[np.ndarray]] = {}
-    for family in FAMILIES["tp1"]:
+    for family in DENSE:
         base = load_transformers(references[family].model_folder)
         tokens[family, None] = [generate(base, prompt) for prompt in prompts()]
         with warnings.catch_warnings():
@@ -81,24 +74,22 @@ def tokens_of(result: SampleResult) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("weights", [None, "peft"])
-@pytest.mark.parametrize(("layout", "family"), CASES)
-def test_greedy_tokens_are_those_of_generate(
-    layout: str, family: str, weights: str | None, sampled_under, generated
-) -> None:
-    ours = [tokens_of(result)[0] for result in sampled_under(layout)["greedy"][family][weights]]
-    theirs = [tokens.tolist() for tokens in generated[family, weights]]
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_greedy_tokens_are_those_of_generate(job: Job, weights: str | None, outcome_of: Outcomes, generated) -> None:
+    ours = [tokens_of(result)[0] for result in outcome_of(job)["greedy"][weights]]
+    theirs = [tokens.tolist() for tokens in generated[job.family, weights]]
     assert ours == theirs
     assert len({tuple(tokens) for tokens in theirs}) == len(theirs)  # not all the same
 
 
 def test_the_adapter_matters(generated) -> None:
-    for family in FAMILIES["tp1"]:
+    for family in DENSE:
         assert any((a != b).any() for a, b in zip(generated[family, None], generated[family, "peft"], strict=True))
 
 
-@pytest.mark.parametrize(("layout", "family"), CASES)
-def test_sampled_and_prompt_logprobs_are_the_trainers(layout: str, family: str, sampled_under) -> None:
-    scored = sampled_under(layout)["logprobs"][family]
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_sampled_and_prompt_logprobs_are_the_trainers(job: Job, outcome_of: Outcomes) -> None:
+    scored = outcome_of(job)["logprobs"]
     results, training_logprobs = scored["results"], scored["training_logprobs"]
     sampler_gap = prompt_gap = 0.0
     trained = iter(training_logprobs)
@@ -111,10 +102,7 @@ def test_sampled_and_prompt_logprobs_are_the_trainers(layout: str, family: str, 
             sampler_gap = max(sampler_gap, np.abs(sequence.logprobs - expected[len(prompt) - 1 :]).max())
             if len(prompt) > 1:
                 prompt_gap = max(prompt_gap, np.abs(scores[1:] - expected[: len(prompt) - 1]).max())
-    print(
-        f"\nSAMPLING {family} {layout} largest logprob gap to the trainer: "
-        f"sampled {sampler_gap:.1e}, prompt {prompt_gap:.1e}"
-    )
+    print(f"\nSAMPLING {job} largest logprob gap to the trainer: sampled {sampler_gap:.1e}, prompt {prompt_gap:.1e}")
     assert sampler_gap <= LOGPROB_TOLERANCE and prompt_gap <= LOGPROB_TOLERANCE
 
 
@@ -126,8 +114,8 @@ def test_tokens_depend_on_the_seed_and_not_on_the_crowd(sampled) -> None:
         np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=LOGPROB_TOLERANCE)
 
 
-def test_layouts_draw_the_same_tokens(sampled, sampled_under: Callable[[str], dict[str, Any]]) -> None:
-    assert tokens_of(sampled["seeds"]["crowd"]) == tokens_of(sampled_under("tp1")["seeds"]["crowd"])
+def test_layouts_draw_the_same_tokens(sampled, single) -> None:
+    assert tokens_of(sampled["seeds"]["crowd"]) == tokens_of(single["seeds"]["crowd"])
 
 
 def test_mixed_weights_in_one_batch_equal_each_alone(sampled) -> None:
@@ -140,17 +128,17 @@ def test_mixed_weights_in_one_batch_equal_each_alone(sampled) -> None:
     assert len({tuple(tokens_of(result)[0]) for result in together}) == len(together)
 
 
-def test_distributions_are_the_same_under_every_layout(sampled, sampled_under) -> None:
-    for ours, single in zip(sampled["distributions"], sampled_under("tp1")["distributions"], strict=True):
-        assert tokens_of(ours) == tokens_of(single)
-        mine, other = ours.prompt, single.prompt
+def test_distributions_are_the_same_under_every_layout(sampled, single) -> None:
+    for ours, alone in zip(sampled["distributions"], single["distributions"], strict=True):
+        assert tokens_of(ours) == tokens_of(alone)
+        mine, other = ours.prompt, alone.prompt
         length = len(mine.logprobs)
         close = {"atol": LOGPROB_TOLERANCE, "rtol": 0, "equal_nan": True}
         np.testing.assert_allclose(mine.logprobs, other.logprobs, **close)
         np.testing.assert_allclose(mine.targets, other.targets, **close)
         assert mine.targets.shape == (length - 1,) and mine.topk.token_ids.shape == (length, 4)
         pairs = [(mine.topk, other.topk), (mine.alternatives, other.alternatives)]
-        pairs += [(a.topk, b.topk) for a, b in zip(ours.sequences, single.sequences, strict=True)]
+        pairs += [(a.topk, b.topk) for a, b in zip(ours.sequences, alone.sequences, strict=True)]
         for one, two in pairs:
             np.testing.assert_array_equal(one.token_ids, two.token_ids)
             np.testing.assert_allclose(one.logprobs, two.logprobs, **close)

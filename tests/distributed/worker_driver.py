@@ -72,7 +72,7 @@ class WorkerUnderTest:
 
     @property
     def world_size(self) -> int:
-        return int(self.layout["tp_size"] * self.layout["dp_size"])
+        return int(self.layout["tp_size"] * self.layout["dp_size"] * self.layout.get("pp_size", 1))
 
     @property
     def stderr(self) -> str:

@@ -1,9 +1,10 @@
 """Random tiny Hugging Face folders of the families whose numbers must equal transformers: made in a second, any seed.
 
-    folder = random_models.make("llama", tmp_path)      # also "qwen2", "qwen3"
+    folder = random_models.make("llama", tmp_path)      # also "qwen2", "qwen3", "qwen3_moe"
 
 Each keeps the trait that sets its family apart: Llama 3's scaled rope (with positions beyond the original context),
-Qwen2's q, k and v biases and tied embeddings, Qwen3's q and k norms and a head size that is not hidden / heads.
+Qwen2's q, k and v biases and tied embeddings, Qwen3's q and k norms and a head size that is not hidden / heads, and of
+Qwen3-MoE the experts.
 Heads and widths divide by TP 4. Norms and biases are random too: left at their initial 1 and 0, a model that forgets
 them would pass. No tokenizer; `tiny-qwen3` next door is the trained model, with one.
 """
@@ -22,6 +23,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 COMMON: dict[str, Any] = {
@@ -36,6 +39,13 @@ COMMON: dict[str, Any] = {
     "bos_token_id": None,
     "pad_token_id": None,
     "initializer_range": 0.2,  # large enough that attention is far from uniform and logits far from zero
+}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -60,8 +70,11 @@ def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         model = Qwen2ForCausalLM(Qwen2Config(**({"tie_word_embeddings": True} | fields)))
     elif family == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**({"tie_word_embeddings": False, "head_dim": 16} | fields)))
+    elif family == "qwen3_moe":
+        more = EXPERTS | {"tie_word_embeddings": False, "head_dim": 16, "num_hidden_layers": 4}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(fields | more | overrides)))
     else:
-        raise ValueError(f"unknown family {family!r}: expected llama, qwen2 or qwen3")
+        raise ValueError(f"unknown family {family!r}: expected llama, qwen2, qwen3 or qwen3_moe")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

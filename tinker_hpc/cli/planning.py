@@ -52,7 +52,8 @@ def plan(
     known = rank_memory_gib(profile, gpus_per_node, ranks_per_node, memory or profile.memory)
     machine = Machine(nodes, ranks_per_node, gpu_memory if gpu_memory and gpus_per_node else known, gpus_per_node > 0)
     model = resolve(base_model, config.base_models, download=False)
-    made = plan_for(model, machine, tp_size=tp_size, lora_rank=lora_rank, num_adapters=adapters)
+    per_expert = config.expert_lora == "per_expert"
+    made = plan_for(model, machine, tp_size=tp_size, lora_rank=lora_rank, num_adapters=adapters, per_expert=per_expert)
     if as_json:
         emit({"base_model": model.name, "nodes": nodes, "ranks_per_node": ranks_per_node, **made.to_json()})
         return
@@ -67,6 +68,7 @@ def _show(made: Plan) -> None:
             "fits": "yes" if made.fits else "no",
             "micro-batch": f"{made.token_budget} tokens",
             "longest sequence": f"{made.longest_sequence} tokens in training",
+            "activations": "computed again in the backward" if made.recompute else "kept for the backward",
             "KV cache": f"{made.cache_tokens} tokens in each of {made.dp_size} copies",
         }
     )

@@ -61,6 +61,7 @@ def assemble(run: RunFolder, config: Config, lease: Lease, *, api_key: str, hold
         replay=replay,
         losses=losses,
         run_seed=run_seed,
+        per_expert=config.expert_lora == "per_expert",
     )
     lookup = Lookup(run.data_root, ledger, workers, sessions)
     shelf = Shelf(run.data_root, run.exports)

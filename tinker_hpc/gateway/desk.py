@@ -49,7 +49,9 @@ class Desk:
         replay: Replay,
         losses: passes.Losses,
         run_seed: int,
+        per_expert: bool,
     ) -> None:
+        """per_expert: new adapters have LoRA matrices of their own for every expert (Config.expert_lora)."""
         self.root = root
         self.workers = workers
         self.ledger = ledger
@@ -57,6 +59,7 @@ class Desk:
         self.reads = reads
         self.losses = losses
         self.run_seed = run_seed
+        self.per_expert = per_expert
         self.intake = Intake(ledger, replay)
         self.on_new_worker: Callable[[WorkerLink], None] = lambda link: None
 
@@ -70,7 +73,7 @@ class Desk:
             link = await self._serving(name)
             validate.optimizer_config(payload.get("optimizer_config"))
             lora = validate.lora(payload.get("lora_config"), link.base)
-            lora["seed"] = self._seed(lora["seed"], f"{model_id}:lora")
+            lora |= {"seed": self._seed(lora["seed"], f"{model_id}:lora"), "per_expert": self.per_expert}
             header = {"base_model": link.base.name, "lora": lora, "user_metadata": _metadata(payload)}
             return link, (header, {})
 
@@ -89,6 +92,7 @@ class Desk:
             with_optimizer = _with_optimizer(payload, checkpoint)
             lora = {key: checkpoint.lora.get(key, True) for key in ("train_mlp", "train_attn", "train_unembed")}
             seed = self._seed(checkpoint.lora.get("seed"), f"{model_id}:lora")
+            lora["per_expert"] = checkpoint.lora.get("per_expert", False)
             header = {
                 "base_model": link.base.name,
                 "lora": {"rank": checkpoint.lora["rank"], "seed": seed, **lora},
@@ -223,10 +227,12 @@ class Desk:
                     f"checkpoint {found.path} belongs to base model {found.base_model!r}, "
                     f"this model to {link.base.name!r}."
                 )
-            for key in ("rank", "train_mlp", "train_attn", "train_unembed"):
-                if found.lora.get(key, True) != model.lora[key]:
+            for key in ("rank", "train_mlp", "train_attn", "train_unembed", "per_expert"):
+                otherwise = key != "per_expert"
+                theirs, ours = found.lora.get(key, otherwise), model.lora.get(key, otherwise)
+                if theirs != ours:
                     raise RequestError(
-                        f"checkpoint {found.path} has {key}={found.lora.get(key)}, this model has {model.lora[key]}. "
+                        f"checkpoint {found.path} has {key}={theirs}, this model has {ours}. "
                         "Use service_client.create_training_client_from_state(path): it takes it from the checkpoint."
                     )
             return _state(found, _with_optimizer(payload, found))

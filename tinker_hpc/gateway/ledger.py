@@ -21,7 +21,7 @@ class ModelState:
     """One model (an adapter in training).
 
     Attributes:
-        lora: {rank, seed, train_mlp, train_attn, train_unembed}.
+        lora: {rank, seed, train_mlp, train_attn, train_unembed, per_expert}.
         next_seq: the lowest seq_id that has not arrived; the worker can run nothing from there on.
         early: seq_ids that arrived beyond it.
         born: optimizer steps of the checkpoint it was made from; 0 for a new one.

@@ -46,8 +46,8 @@ def train_groups(requests: Sequence[Record], alone: Collection[int]) -> list[lis
 def lora_spec(header: dict[str, Any]) -> LoraSpec:
     """The adapter that a create_model header asks for."""
     lora = header["lora"]
-    targets = {key: bool(lora[key]) for key in ("train_mlp", "train_attn", "train_unembed") if key in lora}
-    return LoraSpec(rank=int(lora["rank"]), seed=int(lora["seed"]), **targets)
+    switches = ("train_mlp", "train_attn", "train_unembed", "per_expert")
+    return LoraSpec(int(lora["rank"]), int(lora["seed"]), **{key: bool(lora[key]) for key in switches if key in lora})
 
 
 def to_data(request: Record) -> list[Datum]:

@@ -61,8 +61,21 @@ def test_stages_are_unequal_where_they_must_be(num_layers: int, sizes: list[int]
 
 def test_ranks_that_share_experts_run_equally_many_micro_batches() -> None:
     lengths, budget = [9, 9, 9, 2, 2], 10
-    alone = [plan_micro_batches(lengths, Layout(1, 4), rank, budget) for rank in range(4)]
-    assert len({len(plan) for plan in alone}) == 1 or min(map(len, alone)) < max(map(len, alone))
+    together = [plan_micro_batches(lengths, Layout(1, 4, 1, 4), rank, budget) for rank in range(4)]
+    assert len({len(plan) for plan in together}) == 1
+    assert sorted(index for plan in together for batch in plan for index in batch.members) == [0, 1, 2, 3, 4]
     few = [plan_micro_batches([9], Layout(1, 4, 1, 4), rank, budget) for rank in range(4)]
-    assert sorted(few) == [[[]], [[]], [[]], [[0]]]
+    assert sorted(few) == [[([], False)], [([], False)], [([], False)], [([0], False)]]
     assert [plan_micro_batches([9], Layout(1, 4), rank, budget) for rank in range(1, 4)] == [[], [], []]
+
+
+def test_a_long_datum_is_long_for_all_that_share_its_experts() -> None:
+    lengths, budget = [40, 9, 9, 9], 10
+    apart = [plan_micro_batches(lengths, Layout(1, 4), rank, budget) for rank in range(4)]
+    assert [[batch.is_long for batch in plan] for plan in apart] == [[True], [False], [False], [False]]
+    together = [plan_micro_batches(lengths, Layout(1, 4, 1, 4), rank, budget) for rank in range(4)]
+    assert [[batch.is_long for batch in plan] for plan in together] == [[True]] * 4
+    tensor_parallel = plan_micro_batches(lengths, Layout(2, 1, 1, 2), 0, budget)
+    assert [(batch.members, batch.is_long) for batch in tensor_parallel] == [
+        ([0], True), ([1], False), ([2], False), ([3], False)
+    ]  # fmt: skip
