@@ -83,7 +83,7 @@ class TrainingPass:
         running: dict[int, _Running] = {}
         order = schedule(len(batches), runtime.place.pp_rank, runtime.layout.pp_size, backward=self.backward)
         for what, index in order:
-            self.model.gets_on(sum(len(item.datum.tokens) for item in batches[index]))
+            self.model.gets_on(sum(len(item.datum.tokens) for item in batches[index][0]))
             if what == "forward":
                 one = self._forward(*batches[index], links)
                 if self.backward:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import sampling_scenarios
+import torch
 from jobs import Ground
 from parity_reference import ADAM
 from parity_scenarios import Outcome, batch, cross_entropy, start
@@ -48,14 +50,39 @@ def _losses(engine: Engine, adapter_id: str) -> list[float]:
 
 
 def recomputed(ground: Ground) -> Outcome:
-    """Gradients with all activations kept, and with those of each layer computed again in the backward."""
-    found = []
-    for recompute in (False, True):
-        bench = start(ground, recompute=recompute)
-        bench.engine.load_adapter("a", ground.reference.adapter_folder, optimizer=False)
+    """A pass with all activations kept, and with those of each layer computed again in the backward."""
+    return {"kept": _one_pass(ground), "recomputed": _one_pass(ground, recompute=True)}
+
+
+def long_datum(ground: Ground) -> Outcome:
+    """The longest sequence exceeds the micro-batch, so its activations are computed again, and those of no other."""
+    kept, some, everything = ({"token_budget": 40}, {"token_budget": 20}, {"token_budget": 20, "recompute": True})
+    return {
+        "kept": _one_pass(ground, **kept),
+        "some": _one_pass(ground, **some),
+        "all": _one_pass(ground, **everything),
+    }
+
+
+def _one_pass(ground: Ground, **options: Any) -> Outcome:
+    bench = start(ground, **options)
+    bench.engine.load_adapter("a", ground.reference.adapter_folder, optimizer=False)
+    saved_bytes = 0
+
+    def saved(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal saved_bytes
+        saved_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    # What autograd keeps; what a checkpointed layer would keep, and computes again, does not come by here.
+    with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
         output = bench.engine.run_pass("a", batch(), cross_entropy, backward=True)
-        found.append({"loss": output.loss_sum, "logprobs": output.logprobs, "grads": bench.grads("a")})
-    return {"kept": found[0], "recomputed": found[1]}
+    return {
+        "loss": output.loss_sum,
+        "logprobs": output.logprobs,
+        "grads": bench.grads("a"),
+        "saved_bytes": saved_bytes,
+    }
 
 
 def little_data(ground: Ground) -> Outcome:
