@@ -107,13 +107,16 @@ def training(bench: Bench, *, together: bool) -> dict[str, Outcome]:
 
 
 def wake(bench: Bench, name: str) -> None:
-    """Random B in place of zeros, the same whatever the layout: at zero, A has no gradient."""
+    """Random B in place of zeros, the same whatever the layout: at zero, A has no gradient. Below rank 8 it is smaller,
+    so that alpha / rank does not make the update many times the base's own output.
+    """
     adapter = bench.engine._adapter(name)
+    size = 0.05 * min(1.0, adapter.lora.rank / 8)
     with torch.no_grad():
         for shard in adapter.shards:
             if shard.key.endswith("lora_B.weight"):
                 generator = torch.Generator().manual_seed(len(shard.key))
-                full = torch.randn(shard.full_shape, generator=generator) * 0.05
+                full = torch.randn(shard.full_shape, generator=generator) * size
                 part = full[shard.slice_of(adapter.place)]
                 shard.view(adapter.weights).copy_(part)
 
