@@ -194,8 +194,8 @@ def plan_for(
         )
     raise ConfigError(
         f"tp_size is {tp_size}: it must divide the {machine.ranks_per_node} ranks of a node, and the "
-        f"{sizes.num_kv_heads} key-value heads, {sizes.num_heads} heads and {sizes.vocab_size} token ids of "
-        f"{base_model.name}. Choose another, or leave it out."
+        f"{sizes.num_heads} heads and the MLP's width of {base_model.name}, and divide its {sizes.num_kv_heads} "
+        "key-value heads or be a multiple of them. Choose another, or leave it out."
     )
 
 

@@ -60,7 +60,7 @@ def test_cpu_ranks() -> None:
     ("resources", "words"),
     [
         (Resources(gpus_per_node=4, tp_size=3), "tp_size is 3, which does not divide the 4 ranks"),
-        (Resources(gpus_per_node=16, tp_size=16), "and the 8 key-value heads"),
+        (Resources(gpus_per_node=12, tp_size=12), "and divide its 8 "),
     ],
 )
 def test_sizes_that_do_not_go_together(resources: Resources, words: str) -> None:
