@@ -112,7 +112,7 @@ def story(served: Served, shaken: bool) -> dict[str, list[Any]]:
     served.start(EP2 if shaken else ONE)
     training = served.client.create_lora_training_client(base_model=served.service.base_model, rank=4, seed=1).result()
     losses = [loss(step(training, seed)) for seed in range(2)]
-    sampling = training.save_weights_and_get_sampling_client()
+    sampling = training.save_weights_and_get_sampling_client().result(timeout=PATIENCE_S)
     said = [tokens(sampling)]
     state = training.save_state("middle").result(timeout=PATIENCE_S).path
     sent = [step(training, seed) for seed in (2, 3)]
@@ -126,9 +126,10 @@ def story(served: Served, shaken: bool) -> dict[str, list[Any]]:
     said.append(tokens(sampling))
     again = served.client.create_training_client_from_state_with_optimizer(state).result(timeout=PATIENCE_S)
     resumed = [loss(step(again, seed)) for seed in (2, 3)]
-    training.load_state_with_optimizer(state).result(timeout=PATIENCE_S)
+    with pytest.warns(FutureWarning, match="deprecated"):  # and still there
+        training.load_state_with_optimizer(state).result(timeout=PATIENCE_S)
     resumed += [loss(step(training, seed)) for seed in (2, 3)]
-    said.append(tokens(again.save_weights_and_get_sampling_client()))
+    said.append(tokens(again.save_weights_and_get_sampling_client().result(timeout=PATIENCE_S)))
     return {"losses": losses, "resumed": resumed, "tokens": said}
 
 
