@@ -85,9 +85,8 @@ def activation_bytes_per_token(sizes: ModelSizes, split: Split, job: Job) -> flo
     sparse = attention_bytes(sizes, split, job) + expert_bytes(sizes, split, job)
     b = job.bytes_per_number
     layers = sizes.num_dense_layers * dense + sizes.num_expert_layers * sparse
-    if job.recompute:  # every layer's input, and everything of the one whose backward is under way
-        inputs = sizes.num_layers * b * sizes.hidden_size / split.tp_size
-        layers = inputs + max(dense if sizes.num_dense_layers else 0, sparse if sizes.num_expert_layers else 0)
+    if job.recompute:  # the layers' inputs
+        layers = sizes.num_layers * b * sizes.hidden_size / split.tp_size
     # Embedding and final norm on this rank's share of the tokens; the head's hidden states, and their gradient, on all.
     ends = (b + 4) * sizes.hidden_size / split.tp_size + 2 * b * sizes.hidden_size
     return (layers + ends) * _heap(job)
@@ -127,9 +126,30 @@ def workspace_bytes(sizes: ModelSizes, split: Split, job: Job, token_budget: int
     """The process, and what comes and goes while a micro-batch is computed."""
     b = job.bytes_per_number
     logits = min(LOGIT_CHUNK, token_budget * split.vocab_rows(sizes)) * (8 + b)
+    moving = max(logits, _layers_at_work(sizes, split, job) * token_budget) * _heap(job)
+    return _process_bytes(job, alone=alone) + int(moving)
+
+
+def tokens_that_fit(sizes: ModelSizes, split: Split, job: Job, room: float, *, alone: bool) -> float:
+    """The largest micro-batch whose activations and workspace take no more than `room` bytes; 0 if there is none."""
+    left = room - _process_bytes(job, alone=alone)
+    kept, heap, vocab = activation_bytes_per_token(sizes, split, job), _heap(job), split.vocab_rows(sizes)
+    logit = (8 + job.bytes_per_number) * heap
+    by_logits = left / (kept + vocab * logit)
+    if by_logits * vocab > LOGIT_CHUNK:
+        by_logits = (left - LOGIT_CHUNK * logit) / kept
+    return max(0.0, min(by_logits, left / (kept + _layers_at_work(sizes, split, job) * heap)))
+
+
+def _layers_at_work(sizes: ModelSizes, split: Split, job: Job) -> float:
+    """Bytes of one token for the layer being computed; where it is computed again, beside what its backward needs."""
     layer = max(mlp_bytes(sizes, split, job), expert_bytes(sizes, split, job)) + attention_bytes(sizes, split, job)
+    return layer * (2 if job.recompute else 1)
+
+
+def _process_bytes(job: Job, *, alone: bool) -> int:
     process = CPU_PROCESS_GIB if not job.on_gpu else CUDA_CONTEXT_GIB + (0 if alone else NCCL_GIB)
-    return int(process * GIB + max(logits, layer * token_budget) * _heap(job))
+    return int(process * GIB)
 
 
 def _heap(job: Job) -> float:

@@ -25,10 +25,10 @@ from launch.memory_model import (
     MARGIN,
     Job,
     Memory,
-    activation_bytes_per_token,
     cache_bytes_per_token,
     fixed_memory,
     memory,
+    tokens_that_fit,
     workspace_bytes,
 )
 from launch.model_sizes import ModelSizes, Split
@@ -185,15 +185,9 @@ def _cost(sizes: ModelSizes, machine: Machine, split: Split, job: Job) -> _Coste
     alone = machine.world_size == 1
     usable = machine.memory_gib * GIB * (1 - MARGIN)
     fixed = sum(fixed_memory(sizes, split, job))
-    per_token = activation_bytes_per_token(sizes, split, job)
-    # The workspace grows with the micro-batch too: take it for the smallest, then for what that leaves.
-    budget = LEAST_TOKENS
-    fitting, room = 0, 0.0
-    for _ in range(8):
-        room = usable - fixed - workspace_bytes(sizes, split, job, budget, alone=alone)
-        tokens = max(0.0, room / per_token)
-        most = MAX_TOKENS if math.isfinite(tokens) else GOOD_TOKENS
-        fitting, budget = int(min(tokens, sizes.max_context)), int(max(1, min(tokens, most)))
+    tokens = tokens_that_fit(sizes, split, job, usable - fixed, alone=alone)
+    budget = int(max(1, min(tokens, MAX_TOKENS if math.isfinite(tokens) else GOOD_TOKENS)))
+    room = usable - fixed - workspace_bytes(sizes, split, job, budget, alone=alone)
     share = CACHE_SHARE_GPU if machine.on_gpu else CACHE_SHARE_CPU
     per_cached = max(1, cache_bytes_per_token(sizes, split, job))
     cache_tokens = int(max(0.0, min(share * room / per_cached, MAX_ROWS * sizes.max_context)))
@@ -202,7 +196,7 @@ def _cost(sizes: ModelSizes, machine: Machine, split: Split, job: Job) -> _Coste
         recompute=job.recompute,
         room=room,
         token_budget=budget,
-        tokens=fitting,
+        tokens=int(min(tokens, sizes.max_context)),
         cache_tokens=cache_tokens,
         memory=memory(sizes, split, job, budget, cache_tokens, alone=alone),
         max_context=sizes.max_context,

@@ -171,6 +171,15 @@ def test_seeds_nobody_gave_are_drawn_and_logged(alone):
     assert len(set(seeds)) == 2 and all(0 <= seed < 2**63 for seed in seeds)
 
 
+def test_lora_per_expert_is_the_configurations_choice_and_logged(tmp_path, processes):
+    """So that redoing the log makes the same adapter, whatever the configuration says by then."""
+    (tmp_path / "config.toml").write_text('expert_lora = "per_expert"\n')
+    run, _ = serving.new_run(tmp_path / "root")
+    service = serving.start_gateway(processes, run, env={"TINKER_HPC_CONFIG": str(tmp_path / "config.toml")})
+    new_model(service)
+    assert logged(service)[-1]["lora"]["per_expert"] is True
+
+
 def test_the_same_request_at_the_same_time_is_one_record(alone):
     model = new_model(alone)
     with ThreadPoolExecutor(16) as threads:

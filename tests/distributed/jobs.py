@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ def run_jobs(jobs: list[Job], references: dict[str, Reference], folder: Path, kn
     """On every rank: the jobs in order. known: outcomes of jobs that other ranks ran before."""
     outcomes = dict(known)
     for number, job in enumerate(jobs):
+        started = time.process_time()
         own = folder / str(number)
         own.mkdir(parents=True, exist_ok=True)
         module, function = job.scenario.split(":")
@@ -88,6 +90,7 @@ def run_jobs(jobs: list[Job], references: dict[str, Reference], folder: Path, kn
         ground = Ground(LAYOUTS[job.layout], job.family, references, own, given)
         outcomes[job] = getattr(importlib.import_module(module), function)(ground)
         gc.collect()  # the last engine: megatron-core's modules are cycles
+        print(f"{job.scenario} {job}: {time.process_time() - started:.1f} s of CPU", flush=True)  # in the rank's log
     return {job: outcomes[job] for job in jobs}
 
 

@@ -1,6 +1,8 @@
 """Peak resident memory of a CPU process that trains one micro-batch, as the kernel counted it.
 
-    python tests/distributed/peak_memory.py MODEL_FOLDER LORA_RANK NUM_SEQUENCES SEQUENCE_LENGTH     # JSON, bytes
+    python tests/distributed/peak_memory.py MODEL_FOLDER LORA_RANK NUM_SEQUENCES SEQUENCE_LENGTH [recompute]
+
+Prints JSON, in bytes.
 
 "imported": with every library loaded and the process group made, but no model. "loaded": with model and adapter.
 "peak": the most during a pass and a step; what loading itself needed for a moment is not in it.
@@ -22,7 +24,7 @@ def resident_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def main(folder: str, rank: str, num_sequences: str, length: str) -> None:
+def main(folder: str, rank: str, num_sequences: str, length: str, recompute: str = "") -> None:
     warnings.filterwarnings("ignore")
     from transformers import AutoConfig
 
@@ -33,7 +35,9 @@ def main(folder: str, rank: str, num_sequences: str, length: str) -> None:
     runtime.start(Layout())
     imported = resident_bytes("VmRSS")
     count, n = int(num_sequences), int(length)
-    engine = Engine.start(Path(folder), Layout(), dtype="float32", token_budget=count * n)
+    engine = Engine.start(
+        Path(folder), Layout(), dtype="float32", token_budget=count * n, recompute=recompute == "recompute"
+    )
     engine.create_adapter("a", LoraSpec(rank=int(rank), seed=0))
     loaded = resident_bytes("VmRSS")
     random = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from jobs import Job
-from mixed_scenarios import SPECS, STEPS
+from mixed_scenarios import SPECS
 
 pytestmark = pytest.mark.distributed
 
@@ -39,8 +39,10 @@ def worst(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("job", [*JOBS, *WITH_EXPERTS], ids=str)
 def test_alone_equals_together(job: Job, outcome_of: Callable[[Job], Any]) -> None:
-    for name in SPECS:
-        check_alone_equals_together(name, outcome_of(job))
+    outcome = outcome_of(job)
+    assert len(outcome["alone"]) >= 4
+    for name in outcome["alone"]:
+        check_alone_equals_together(name, outcome)
 
 
 def check_alone_equals_together(name: str, outcome: dict[str, Any]) -> None:
@@ -55,11 +57,11 @@ def check_alone_equals_together(name: str, outcome: dict[str, Any]) -> None:
     assert gaps.pop("gradients") <= CLOSE_GRADIENTS
     assert all(value <= CLOSE for value in gaps.values()), gaps
     assert gap(together["norms"], alone["norms"]) <= CLOSE_GRADIENTS
-    assert together["steps"] == alone["steps"] == STEPS
+    assert together["steps"] == alone["steps"] == len(alone["losses"]) > 1
     assert max(x.abs().max() for x in alone["grads"].values()) > 1e-3, "there is something to compare"
     # Adam divides by the root of a squared gradient: entries near zero amplify the last bits.
     assert worst(together["weights"], alone["weights"]) < 1e-3
-    assert len(set(alone["losses"])) == STEPS
+    assert len(set(alone["losses"])) == alone["steps"]
 
 
 def test_idle_adapters_come_back_to_the_bit(outcome: dict[str, Any]) -> None:

@@ -116,12 +116,18 @@ LLAMA = SIZES | {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 20
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "fields", "num_sequences"), [("qwen3", QWEN3, 6), ("llama", LLAMA, 4)])
-def test_estimate_is_the_measured_peak(family: str, fields: dict[str, Any], num_sequences: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "fields", "num_sequences", "recompute"),
+    [("qwen3", QWEN3, 6, False), ("llama", LLAMA, 4, False), ("qwen3", QWEN3, 16, True)],
+)
+def test_estimate_is_the_measured_peak(
+    family: str, fields: dict[str, Any], num_sequences: int, recompute: bool, tmp_path: Path
+) -> None:
     """A CPU-sized model's training step: estimated bytes against the kernel's high-water mark."""
     folder, length = random_models.make(family, tmp_path, **fields), 256
-    arguments = (str(folder), str(RANK), str(num_sequences), str(length))
-    sizes, job = read_sizes(json.loads((folder / "config.json").read_text())), Job(4, on_gpu=False, lora_rank=RANK)
+    arguments = (str(folder), str(RANK), str(num_sequences), str(length), "recompute" if recompute else "")
+    sizes = read_sizes(json.loads((folder / "config.json").read_text()))
+    job = Job(4, on_gpu=False, lora_rank=RANK, recompute=recompute)
     estimate = memory(sizes, Split(), job, num_sequences * length, 0, alone=True)
     measured = json.loads(output_of("peak_memory.py", *arguments))
     print(f"{family}: estimated {estimate.total / GIB:.3f} GiB, measured {measured['peak'] / GIB:.3f} GiB")

@@ -164,4 +164,5 @@ def test_what_is_asked_about_distributions_travels_there_and_back() -> None:
 def test_lora_spec_takes_what_is_said() -> None:
     spec = lora_spec({"lora": {"rank": 8, "seed": 3, "train_mlp": False, "train_attn": True}})
     assert (spec.rank, spec.seed, spec.train_mlp, spec.train_attn, spec.train_unembed) == (8, 3, False, True, True)
-    assert spec.alpha == 32
+    assert spec.alpha == 32 and not spec.per_expert
+    assert lora_spec({"lora": {"rank": 8, "seed": 3, "per_expert": True}}).per_expert
