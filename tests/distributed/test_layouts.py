@@ -23,15 +23,14 @@ Outcomes = Callable[[Job], Any]
 SAMPLING = [Job(layout, "layout_scenarios:greedy", "qwen3_moe") for layout in ("EP2", "TP2+EP2", "PP2", "PP2+EP2")]
 SAVED = Job("TP2+EP2", "layout_scenarios:state", "qwen3_moe")
 RESUMED = [
-    Job(layout, "layout_scenarios:next_losses", "qwen3_moe", given=SAVED)
-    for layout in ("TP1", "PP2", "EP2", "EP4", "TP2+EP4", "PP2+EP2")
+    Job(layout, "layout_scenarios:next_losses", "qwen3_moe", given=SAVED) for layout in ("TP1", "PP2", "EP4", "PP2+EP2")
 ]
 # The same ranks with the experts on one, two or all of them.
 DEGREES = [("DP2", "EP2"), ("TP2", "TP2+EP2"), ("TP2×DP2", "TP2+EP4"), ("EP2", "EP4")]
-LITTLE = [Job(layout, "layout_scenarios:little_data", "qwen3_moe") for layout in ("EP2", "TP2+EP4", "PP2+EP2")]
+LITTLE = [Job(layout, "layout_scenarios:little_data", "qwen3_moe") for layout in ("EP2", "TP2+EP4")]
 RECOMPUTED = [
     Job(layout, "layout_scenarios:recomputed", family)
-    for layout, family in (("TP1", "qwen3"), ("TP1", "qwen3_moe"), ("EP2", "qwen3_moe"), ("TP2×PP2", "qwen3"))
+    for layout, family in (("TP1", "qwen3"), ("TP1", "qwen3_moe"), ("EP2", "qwen3_moe"), ("PP2", "qwen3"))
 ]
 LONG = [Job("EP2", "layout_scenarios:long_datum", "qwen3_moe")]
 BFLOAT16 = [Job(layout, "layout_scenarios:in_bfloat16", "qwen3_moe") for layout in ("TP1", "TP2+EP2")]
