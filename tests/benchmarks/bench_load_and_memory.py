@@ -27,28 +27,19 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent / "distributed"), str(HERE.parent.parent)]
 
+from benchmark_model import SMALL, ModelConfig  # noqa: E402
+
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 
 
 @dataclass(frozen=True)
-class Config:
-    num_layers: int = 12
-    hidden_size: int = 512
-    ffn_size: int = 1536
-    num_heads: int = 8
-    num_kv_heads: int = 4
-    head_dim: int = 64
-    vocab_size: int = 8192
+class Config(ModelConfig):
     lora_rank: int = 32
     batch: int = 4
     sequence_length: int = 512
-    seed: int = 0
 
 
-QUICK = Config(
-    num_layers=2, hidden_size=64, ffn_size=96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=256, lora_rank=4,
-    batch=2, sequence_length=16,
-)  # fmt: skip
+QUICK = Config(**SMALL, lora_rank=4, batch=2, sequence_length=16)
 
 
 def ours(folder: Path, config: Config, tokens: np.ndarray) -> tuple[float, Any]:
@@ -130,19 +121,13 @@ def main(argv: list[str] | None = None) -> Path | None:
         measure(options.side, options.model, config)
         return None
 
-    import random_models
     from record import RESULTS, Outcome
 
     repeats = 1 if options.quick else options.repeats
     outcome = Outcome("load_and_memory", asdict(config), 0, repeats)
     found: dict[str, dict[str, list[float]]] = {"load_s": {}, "peak_memory_gib": {}}
     with tempfile.TemporaryDirectory() as folder:
-        model_folder = random_models.make(
-            "qwen3", Path(folder),
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.ffn_size,
-            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, max_position_embeddings=2048,
-        )  # fmt: skip
+        model_folder = config.make(Path(folder))
         for _ in range(repeats):
             for side in ("tinker_hpc", "transformers_peft"):
                 command = [sys.executable, __file__, "--side", side, "--model", str(model_folder)]

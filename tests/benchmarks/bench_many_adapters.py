@@ -27,26 +27,17 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent.parent)]
 
+from benchmark_model import SMALL, ModelConfig  # noqa: E402
+
 
 @dataclass(frozen=True)
-class Config:
-    num_layers: int = 12
-    hidden_size: int = 512
-    ffn_size: int = 1536
-    num_heads: int = 8
-    num_kv_heads: int = 4
-    head_dim: int = 64
-    vocab_size: int = 8192
+class Config(ModelConfig):
     lora_ranks: tuple[int, ...] = (1, 8, 32, 64, 1, 8, 32, 64)
     one_rank: int = 32
     sequence_length: int = 128
-    seed: int = 0
 
 
-QUICK = Config(
-    num_layers=2, hidden_size=64, ffn_size=96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=256,
-    lora_ranks=(1, 4, 8), one_rank=4, sequence_length=16,
-)  # fmt: skip
+QUICK = Config(**SMALL, lora_ranks=(1, 4, 8), one_rank=4, sequence_length=16)
 
 
 class Sides:
@@ -103,19 +94,12 @@ def main(argv: list[str] | None = None) -> Path:
     warnings.simplefilter("ignore")  # megatron-core warns about optional packages
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    import random_models
     from bench_throughput import timed
     from record import RESULTS, Outcome
 
     outcome = Outcome("many_adapters", asdict(config) | {"dtype": "float32"}, warmup, repeats)
     with tempfile.TemporaryDirectory() as folder:
-        model_folder = random_models.make(
-            "qwen3", Path(folder),
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.ffn_size,
-            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, max_position_embeddings=2048,
-            initializer_range=0.05,
-        )  # fmt: skip
+        model_folder = config.make(Path(folder), initializer_range=0.05)
         sides = Sides(model_folder, config)
         rates: dict[str, list[float]] = {"mixed": [], "one": [], "one by one": []}
         for repeat in range(-warmup, repeats):

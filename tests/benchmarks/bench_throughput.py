@@ -28,18 +28,13 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent.parent)]
 
+from benchmark_model import SMALL, ModelConfig  # noqa: E402
+
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 
 
 @dataclass(frozen=True)
-class Config:
-    num_layers: int = 12
-    hidden_size: int = 512
-    ffn_size: int = 1536
-    num_heads: int = 8
-    num_kv_heads: int = 4
-    head_dim: int = 64
-    vocab_size: int = 8192
+class Config(ModelConfig):
     lora_rank: int = 32
     batch: int = 8
     sequence_length: int = 128
@@ -47,13 +42,11 @@ class Config:
     group_prompts: int = 4
     prompt_length: int = 64
     new_tokens: int = 64
-    seed: int = 0
 
 
 QUICK = Config(
-    num_layers=2, hidden_size=64, ffn_size=96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=256, lora_rank=4,
-    batch=2, sequence_length=16, num_prompts=4, group_prompts=2, prompt_length=8, new_tokens=4,
-)  # fmt: skip
+    **SMALL, lora_rank=4, batch=2, sequence_length=16, num_prompts=4, group_prompts=2, prompt_length=8, new_tokens=4
+)
 
 
 class Ours:
@@ -185,18 +178,11 @@ def main(argv: list[str] | None = None) -> Path:
     warnings.simplefilter("ignore")  # megatron-core and peft warn about optional packages
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    import random_models
     from record import RESULTS, Outcome
 
     outcome = Outcome("throughput", asdict(CONFIG) | {"dtype": "float32"}, warmup, repeats)
     with tempfile.TemporaryDirectory() as folder:
-        model_folder = random_models.make(
-            "qwen3", Path(folder),
-            vocab_size=CONFIG.vocab_size, hidden_size=CONFIG.hidden_size, intermediate_size=CONFIG.ffn_size,
-            num_hidden_layers=CONFIG.num_layers, num_attention_heads=CONFIG.num_heads,
-            num_key_value_heads=CONFIG.num_kv_heads, head_dim=CONFIG.head_dim, max_position_embeddings=2048,
-            initializer_range=0.05,
-        )  # fmt: skip
+        model_folder = CONFIG.make(Path(folder), initializer_range=0.05)
         theirs = Theirs(model_folder, Path(folder) / "adapter")
         ours = Ours(model_folder, Path(folder) / "adapter")
         random = np.random.default_rng(CONFIG.seed)
