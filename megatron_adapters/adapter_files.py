@@ -10,6 +10,8 @@ gradients.safetensors       in a worker's snapshots alone, see training_state.py
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -75,12 +78,23 @@ class HostCopy:
     def write(self, folder: Path) -> None:
         """Write the files; no collective. Raises: OSError."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        _write(self.weights, folder / WEIGHTS_FILE, {"format": "pt"})
         (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
         if self.moments:
-            save_file(self.moments, folder / OPTIMIZER_FILE, metadata={"format": "pt", "step": str(self.step)})
+            _write(self.moments, folder / OPTIMIZER_FILE, {"format": "pt", "step": str(self.step)})
         if self.gradients:
-            save_file(self.gradients, folder / GRADIENTS_FILE, metadata={"format": "pt"})
+            _write(self.gradients, folder / GRADIENTS_FILE, {"format": "pt"})
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Raises: OSError; safetensors 0.8 says what the disk said only in its own error's words."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        if (said := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        number = int(said[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def collect(adapter: Adapter, runtime: Runtime, arch: Architecture, *, optimizer: bool, base_model: str) -> HostCopy:

@@ -21,25 +21,57 @@ _ROOM_BYTES = 1 << 18
 
 
 def passes(error: OSError) -> bool:
-    """Whether an error is of the disk's and may pass (pure). Ours carry the disk's own as their cause."""
+    """Whether an error is of the disk's and may pass (pure)."""
+    return number_of(error) in _PASSING
+
+
+def number_of(error: OSError) -> int | None:
+    """Its errno (pure). Ours carry the disk's own error as their cause."""
     cause = error.__cause__ if isinstance(error, DataRootError) else error
-    return isinstance(cause, OSError) and cause.errno in _PASSING
+    return cause.errno if isinstance(cause, OSError) else None
 
 
 def until_written(action: Callable[[], _T], *, sleep: Callable[[float], None] = time.sleep) -> _T:
     """Do something that writes, again and again while the disk refuses. Raises what will not pass."""
-    said_at: float | None = None
+    complaint = Complaint()
     while True:
         try:
             return action()
         except OSError as error:
             if not passes(error):
                 raise
-            now = time.monotonic()
-            if said_at is None or now - said_at >= _SAY_EVERY_S:
-                said_at = now
-                print(f"tinker_hpc: the disk refuses ({error}); trying again until it does not", flush=True)
+            complaint.say(error)
             sleep(_PAUSE_S)
+
+
+class Wait:
+    """For what must not wait for ever: `once` after each refusal."""
+
+    def __init__(self, patience_s: float, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._until = time.monotonic() + patience_s
+        self._sleep = sleep
+        self._complaint = Complaint()
+
+    def once(self, error: OSError) -> bool:
+        """Say what the disk said and pause; False if that will not pass, or has not for too long."""
+        if not passes(error) or time.monotonic() >= self._until:
+            return False
+        self._complaint.say(error)
+        self._sleep(_PAUSE_S)
+        return True
+
+
+class Complaint:
+    """Says that the disk refuses, once a minute however often it does."""
+
+    def __init__(self) -> None:
+        self._said_at: float | None = None
+
+    def say(self, error: OSError) -> None:
+        now = time.monotonic()
+        if self._said_at is None or now - self._said_at >= _SAY_EVERY_S:
+            self._said_at = now
+            print(f"tinker_hpc: the disk refuses ({error}); trying again until it does not", flush=True)
 
 
 def words_may_be_lost() -> None:

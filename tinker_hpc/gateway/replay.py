@@ -16,6 +16,7 @@ recorded is taken back, and it goes on from its own checkpoint.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from collections.abc import Iterable
 
 from tinker_hpc.gateway.futures import Future
 from tinker_hpc.gateway.ledger import Ledger
-from tinker_hpc.gateway.refusals import Refusal
+from tinker_hpc.gateway.refusals import Refusal, try_again
 from tinker_hpc.gateway.workers import WorkerLink, Workers
 from tinker_hpc.log import Record
 from tinker_hpc.log.rewinds import Rewind, add_rewind, read_rewinds
@@ -52,7 +53,7 @@ class Replay:
         for line in lines:
             try:
                 claim = json.loads(line)
-            except ValueError:  # cut short by a kill: that one was not answered
+            except ValueError:  # empty, or cut short by a kill or a full disk: that one was not answered
                 continue
             future = self._ledger.futures.get(claim["request_id"])
             if future is not None:
@@ -69,18 +70,30 @@ class Replay:
         self.start = start
 
     def claim(self, future: Future) -> None:
-        """The loop of now has asked for this recorded request."""
+        """The loop of now has asked for this recorded request. Raises: Refusal 503 if the disk refuses."""
         if future.loop_start >= self.start:
             return
+        self._write_claim(future)
         future.loop_start = self.start
         if future.done and future.target is not None:
             self._ledger.futures.completions.again(future.target, future.request_id)
-        if self._claims is None:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            self._claims = os.open(self._run.claims, flags, PRIVATE_FILE)
-        # No fsync: a node that dies takes the loop with it, and then there is nothing to remember.
+
+    def _write_claim(self, future: Future) -> None:
+        # No fsync: a node that dies takes the loop with it, and then there is nothing to remember. The line begins
+        # with its end: what a full disk cut short is a line of its own.
         line = json.dumps({"start": self.start, "request_id": future.request_id})
-        os.write(self._claims, f"{line}\n".encode())
+        try:
+            if self._claims is None:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                self._claims = os.open(self._run.claims, flags, PRIVATE_FILE)
+            data = f"\n{line}\n".encode()
+            if os.write(self._claims, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise try_again(
+                f"that {future.request_id} was asked for again cannot be written to {self._run.claims}: "
+                f"{error.strerror}. The SDK tries again for 5 minutes."
+            ) from error
 
     def is_recorded(self, future: Future) -> bool:
         """Whether it was asked by an earlier start of the loop, and not by this one."""

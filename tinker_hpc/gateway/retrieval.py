@@ -10,14 +10,16 @@ import asyncio
 import time
 from typing import Any
 
-from tinker_hpc.errors import RequestError
+from tinker_hpc.errors import CorruptLogError, DataRootError, RequestError
 from tinker_hpc.gateway import sampling
 from tinker_hpc.gateway.answers import Answer, failure
 from tinker_hpc.gateway.custom_losses import answer_of_creation
 from tinker_hpc.gateway.futures import Future
 from tinker_hpc.gateway.ledger import Ledger
 from tinker_hpc.gateway.refusals import bad_request, unknown
-from tinker_hpc.gateway.workers import Workers
+from tinker_hpc.gateway.workers import WorkerLink, Workers
+from tinker_hpc.log.looking import LAG_S
+from tinker_hpc.patience import passes
 
 HOLD_S = 40.0
 # The first answer while the worker waits in the queue comes soon, so that the user reads why; later ones rarely.
@@ -28,6 +30,8 @@ GAP_AFTER_S = 30.0
 TELL_HOLD_S = 30.0
 # While the worker waits in the queue, one sample of each sampling client is asked for by itself, to say why.
 SCOUT_AFTER_S = 1.0
+# Between looks for an answer that was there and is not to be seen now.
+LOOK_AGAIN_S = 0.5
 
 
 class NotYet(Exception):
@@ -45,6 +49,7 @@ class Retrieval:
         self.ledger = ledger
         self.workers = workers
         self.hold_s = hold_s
+        self._missed: dict[str, float] = {}  # since when an answer that was there is not to be seen
 
     async def answer(self, request_id: str, iteration: int) -> Answer:
         """The answer of a request, waiting for it as long as the SDK's patience allows.
@@ -68,7 +73,7 @@ class Retrieval:
             left_s = started + hold_s - time.monotonic()
             if left_s <= 0:
                 raise NotYet(self._why(future, waited_s=time.monotonic() - started))
-            await future.change(left_s)
+            await future.change(min(left_s, LOOK_AGAIN_S) if future.done else left_s)
 
     async def completions(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Which samples of one sampling client are done: retrieve_futures.
@@ -110,15 +115,30 @@ class Retrieval:
         if future.done:
             if "error" in future.facts:
                 return failure(future.facts["error"], future.facts["category"])
-            found = None
-            if future.where is not None:
-                found = await asyncio.to_thread(link.find_answer, future.where, future.facts)
-            if found is None:
-                return failure(f"the result of {future.request_id} was there and cannot be found again", "server")
-            self.ledger.futures.keep(future.request_id, found)
-            return found
+            return await self._found_again(future, link)
         reason = link.hopeless()
         return None if reason is None else failure(reason, "server")
+
+    async def _found_again(self, future: Future, link: WorkerLink) -> Answer | None:
+        """The answer as the result log has it; None while a disk may still show it."""
+        found = None
+        try:
+            if future.where is not None:
+                found = await asyncio.to_thread(link.find_answer, future.where, future.facts)
+        except DataRootError as error:
+            if passes(error):
+                return None
+            return failure(str(error), "server")
+        except CorruptLogError as error:
+            return failure(str(error), "server")
+        if found is None:  # merged into another file just now, perhaps, and a listing of before
+            since = self._missed.setdefault(future.request_id, time.monotonic())
+            if future.where is not None and time.monotonic() - since < LAG_S:
+                return None
+            return failure(f"the result of {future.request_id} was there and cannot be found again", "server")
+        self._missed.pop(future.request_id, None)
+        self.ledger.futures.keep(future.request_id, found)
+        return found
 
     def _ready(self, future: Future) -> bool:
         return self.workers.links[future.worker_index].status.phase == "ready"

@@ -17,11 +17,12 @@ from typing import Any
 
 from tinker_hpc.base_models import BaseModel, public_name, same_model
 from tinker_hpc.base_models import read as read_base_model
-from tinker_hpc.errors import TinkerHpcError
+from tinker_hpc.errors import DataRootError, TinkerHpcError
 from tinker_hpc.gateway.answers import Answer, answer_of
 from tinker_hpc.gateway.futures import FutureTable
 from tinker_hpc.log import Bell, Lease, LogReader, RequestLog, ResultFinder, ResultReader
 from tinker_hpc.log.rewinds import read_rewinds, taken_back
+from tinker_hpc.patience import Complaint, passes
 from tinker_hpc.run_folder import RunFolder, WorkerFolder, read_json
 
 STATUS_EVERY_S = 1.0
@@ -89,11 +90,14 @@ class WorkerLink:
         return name == self.base.name or same_model(name, self.declared, self.base.folder, self._mapping)
 
     def requests(self) -> Iterator[dict[str, Any]]:
-        """Headers of every request in the log, in order."""
-        reader = LogReader(self.folder.requests, written={"seq": "number"})
-        while records := reader.poll():
+        """Headers of every request in the log, in order. Raises: CorruptLogError, DataRootError."""
+        reader, last = LogReader(self.folder.requests, written={"seq": "number"}), self.log.last
+        while reader.position < last:
+            records = reader.poll(promised=last)
             for record in records:
                 yield record.header
+            if not records:  # merged away while it was read, or a filesystem that shows it late
+                time.sleep(0.1)
 
     def start(self, loop: asyncio.AbstractEventLoop, futures: FutureTable) -> None:
         """Begin to read results and status."""
@@ -153,6 +157,7 @@ class WorkerLink:
     def _read_results(self, futures: FutureTable, deliver: Deliver) -> None:
         reader = ResultReader(self.folder.path)
         status, trouble, looked_at = self.status, None, 0.0
+        refusal = Complaint()
         while not self._stop.is_set():
             # Status before results: one that says "ended" is believed after everything published before it was read.
             if time.monotonic() - looked_at > STATUS_EVERY_S:
@@ -172,6 +177,12 @@ class WorkerLink:
                     where = (record.header["fence"], record.header["number"])
                     answers.append((request_id, answer_of(record, future.facts), where))
                 trouble = None
+            except DataRootError as error:
+                if passes(error):
+                    refusal.say(error)
+                    self._stop.wait(WAIT_S)
+                    continue
+                trouble = f"the results of this run cannot be read: {error}"
             except TinkerHpcError as error:
                 trouble = (
                     f"the results of this run cannot be read: {str(error).rstrip('.')}. Bring that file back from a "

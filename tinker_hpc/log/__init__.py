@@ -1,7 +1,7 @@
 """Steps 4 and 7 of a request: durable, ordered records in files on a shared filesystem.
 
-record.py (bytes of one record) < segment.py (immutable files of records) < request_log.py, result_log.py; lease.py says
-which worker may write results; bell.py makes waiting short on one node.
+record.py (bytes of one record), looking.py (folders of other nodes) < segment.py (immutable files of records) <
+request_log.py, result_log.py; lease.py says which worker may write results; bell.py makes waiting short on one node.
 """
 
 from tinker_hpc.log.bell import Bell

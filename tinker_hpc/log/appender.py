@@ -8,13 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tinker_hpc.errors import CorruptLogError, DataRootError, LeaseLostError, TinkerHpcError
+from tinker_hpc.log.looking import TEMPORARY, list_anew, tell_names
 from tinker_hpc.log.record import Buffer, Record, encode_parts
 from tinker_hpc.log.segment import (
     Segment,
     chain,
-    list_segments,
+    missing,
     read_segment,
     replace_segment,
+    segments_of,
     write_segment,
 )
 from tinker_hpc.run_folder import make_private
@@ -32,19 +34,19 @@ class Appender:
         """Open the folder as its only writer and continue behind the last record.
 
         Raises: CorruptLogError if a record is missing in the middle or the last segment is damaged.
-            DataRootError if the folder cannot be made.
+            DataRootError if the folder cannot be made or written.
         """
         self.folder = make_private(folder)
-        for stray in folder.glob(".tmp-*"):  # of a killed predecessor; we are the only writer now
-            stray.unlink(missing_ok=True)
-        segments = list_segments(folder)
+        names = list_anew(folder)  # what an old listing leaves out would be written a second time
+        for stray in names:  # of a killed predecessor; we are the only writer now
+            if stray.startswith(TEMPORARY):
+                (folder / stray).unlink(missing_ok=True)
+        segments = segments_of(names)
         kept = chain(segments, 0)
         self.last = kept[-1].last if kept else 0
         if segments and segments[-1].last > self.last:
             raise CorruptLogError(
-                f"{folder}: record {self.last + 1} is missing although later ones are there ({segments[-1].name}). "
-                "Bring the missing file back from a snapshot of the filesystem; nothing was changed.",
-                path=str(folder),
+                missing(folder, self.last + 1, segments[-1]) + " Nothing was changed.", path=str(folder)
             )
         if kept:
             read_segment(folder, kept[-1])
@@ -55,6 +57,7 @@ class Appender:
         self._rewriting = threading.Lock()  # held while files are merged or compacted
         self._sizes = {s: (folder / s.name).stat().st_size for s in kept}
         self._merging: threading.Thread | None = None
+        self._tell()
 
     def append(self, records: Sequence[Sequence[Buffer]]) -> int:
         """Publish encoded records (parts each) as the next segment; the number of the first. Durable on return.
@@ -79,6 +82,7 @@ class Appender:
         self.last = segment.last
         with self._lock:
             self._sizes[segment] = sum(map(len, parts))
+        self._tell()
         self._merge_in_background()
         return segment.first
 
@@ -146,6 +150,11 @@ class Appender:
                     with self._lock:
                         size = sum(self._sizes.pop(s) for s in chosen)
                         self._sizes[merged] = size
+                    self._tell()
+
+    def _tell(self) -> None:
+        with self._lock:
+            tell_names(self.folder, [segment.name for segment in sorted(self._sizes)])
 
 
 def choose_merge(sizes: dict[Segment, int]) -> list[Segment]:

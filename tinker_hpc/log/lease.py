@@ -1,16 +1,16 @@
 """Which worker may write results, and which gateway requests: the one with the highest fencing number.
 
     lease/fence-<number>   JSON: who took it and when; made once, never changed or removed
+    lease/newest           the highest number that was told (looking.py)
 
 No flock (Lustre may lack it, NFS may keep it local): a name that can be made only once is enough. A worker that was
 thought dead and comes back sees a higher number than its own and stops; readers ignore what it wrote meanwhile
-(result_log.py).
+(result_log.py). Whoever takes the lease tells its number before it does anything else.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tinker_hpc.errors import LeaseLostError
+from tinker_hpc.log.looking import list_names, newest_told, tell_newest
 from tinker_hpc.log.segment import publish
 from tinker_hpc.run_folder import make_private
 
@@ -41,16 +42,20 @@ class Lease:
         """
         make_private(folder)
         owner = {**owner, "acquired_at": time.time()}
+        fence = 0
         while True:
-            fence = highest_fence(folder) + 1
+            fence = max(fence, highest_fence(folder)) + 1
             try:
                 publish(folder, _name(fence), [json.dumps(owner).encode()])
-            except FileExistsError:  # another worker was a moment faster: go above it
+            except FileExistsError:  # another worker was faster, a moment ago or before this node looks again
                 continue
+            tell_newest(folder, fence)
             return cls(folder, fence, owner, holder)
 
     def check(self) -> None:
-        """Raises: LeaseLostError if another worker has acquired the lease since. Lists the folder afresh."""
+        """Raises: LeaseLostError if another worker has acquired the lease since; DataRootError if that is not to be
+        found out now.
+        """
         newest = highest_fence(self.folder)
         if newest != self.fence:
             raise LeaseLostError(
@@ -63,8 +68,9 @@ class Lease:
 
 
 def highest_fence(folder: Path) -> int:
-    """The highest fencing number given out, 0 if none."""
-    return max((int(m[1]) for m in map(_NAME.fullmatch, os.listdir(folder)) if m), default=0)
+    """The highest fencing number given out, 0 if none. Raises: DataRootError."""
+    listed = max((int(m[1]) for m in map(_NAME.fullmatch, list_names(folder)) if m), default=0)
+    return max(listed, newest_told(folder))
 
 
 def _name(fence: int) -> str:

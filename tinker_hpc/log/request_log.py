@@ -6,16 +6,18 @@ The request log: one writer (the gateway), any number of readers. A request is d
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinker_hpc.errors import CorruptLogError, DataRootError, LeaseLostError
+from tinker_hpc.log import looking
 from tinker_hpc.log.appender import Appender
 from tinker_hpc.log.lease import Lease
 from tinker_hpc.log.record import Buffer, Record, encode_parts
-from tinker_hpc.log.segment import RETRY_S, Segment, chain, list_segments, read_segment
+from tinker_hpc.log.segment import RETRY_S, Segment, chain, list_segments, missing, read_segment
 from tinker_hpc.run_folder import read_json, write_json
 
 COMPACTED = "compacted.json"
@@ -167,18 +169,49 @@ class LogReader:
         self._written = dict(written or {})
         self.position = after
         self._retry_s = retry_s
+        self._waiting_since: float | None = None  # for a record that ought to be there
 
-    def poll(self, max_bytes: int = POLL_BYTES, *, until: int | None = None) -> list[Record]:
+    def poll(self, max_bytes: int = POLL_BYTES, *, until: int | None = None, promised: int = 0) -> list[Record]:
         """The records that became visible since the last poll, in order, up to number `until`; [] if there are none.
 
         Returns after about `max_bytes`; poll again until it returns nothing. A missing number ends the poll: it, and
         what follows it, comes with a later one.
 
-        Raises: CorruptLogError naming the file and the offset of a damaged record; the position does not move.
+        Args: promised: records up to this number are known to be there.
+        Raises: CorruptLogError naming the file and the offset of a damaged record, or one that is missing although
+            later ones are there, or `promised`, for LAG_S; DataRootError if the disk refuses.
+            What was read before it is returned first: the error comes with the next poll.
         """
         found: list[Record] = []
+        try:
+            listed = self._poll(found, max_bytes, until)
+            self._check_there(found, listed, promised, until)
+        except (CorruptLogError, DataRootError):
+            if not found:
+                raise
+        return found
+
+    def _check_there(
+        self, found: Sequence[Record], listed: Sequence[Segment], promised: int, until: int | None
+    ) -> None:
+        """A number that no name covers is not there yet, for as long as a filesystem may take to show it."""
+        later = max(listed, key=lambda segment: segment.last, default=None)
+        reach = max(promised, later.last if later else 0)
+        if until is not None:
+            reach = min(reach, until)
+        if found or self.position >= reach:
+            self._waiting_since = None
+        elif self._waiting_since is None:
+            self._waiting_since = time.monotonic()
+        elif time.monotonic() - self._waiting_since > looking.LAG_S:
+            beyond = later if later is not None and later.first > self.position + 1 else None
+            raise CorruptLogError(missing(self.folder, self.position + 1, beyond), path=str(self.folder))
+
+    def _poll(self, found: list[Record], max_bytes: int, until: int | None) -> list[Segment]:
+        """Adds to `found`. Returns: every segment there is to be seen."""
         num_bytes = 0
-        segments = deque(chain(list_segments(self.folder), self.position))
+        listed = list_segments(self.folder)
+        segments = deque(chain(listed, self.position))
         relisted = False
         while segments and num_bytes < max_bytes and (until is None or self.position < until):
             segment = segments.popleft()
@@ -194,7 +227,7 @@ class LogReader:
             found += new
             num_bytes += sum(256 + sum(a.nbytes for a in r.arrays.values()) for r in new)
             self.position = last
-        return found
+        return listed
 
     def _check_writer(self, records: Sequence[Record], segment: Segment) -> None:
         for number, record in enumerate(records, self.position + 1):

@@ -3,26 +3,29 @@
 The result log: one folder of segments per fencing number, so that no two workers ever write into the same one.
 
     results/<fence>/seg-...     first record always `sealed`: {"limits": {older fence: how many of its records count}}
+    results/newest              the highest fence that has a folder (looking.py)
 
-A worker that takes over makes its folder first, *then* counts what its predecessors have published, and seals that. A
-reader reads new records first and *then* lists the fences: if it sees none newer than those it read, no seal can leave
-those records out (the folder of a newer one was made after our listing, so it counts them). If it sees a newer fence
-that has not sealed yet it holds them back until the seal says which count.
+A worker that takes over makes its folder and tells its number, *then* counts what its predecessors have published, and
+seals that. A reader reads new records first and *then* looks which fences there are: if it sees none newer than those
+it read, no seal can leave those records out (a newer one was told after we looked, so it counts them). If it sees a
+newer fence that has not sealed yet it holds them back until the seal says which count. Both looks must be at what is
+there now: an old listing would let a reader take what does not count, and a worker count too little.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinker_hpc.errors import LeaseLostError
+from tinker_hpc.errors import CorruptLogError, DataRootError, LeaseLostError
 from tinker_hpc.log.appender import Appender
 from tinker_hpc.log.lease import Lease
+from tinker_hpc.log.looking import list_anew, list_names, newest_told, tell_newest
 from tinker_hpc.log.record import Record, encode_parts
 from tinker_hpc.log.request_log import POLL_BYTES, LogReader
-from tinker_hpc.log.segment import chain, last_contiguous, list_segments, read_segment
+from tinker_hpc.log.segment import chain, last_contiguous, list_segments, read_segment, segments_of
 from tinker_hpc.run_folder import WorkerFolder, fsync_folder, make_private
 
 
@@ -38,12 +41,17 @@ class ResultLog:
         self.lease = lease
         self._lock = threading.Lock()
         self._appender = Appender(_fence_folder(results, lease.fence))
-        fsync_folder(results)
+        _synced(results)
         if self._appender.last:
             raise LeaseLostError(f"lease {lease.fence} of {worker_folder} was used before; acquire a new one")
+        tell_newest(results, lease.fence)
         self.limits = _limits_below(results, lease.fence)
         """How many records of each older fence count."""
-        self.publish([Record({"op": "sealed", "limits": {str(f): n for f, n in self.limits.items()}})])
+        try:
+            self.publish([Record({"op": "sealed", "limits": {str(f): n for f, n in self.limits.items()}})])
+        except DataRootError as error:
+            if not error.attributes.get("visible"):
+                raise
 
     def publish(self, records: Sequence[Record]) -> None:
         """Write `records` in this order, visible together, durable on return.
@@ -61,7 +69,8 @@ class ResultLog:
             parts = [encode_parts(Record(h, r.arrays)) for h, r in zip(headers, records, strict=True)]
             self.lease.check()
             self._appender.append(parts)
-            self.lease.check()
+            with contextlib.suppress(DataRootError):  # they are there: to publish them again would be wrong
+                self.lease.check()
 
     def close(self) -> None:
         """Wait for a merge under way."""
@@ -108,25 +117,37 @@ class ResultReader:
         """Records that became visible and count, older fences first, each fence in order; [] if there are none.
 
         Returns after about `max_bytes`; poll again until it returns nothing.
-        Raises: CorruptLogError as LogReader.poll.
+        Raises: CorruptLogError, DataRootError as LogReader.poll.
         """
+        found: list[Record] = []
+        try:
+            self._poll(found, max_bytes)
+        except (CorruptLogError, DataRootError):
+            if not found:
+                raise
+        return found
+
+    def _poll(self, found: list[Record], max_bytes: int) -> None:
         newest = max(_list_fences(self._results), default=0)
         if newest == 0 or not self._read_seal(newest):
-            return []
-        found: list[Record] = []
+            return
         for fence, limit in sorted(self._limits.items()):
             reader = self._reader(fence)
             if reader.position < limit:
-                found += reader.poll(max_bytes - _num_bytes(found), until=limit)
+                found += reader.poll(max_bytes - _num_bytes(found), until=limit, promised=limit)
             if reader.position < limit:  # cut by max_bytes, or a lagging filesystem: later fences wait their turn
-                return found
+                return
         reader = self._reader(newest)
         before = reader.position
         fresh = reader.poll(max_bytes - _num_bytes(found))
-        if fresh and max(_list_fences(self._results)) > newest:
-            reader.position = before  # a newer worker may have sealed without them: read again when its seal is there
-            return found
-        return found + fresh
+        counts = False
+        try:
+            counts = not fresh or max(_list_fences(self._results)) == newest
+        finally:
+            if not counts:  # a newer worker may have sealed without them: read again when its seal is there
+                reader.position = before
+        if counts:
+            found += fresh
 
     def _read_seal(self, fence: int) -> bool:
         if self._sealed_by != fence:
@@ -143,13 +164,14 @@ class ResultReader:
 
 def _limits_below(results: Path, fence: int) -> dict[int, int]:
     """How many records of each older fence count, as the worker with lease `fence` finds them now."""
-    older = [f for f in _list_fences(results) if f < fence]
-    published = {f: last_contiguous(list_segments(_fence_folder(results, f))) for f in older}
+    older = [int(name) for name in list_anew(results) if name.isdigit() and int(name) < fence]
     limits = dict.fromkeys(older, 0)  # a predecessor that had not sealed yet has nothing that counts
-    sealed = [f for f in older if published[f]]
-    if sealed:
-        limits[sealed[-1]] = published[sealed[-1]]
-        limits |= _seal_of(results, sealed[-1]) or {}
+    for predecessor in sorted(older, reverse=True):
+        folder = _fence_folder(results, predecessor)
+        published = last_contiguous(segments_of(list_anew(folder)))
+        if published:
+            limits[predecessor] = published
+            return limits | (_seal_of(results, predecessor) or {})
     return limits
 
 
@@ -160,10 +182,16 @@ def _seal_of(results: Path, fence: int) -> dict[int, int] | None:
 
 
 def _list_fences(results: Path) -> list[int]:
+    """Those that have a folder, listed and told. Raises: DataRootError."""
+    told = newest_told(results)
+    return sorted({int(name) for name in list_names(results) if name.isdigit()} | ({told} if told else set()))
+
+
+def _synced(folder: Path) -> None:
     try:
-        return sorted(int(name) for name in os.listdir(results) if name.isdigit())
-    except FileNotFoundError:
-        return []
+        fsync_folder(folder)
+    except OSError as error:
+        raise DataRootError(f"cannot sync {folder}: {error.strerror}.", path=str(folder)) from error
 
 
 def _fence_folder(results: Path, fence: int) -> Path:

@@ -1,6 +1,7 @@
 """Immutable files of records in one folder, found by their names alone.
 
     seg-<first>-<last>      records number first..last (from 1, without gaps), then a footer with count, length, crc32
+    contents                the names of the segments, for readers on other nodes (looking.py)
     .tmp-...                being written, or left by a killed writer: never read
 
 Rules that hold on NFS and Lustre as well: a file is written under a temporary name, fsynced, and then *linked* to its
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinker_hpc.errors import CorruptLogError, DataRootError
+from tinker_hpc.log.looking import TEMPORARY, list_names, names_told
 from tinker_hpc.log.record import Buffer, Record, decode_all
 from tinker_hpc.run_folder import PRIVATE_FILE, fsync_folder, write_bytes
 
@@ -50,12 +52,16 @@ class Segment:
 
 
 def list_segments(folder: Path) -> list[Segment]:
-    """The segments in `folder` by a fresh listing, sorted. A folder that does not exist yet has none."""
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    return sorted(Segment(int(m[1]), int(m[2])) for m in map(_NAME.fullmatch, names) if m)
+    """The segments in `folder`, listed and told, sorted. A folder that does not exist yet has none.
+
+    Raises: DataRootError if it cannot be listed.
+    """
+    return segments_of([*list_names(folder), *names_told(folder)])
+
+
+def segments_of(names: Iterable[str]) -> list[Segment]:
+    """Those that are a segment's names, sorted, each once. Pure."""
+    return sorted({Segment(int(m[1]), int(m[2])) for m in map(_NAME.fullmatch, names) if m})
 
 
 def chain(segments: Iterable[Segment], after: int) -> list[Segment]:
@@ -78,6 +84,15 @@ def last_contiguous(segments: Iterable[Segment]) -> int:
     """The largest n so that 1..n are all covered; 0 for an empty folder."""
     chosen = chain(segments, 0)
     return chosen[-1].last if chosen else 0
+
+
+def missing(folder: Path, number: int, later: Segment | None) -> str:
+    """What to say of a record that ought to be there and is not."""
+    why = f"although later ones are there ({later.name})" if later else "although it was told that it is there"
+    return (
+        f"{folder}: record {number} is missing {why}. Did a purge of old files remove it? Bring the file back from a "
+        "snapshot of the filesystem, and keep the data root where nothing is purged while runs go on."
+    )
 
 
 def write_segment(folder: Path, segment: Segment, parts: Sequence[Buffer]) -> None:
@@ -108,7 +123,7 @@ def publish(folder: Path, name: str, parts: Sequence[Buffer]) -> None:
 
     Raises: FileExistsError if the name is taken; DataRootError as `write_segment`.
     """
-    temporary = folder / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = folder / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
     visible = False
     try:
         try:

@@ -6,6 +6,7 @@ written once, however often it comes and goes.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from megatron_adapters.engine import Engine, HostCopy
 from tinker_hpc.errors import RequestError, WeightsError
+from tinker_hpc.patience import until_written
 from tinker_hpc.run_folder import make_private, model_folder_name
 from tinker_hpc.worker.ranks import Ranks
 
@@ -39,13 +41,14 @@ class SnapshotsAside:
             if self._ranks.is_first:
                 while len(self._writing) >= MAX_WRITING:
                     self._settle(next(iter(self._writing)))
-                self._writing[sampler] = self._thread.submit(self._write, sampler, copy)
+                write = functools.partial(self._write, sampler, copy)
+                self._writing[sampler] = self._thread.submit(until_written, write)
         self._engine.drop_snapshot(sampler)
 
     def bring_back(self, sampler: str) -> None:
         """Into the engine again.
 
-        Raises: RequestError if the disk does not have it: it was full then, or somebody removed it since.
+        Raises: RequestError if the disk does not have it: it refused for good then, or somebody removed it since.
         Collectives: Ranks.on_first.
         """
         self._ranks.on_first(lambda: self._settle(sampler))

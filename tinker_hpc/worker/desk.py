@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tinker_hpc.log import Bell, Lease, LogReader, Record
+from tinker_hpc.log.looking import LAG_S
+from tinker_hpc.patience import until_written
 from tinker_hpc.worker.parting import Parting
 from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.ranks import EndWorker, Failure
@@ -33,9 +35,6 @@ POLL_WHILE_SAMPLING_S = 0.02
 MIN_SLICE_S = 0.05
 MAX_SLICE_S = 5.0
 """Sampling goes on for as long as the last training batch took, within these bounds, before the next one cuts in."""
-LAG_S = 60.0
-"""A record that a result speaks of must be there; a shared filesystem may take this long to show it."""
-
 T = TypeVar("T")
 Orders = list[Record]
 """A command record and the requests it is about; empty: nothing to do, a sign of life."""
@@ -113,7 +112,7 @@ class Desk:
                 return [Record({"command": "close"})]
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                self._guard(self._lease.check)
+                self._guard(lambda: until_written(self._lease.check))
                 return []
             self._bell.wait(left_s)
 
@@ -199,7 +198,7 @@ class Desk:
         """Take in what is new in the log; whether there was anything."""
         if self._rewound:
             return False
-        new = self._guard(lambda: self._requests.poll(READ_BYTES))
+        new = self._guard(lambda: until_written(lambda: self._requests.poll(READ_BYTES)))
         for request in new:
             if request.header["op"] == "rewind":
                 if self._rewinds.is_known(request.header["number"]):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tinker_hpc.errors import ConfigError, DataRootError, RequestError, ShapeError, WeightsError
 from tinker_hpc.log import Record, encode
 from tinker_hpc.log.record import decode_all
+from tinker_hpc.patience import number_of
 
 AGREE_TIMEOUT = timedelta(seconds=60)
 """A rank that failed waits this long for the others; if they hang in the collective that it left, it ends itself, and
@@ -149,13 +150,13 @@ class Ranks:
                 outcome = [Record({"result": json.dumps(action())})]
             except Exception as error:
                 failure = describe(error)
-                disk = isinstance(error, OSError)
+                disk = number_of(error) or 0 if isinstance(error, OSError) else None
                 outcome = [Record({"category": failure.category, "message": failure.message, "disk": disk})]
         header = self.broadcast(outcome)[0].header
         if "result" in header:
             return json.loads(header["result"])
         if header["category"] == "user":
             raise RequestError(header["message"])
-        if header["disk"]:
-            raise DataRootError(header["message"])
+        if header["disk"] is not None:
+            raise DataRootError(header["message"]) from OSError(header["disk"], header["message"])
         raise RuntimeError(header["message"])

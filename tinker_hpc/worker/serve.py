@@ -15,11 +15,12 @@ from typing import Any
 from megatron_adapters.engine import TOKEN_BUDGET, Engine, Layout
 from tinker_hpc.errors import ConfigError
 from tinker_hpc.log import Bell, Lease, LogReader, Record, ResultLog, ResultReader
+from tinker_hpc.log.looking import LAG_S
 from tinker_hpc.log.request_log import compacted_through
 from tinker_hpc.patience import until_written
 from tinker_hpc.run_folder import WorkerFolder, read_json
 from tinker_hpc.worker.aside import SnapshotsAside
-from tinker_hpc.worker.desk import LAG_S, Desk
+from tinker_hpc.worker.desk import Desk
 from tinker_hpc.worker.hang import FLOOR_S, HangWatch
 from tinker_hpc.worker.loop import Loop
 from tinker_hpc.worker.metrics import MetricsFile
@@ -46,7 +47,7 @@ def serve(folder: WorkerFolder, owner: dict[str, Any], parting: Parting) -> None
         parting: whether this rank is asked to end; armed here, once it takes requests.
     Raises: EndWorker or a TinkerHpcError if it cannot start or go on; Parted if it was asked to end.
     """
-    declaration = read_json(folder.declaration)
+    declaration = until_written(lambda: read_json(folder.declaration))
     if declaration is None:
         raise ConfigError(f"{folder.declaration} does not exist: {folder.path} is not a worker's folder.")
     layout, dtype = _layout(declaration)
@@ -76,8 +77,8 @@ def _serve_once(
     """From the newest good snapshot to `close` (False), or until the loop takes requests back (True): then the worker
     begins again as if it were a new one, with a lease of its own; only the base model stays.
     """
-    rewinds = Rewinds(folder) if ranks.is_first else None
-    metrics = MetricsFile(folder.metrics, rewinds.seqs) if rewinds else None
+    rewinds = until_written(lambda: Rewinds(folder)) if ranks.is_first else None
+    metrics = until_written(lambda: MetricsFile(folder.metrics, rewinds.seqs)) if rewinds else None
     aside = SnapshotsAside(folder.aside, engine, ranks)
     train_step = TrainStep(engine, ranks, declaration["base_model"], metrics, aside)
     if rewinds is not None:
@@ -116,13 +117,15 @@ class _FirstRank:
             self._redo.held = self._started_from[1].coverage
         self._bell = Bell(folder.path, side="worker")
         self._publisher = Publisher(log, self._bell)
-        self.writer = SnapshotWriter(
-            folder.snapshots,
-            self._lease,
-            self._publisher,
-            base_model=base_model,
-            started_from=self._started_from,
-            interval_s=declaration.get("snapshot_interval_s"),
+        self.writer = until_written(
+            lambda: SnapshotWriter(
+                folder.snapshots,
+                self._lease,
+                self._publisher,
+                base_model=base_model,
+                started_from=self._started_from,
+                interval_s=declaration.get("snapshot_interval_s"),
+            )
         )
 
     def _find_snapshot(self, base_model: str, counted: Mapping[int, int]) -> tuple[str, Snapshot] | None:
@@ -130,7 +133,8 @@ class _FirstRank:
         compacted = compacted_through(self._folder.requests)
         deadline = time.monotonic() + LAG_S
         while True:
-            found = newest_good(self._folder.snapshots, base_model=base_model, counted=counted, void=self._rewinds.seqs)
+            void = self._rewinds.seqs
+            found = newest_good(self._folder.snapshots, base_model=base_model, counted=counted, void=void)
             reaches = found is not None and found[1].position >= compacted
             if reaches or compacted == 0 or time.monotonic() > deadline:
                 return found
@@ -183,7 +187,7 @@ def _redo(folder: WorkerFolder, log: ResultLog, taken_back: frozenset[int]) -> R
     """What older workers recorded. Our own lease is sealed on them, so all of it is there to be read."""
     redo, reader = Redo(taken_back=taken_back), ResultReader(folder.path)
     while True:
-        records = reader.poll()
+        records = until_written(reader.poll)
         redo.learn(records)
         if any(record.header["fence"] == log.lease.fence for record in records):
             return redo

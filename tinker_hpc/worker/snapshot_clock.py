@@ -17,8 +17,8 @@ MAX_SHARE_BLOCKED = 0.01
 """Of the time, that training may stand still for snapshots."""
 MAX_SHARE_WRITING = 0.1
 """Of the time, that the filesystem is busy with them."""
-PATIENCE = 0.5
-"""So much of the interval longer a snapshot waits for a moment at which no model has pending gradients: they are the
+EARLY = 0.2
+"""So much of the interval earlier a snapshot is taken at a moment at which no model has pending gradients: they are the
 costly part, for each rank has its own."""
 
 
@@ -30,8 +30,12 @@ def interval_s(blocked_s: float | None, write_s: float | None) -> float:
     return min(max(best, FIRST_S), LONGEST_S)
 
 
-def is_due(since_s: float, interval: float, *, changed: bool, pending_gradients: bool) -> bool:
-    """Whether to take one now, `since_s` after the last."""
+def is_due(since_s: float, interval: float, *, changed: bool, pending_gradients: bool, lead_s: float = 0.0) -> bool:
+    """Whether to take one now, `since_s` after the last.
+
+    Args: lead_s: from now until one taken at the *next* chance would be on the disk. What a restart redoes is at most
+        what happened between two snapshots and until the second is there: that is to be within the interval.
+    """
     if not changed:
         return False
-    return since_s >= interval * (1 + PATIENCE if pending_gradients else 1)
+    return since_s + min(lead_s, interval / 2) >= interval * (1 if pending_gradients else 1 - EARLY)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tinker_hpc.errors import TinkerHpcError
+from tinker_hpc.log.looking import list_anew, list_names
 from tinker_hpc.run_folder import fsync_folder, make_private, read_json, write_json
 from tinker_hpc.worker.checkpoint import sha256
 
@@ -78,11 +79,9 @@ class Snapshot:
 
 
 def names(folder: Path) -> list[str]:
-    """Complete snapshots, oldest first, by a fresh listing."""
-    try:
-        return sorted(name for name in os.listdir(folder) if _NAME.fullmatch(name))
-    except FileNotFoundError:
-        return []
+    """Complete snapshots, oldest first, as they are now. Raises: DataRootError."""
+    found = list_anew(folder) if folder.exists() else list_names(folder)
+    return sorted(name for name in found if _NAME.fullmatch(name))
 
 
 def name_of(fence: int, number: int) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from megatron_adapters.engine import HostCopy
 from tinker_hpc.errors import LeaseLostError, TinkerHpcError
 from tinker_hpc.log import Lease
+from tinker_hpc.patience import until_written
 from tinker_hpc.run_folder import make_private
 from tinker_hpc.worker import snapshot_clock, snapshot_files
 from tinker_hpc.worker.publisher import Publisher
@@ -73,17 +74,23 @@ class SnapshotWriter:
         self._kept = [started_from] if started_from else []
         self._given_interval_s = interval_s
         self._interval_s = snapshot_clock.interval_s(None, None) if interval_s is None else interval_s
-        self._last = time.monotonic()
+        self._last = self._asked = time.monotonic()
+        self._write_s = 0.0
         self._number = 0
         self._thread: threading.Thread | None = None
 
     def is_due(self, *, pending_gradients: bool) -> bool:
         """Whether to take a snapshot now; never while the last one is still being written."""
+        now = time.monotonic()
+        lead_s, self._asked = now - self._asked + self._write_s, now  # the next batch may take as long as the last
         if self._thread is not None and self._thread.is_alive():
             return False
-        since_s = time.monotonic() - self._last
         return snapshot_clock.is_due(
-            since_s, self._interval_s, changed=self.changed, pending_gradients=pending_gradients
+            now - self._last,
+            self._interval_s,
+            changed=self.changed,
+            pending_gradients=pending_gradients,
+            lead_s=lead_s,
         )
 
     def begin(self, taken: Taken) -> None:
@@ -129,7 +136,7 @@ class SnapshotWriter:
             return
         self.samplers = snapshot(num_handed).samplers
         self._kept = [*self._kept, (name, snapshot(num_handed))][-snapshot_files.KEPT :]
-        write_s = time.monotonic() - started
+        write_s = self._write_s = time.monotonic() - started
         if self._given_interval_s is None:
             self._interval_s = snapshot_clock.interval_s(taken.blocked_s, write_s)
         note = {"op": "snapshot", "name": name, "position": taken.coverage.position, "blocked_s": taken.blocked_s}
@@ -182,7 +189,7 @@ def newest_good(
     folder: Path, *, base_model: str, counted: Mapping[int, int], void: frozenset[int] = frozenset()
 ) -> tuple[str, Snapshot] | None:
     """The snapshot to start from, saying on stderr why newer ones were passed over. None: from the log's beginning."""
-    for name in reversed(snapshot_files.names(folder)):
+    for name in reversed(until_written(lambda: snapshot_files.names(folder))):
         try:
             return name, snapshot_files.read(folder / name, base_model=base_model, counted=counted, void=void)
         except SnapshotRefusedError as error:

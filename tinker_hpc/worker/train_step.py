@@ -6,6 +6,7 @@ request. A request that fails leaves its model as it was.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -19,6 +20,7 @@ from megatron_adapters.engine import Engine
 from megatron_adapters.interface import AdamParams, LoraSpec, Pass
 from tinker_hpc.errors import RequestError
 from tinker_hpc.log import Record
+from tinker_hpc.patience import Wait
 from tinker_hpc.worker import checkpoint
 from tinker_hpc.worker.aside import SnapshotsAside
 from tinker_hpc.worker.batch import lora_spec, num_loss_tokens, pass_result, to_data
@@ -31,6 +33,9 @@ from tinker_hpc.worker.sampler_gap import sampler_gap
 
 Answer = tuple[dict[str, Any], Mapping[str, np.ndarray]]
 """Fields and arrays of a result."""
+SAVE_PATIENCE_S = 300.0
+"""A checkpoint that a full disk refuses is tried again for so long, like a request (the SDK's five minutes); a quota
+that it does not fit into at all must not hold up everybody for ever."""
 MAX_SNAPSHOTS = 16
 """Per model, in memory: each costs a copy of the adapter. The one sampled from longest ago is set aside first."""
 MAX_ASIDE = 112
@@ -282,20 +287,24 @@ class TrainStep:
             user_metadata=header.get("user_metadata"),
         )
         overwrite = bool(header.get("overwrite"))
-        request_id = header["request_id"]
-        if not self._ranks.on_first(
-            lambda: checkpoint.prepare(
-                folder, temporary, request_id=request_id, overwrite=overwrite, taken_back=self.taken_back
+
+        def prepare() -> bool:
+            return checkpoint.prepare(
+                folder, temporary, request_id=header["request_id"], overwrite=overwrite, taken_back=self.taken_back
             )
-        ):
-            return
-        try:
-            self._engine.save_adapter(header["model_id"], temporary, optimizer=optimizer)
-            self._ranks.on_first(lambda: checkpoint.publish(folder, temporary, content))
-        except Exception:
-            if self._ranks.is_first:
-                checkpoint.discard(temporary)
-            raise
+
+        wait = Wait(SAVE_PATIENCE_S)
+        while True:
+            try:
+                if self._ranks.on_first(prepare):
+                    self._engine.save_adapter(header["model_id"], temporary, optimizer=optimizer)
+                    self._ranks.on_first(lambda: checkpoint.publish(folder, temporary, content))
+                return
+            except Exception as error:
+                if self._ranks.is_first:
+                    checkpoint.discard(temporary)
+                if not isinstance(error, OSError) or not self._ranks.on_first(functools.partial(wait.once, error)):
+                    raise
 
     def _verified(self, folder: str, path: str) -> Checkpoint:
         content = self._ranks.on_first(

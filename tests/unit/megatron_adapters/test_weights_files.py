@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from megatron_adapters.adapter_files import assemble, owned, peft_config, read_config
+from megatron_adapters.adapter_files import HostCopy, assemble, owned, peft_config, read_config
 from megatron_adapters.adapters import Adapter
 from megatron_adapters.families import Architecture, architecture
 from megatron_adapters.interface import Layout
@@ -222,3 +224,15 @@ def test_an_adapter_of_another_model_is_refused(arch: Architecture, tmp_path: Pa
     other = architecture(Qwen3Config(**{**TINY, "num_hidden_layers": 3}, head_dim=4))
     with pytest.raises(WeightsError, match=r"missing: base_model.model.model.layers.2"):
         read_config(tmp_path, other)
+
+
+def test_what_the_disk_refuses_has_the_disks_number(tmp_path: Path) -> None:
+    """safetensors says it in words only; who waits for room has to know (patience.py). Here files may not grow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as refused:
+            HostCopy({}, {"a": torch.zeros(1000)}, {}, 0).write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert refused.value.errno == errno.EFBIG

@@ -26,9 +26,20 @@ def test_the_interval_is_daly_s_within_limits() -> None:
 
 def test_due_when_something_changed_and_rather_between_steps() -> None:
     assert not is_due(1e9, 30.0, changed=False, pending_gradients=False)
-    assert is_due(30.0, 30.0, changed=True, pending_gradients=False)
-    assert not is_due(44.0, 30.0, changed=True, pending_gradients=True)
-    assert is_due(45.0, 30.0, changed=True, pending_gradients=True)
+    assert is_due(24.0, 30.0, changed=True, pending_gradients=False)
+    assert not is_due(29.0, 30.0, changed=True, pending_gradients=True)
+    assert is_due(30.0, 30.0, changed=True, pending_gradients=True)
+
+
+def test_one_is_on_the_disk_before_the_interval_is_over() -> None:
+    """Batches of 4 s, a second to write: what a restart would redo at any time, simulated."""
+    last, now, worst = 0.0, 0.0, 0.0
+    while now < 1000.0:
+        if is_due(now - last, 30.0, changed=True, pending_gradients=True, lead_s=4.0 + 1.0):
+            worst = max(worst, now + 1.0 - last)
+            last = now
+        now += 4.0
+    assert 24.0 < worst <= 30.0
 
 
 def test_coverage_and_what_it_spares() -> None:
