@@ -58,6 +58,7 @@ distributed: $(STAMP)
 	$(PYTEST) tests/distributed tests/benchmarks
 
 end-to-end: $(STAMP)
+	tests/contract/install.sh
 	$(PYTEST) tests/end_to_end
 	$(PYTEST) tests/contract -m slow
 

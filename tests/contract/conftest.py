@@ -66,6 +66,23 @@ def training_client(service: serving.Service, service_client: tinker.ServiceClie
     return future.result(timeout=60)
 
 
+@pytest.fixture(scope="session")
+def calm_run(tmp_path_factory: pytest.TempPathFactory) -> serving.CalmRun:
+    import test_replay
+
+    folder = tmp_path_factory.mktemp("calm")
+    with serving.processes_in(folder) as processes:
+        run, worker = serving.new_run(folder / "root")
+        service = serving.start_gateway(processes, run)
+        serving.start_worker(processes, worker)
+        printed = test_replay.start(service, steps=serving.CalmRun.steps, sample=True)
+        num_requests = test_replay.num_requests(service)
+        state = test_replay.state_of(service, printed)
+        others = test_replay.start(service, steps=serving.CalmRun.steps, sample=True, other_from=2)
+        other_state = test_replay.state_of(service, others)
+    return serving.CalmRun(test_replay.numbers(printed), state, num_requests, test_replay.numbers(others), other_state)
+
+
 @pytest.fixture
 def processes(tmp_path: Path) -> Iterator[serving.Processes]:
     with serving.processes_in(tmp_path) as started:

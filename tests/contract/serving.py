@@ -77,19 +77,21 @@ class Service:
 
 @dataclass
 class Processes:
-    """Started processes, ended by their own pids."""
+    """Started processes, ended by their own pids. `within`: a command that runs them (on a node of nodes.py)."""
 
     log_folder: Path
+    within: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str, *argv: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         with (self.log_folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, *argv],
+                [*self.within, sys.executable, *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **self.env, **(env or {})},
                 start_new_session=True,
             )
         self.running[name] = process
@@ -111,6 +113,19 @@ class Processes:
     def stop_all(self) -> None:
         for name in reversed(list(self.running)):
             self.stop(name)
+
+
+@dataclass
+class CalmRun:
+    """What a loop of test_replay.py that nothing happened to was told, and the state it saved."""
+
+    numbers: list[Any]
+    state: dict[str, bytes]
+    num_requests: int
+    other_numbers: list[Any]
+    """The same loop with other data from step 2 on."""
+    other_state: dict[str, bytes]
+    steps: int = 5
 
 
 def done(value: Any, timeout_s: float = 120.0) -> Any:
@@ -182,8 +197,10 @@ def wait_for(condition: Any, timeout_s: float, what: str) -> None:
 
 
 @contextlib.contextmanager
-def processes_in(folder: Path) -> Iterator[Processes]:
-    started = Processes(folder)
+def processes_in(
+    folder: Path, within: tuple[str, ...] = (), env: Mapping[str, str] | None = None
+) -> Iterator[Processes]:
+    started = Processes(folder, within, env or {})
     try:
         yield started
     finally:

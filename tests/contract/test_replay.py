@@ -52,42 +52,30 @@ def num_requests(service: serving.Service) -> int:
 
 
 @pytest.mark.slow
-def test_a_loop_dies_and_comes_back_and_leaves_the_recorded_path(tmp_path: Path) -> None:
-    (tmp_path / "calm").mkdir()
-    (tmp_path / "again").mkdir()
-    with serving.processes_in(tmp_path / "calm") as calm_processes, serving.processes_in(tmp_path / "again") as mine:
-        calm_run, calm_worker = serving.new_run(tmp_path / "calm" / "root")
-        calm = serving.start_gateway(calm_processes, calm_run)
-        serving.start_worker(calm_processes, calm_worker)
-        expected = start(calm, steps=5, sample=True)
-        expected_state = state_of(calm, expected)
-        expected_requests = num_requests(calm)
-        others = start(calm, steps=5, sample=True, other_from=2)
-        others_state = state_of(calm, others)
-        calm_processes.stop_all()
-
-        run, worker = serving.new_run(tmp_path / "again" / "root")
+def test_a_loop_dies_and_comes_back_and_leaves_the_recorded_path(tmp_path: Path, calm_run: serving.CalmRun) -> None:
+    with serving.processes_in(tmp_path) as mine:
+        run, worker = serving.new_run(tmp_path / "root")
         run.begin_loop()
         service = serving.start_gateway(mine, run)
         serving.start_worker(mine, worker)
         first = start(service, steps=5, sample=True, die_at=3)
-        assert numbers(first) == numbers(expected)[:3]
+        assert numbers(first) == calm_run.numbers[:3]
 
         # Its node died: gateway and loop with it. The same program, from its beginning.
         mine.stop("gateway", kill=True)
         run.begin_loop()
         service = serving.start_gateway(mine, run)
         second = start(service, steps=5, sample=True)
-        assert numbers(second) == numbers(expected)
+        assert numbers(second) == calm_run.numbers
         assert second[0]["model_id"] == first[0]["model_id"], "the same session"
-        assert state_of(service, second) == expected_state
-        assert num_requests(service) == expected_requests, "nothing was asked of the worker twice"
+        assert state_of(service, second) == calm_run.state
+        assert num_requests(service) == calm_run.num_requests, "nothing was asked of the worker twice"
 
         # Started once more by somebody who changed the data from step 2 on; the gateway lives on this time.
         run.begin_loop()
         third = start(service, steps=5, sample=True, other_from=2)
-        assert numbers(third) == numbers(others)
-        assert state_of(service, third) == others_state, "saved over what does not count any more"
+        assert numbers(third) == calm_run.other_numbers
+        assert state_of(service, third) == calm_run.other_state, "saved over what does not count any more"
         assert "left the recorded path at request 7 of" in mine.log("gateway")
         assert "training continues from the state before them" in mine.log("gateway")
         rewinds = read_json(worker.rewinds)
@@ -103,7 +91,7 @@ def test_a_loop_dies_and_comes_back_and_leaves_the_recorded_path(tmp_path: Path)
         serving.start_worker(mine, worker)
         before = num_requests(service)
         fourth = start(service, steps=6, sample=True, other_from=2)
-        assert numbers(fourth)[:5] == numbers(others) and len(numbers(fourth)) == 6
+        assert numbers(fourth)[:5] == calm_run.other_numbers and len(numbers(fourth)) == 6
         assert num_requests(service) > before
 
 

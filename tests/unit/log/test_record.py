@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -28,6 +28,7 @@ RECORDS = st.builds(
 )
 
 
+@settings(deadline=None)  # other work runs beside it
 @given(RECORDS)
 def test_a_record_comes_back_as_it_was(record: Record) -> None:
     data = encode(record)
@@ -42,6 +43,7 @@ def test_a_record_comes_back_as_it_was(record: Record) -> None:
     assert data == b"".join(encode_parts(record))
 
 
+@settings(deadline=None)  # other work runs beside it
 @given(RECORDS, st.data())
 def test_any_changed_byte_is_noticed(record: Record, data: st.DataObject) -> None:
     frame = bytearray(encode(record))
@@ -51,6 +53,7 @@ def test_any_changed_byte_is_noticed(record: Record, data: st.DataObject) -> Non
         decode(bytes(frame))
 
 
+@settings(deadline=None)  # other work runs beside it
 @given(RECORDS, st.data())
 def test_a_cut_is_noticed(record: Record, data: st.DataObject) -> None:
     frame = encode(record)
