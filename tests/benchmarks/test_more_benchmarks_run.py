@@ -52,3 +52,11 @@ def test_custom_loss(tmp_path: Path) -> None:
     sides = metrics["pass_ms"]
     assert {"on_the_server", "beside_the_loop", "published_ppo"} < set(sides)
     assert all(row["median"] > 0 for row in sides.values())
+
+
+def test_fault_tolerance_cost(tmp_path: Path) -> None:
+    metrics = quick("bench_fault_tolerance_cost.py", tmp_path)["metrics"]
+    assert metrics["logging"]["step_time_ms"]["ratio_on_to_off"]["median"] > 0
+    assert metrics["in all"]["step_time_ratio"]["on_to_off"]["median"] > 0
+    assert metrics["recovery, at most"]["redone_s"]["ratio_redone_to_interval"]["median"] > 0
+    assert metrics["replay of 3 steps"]["loop_s"]["replayed"]["median"] > 0

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import nodes
+import psutil
 import pytest
 import serving
 import test_replay
@@ -145,12 +146,20 @@ def test_a_run_on_such_filesystems_is_the_same_to_the_bit(scene: Scene, calm_run
     timed("I/O errors", broken)
 
     def split() -> None:
-        """A second worker takes over while the first believes itself alone; a purge took part of a snapshot."""
+        """A second worker takes over while the first stands still, which then goes on as if it were alone. Meanwhile
+        a purge took part of the newest snapshot.
+        """
         scene.wait(lambda: len(list(scene.worker.snapshots.glob("0*"))) >= 2, "two snapshots")
-        newest = max(scene.worker.snapshots.glob("0*"))
-        shutil.rmtree(newest / "adapters")
         losing = first.processes.running["worker"]
+        stopped = [psutil.Process(losing.pid), *psutil.Process(losing.pid).children(recursive=True)]
+        for process in stopped:
+            process.suspend()
+        shutil.rmtree(max(scene.worker.snapshots.glob("0*")) / "adapters")
         serving.start_worker(second.processes, scene.worker)
+        started = lambda: [r for r in ResultReader(scene.worker.path).poll() if r.header["op"] == "worker_started"]  # noqa: E731
+        scene.wait(lambda: len(started()) == 2, "the second worker")
+        for process in stopped:
+            process.resume()
         scene.wait(lambda: losing.poll() is not None, "the loser's end")
         scene.step(4)
 
