@@ -37,3 +37,16 @@ def train(model_folder: Path, adapter_folder: Path, layout: Layout, dtype: str, 
         "same_after_loading": all(np.array_equal(a, b) for a, b in zip(*after, strict=True)),
         "peak_memory_gib": peak / 2**30,
     }
+
+
+def recompute(model_folder: Path, adapter_folder: Path, layout: Layout, dtype: str, folder: Path) -> dict[str, Any]:
+    """One pass with the activations kept, and with those of each layer computed again."""
+    found = {}
+    for name, again in (("kept", False), ("again", True)):
+        engine = Engine.start(model_folder, layout, dtype=dtype, recompute=again)
+        engine.load_adapter("a", adapter_folder, optimizer=False)
+        logprobs = engine.run_pass("a", batch(), cross_entropy, backward=True).logprobs
+        grads = {key: x.cpu() for key, x in Bench(engine, folder).grads("a").items()}
+        found[name] = {"logprobs": logprobs, "grads": grads}
+    engine.stop()
+    return found

@@ -38,11 +38,11 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return parity_reference.build(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def run(reference: Reference, layout: Layout, dtype: str, folder: Path) -> dict[str, Any]:
+def run(reference: Reference, layout: Layout, dtype: str, folder: Path, scenario: str = "train") -> dict[str, Any]:
     if torch.cuda.device_count() < layout.world_size:
         pytest.skip(f"{layout.world_size} GPUs needed; on such a node run: .venv/bin/python -m pytest tests/gpu -m gpu")
     arguments = (reference.model_folder, reference.adapter_folder, layout, dtype, folder)
-    return run_ranks("cuda_scenarios:train", layout.world_size, folder, *arguments, modules=HERE)
+    return run_ranks(f"cuda_scenarios:{scenario}", layout.world_size, folder, *arguments, modules=HERE)
 
 
 def reference_logprobs(reference: Reference) -> list[np.ndarray]:
@@ -70,3 +70,12 @@ def test_bfloat16_trains(reference: Reference, layout: Layout, tmp_path: Path) -
         assert np.abs(ours - theirs).mean() < 0.1
     assert result["losses"][-1] < 0.8 * result["losses"][0]
     assert result["same_after_loading"]
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 1), Layout(2, 1)], ids=["tp1", "tp2"])
+def test_recomputed_activations_give_the_same_gradients(reference: Reference, layout: Layout, tmp_path: Path) -> None:
+    result = run(reference, layout, "float32", tmp_path, "recompute")
+    kept, again = result["kept"], result["again"]
+    assert all(np.array_equal(a, b) for a, b in zip(kept["logprobs"], again["logprobs"], strict=True))
+    for key, x in kept["grads"].items():  # attention's backward may add in another order from run to run
+        assert float((again["grads"][key] - x).abs().max() / x.abs().max()) < 1e-5, key
