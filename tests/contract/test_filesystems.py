@@ -28,7 +28,7 @@ from tinker_hpc.run_folder import RunFolder, WorkerFolder, read_json, write_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-LAG_S = float(os.environ.get("TINKER_HPC_TEST_LAG_S", "4"))
+LAG_S = float(os.environ.get("TINKER_HPC_TEST_LAG_S", "3"))
 FULL_S = float(os.environ.get("TINKER_HPC_TEST_FULL_S", "8"))
 PATIENCE_S = 120.0 + 20 * LAG_S
 OF_LOGS = ["*/requests", "*/requests/*", "*/results", "*/results/*", "*/lease", "*/lease/*"]
