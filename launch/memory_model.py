@@ -100,6 +100,8 @@ def attention_bytes(sizes: ModelSizes, split: Split, job: Job) -> float:
     qkv = b * (q + 2 * kv)  # one fused tensor; v is a view of it
     qk_norm = 0 if not sizes.qk_norm else b * q if b == 4 else 4 * (q + kv)  # float32 inputs
     rotated = b * (q + kv)
+    if sizes.sinks:  # queries, and keys and values repeated for each of them, all a little wider
+        rotated += 3 * b * q * (1 + 8 / sizes.head_dim)
     out = b * q * (1 if job.on_gpu else 2) + 4 * sizes.num_heads  # on a CPU sequences are put together by a copy
     lora = 4 * b * job.lora_rank + 3 * b * job.lora_rank
     return norms + (qkv + qk_norm + rotated + out) / tp + lora
@@ -118,7 +120,8 @@ def expert_bytes(sizes: ModelSizes, split: Split, job: Job) -> float:
     """
     b = job.bytes_per_number
     router = 4 * 3 * sizes.num_experts
-    inner = b * (2 * sizes.hidden_size + 5 * sizes.expert_ffn_size + 6 * job.lora_rank)
+    kept = 8 if sizes.expert_bias else 5  # gpt-oss clamps gate and up; counted by reading experts.py
+    inner = b * (2 * sizes.hidden_size + kept * sizes.expert_ffn_size + 6 * job.lora_rank)
     return (router + sizes.experts_per_token * inner) / split.tp_size
 
 

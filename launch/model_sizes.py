@@ -37,6 +37,12 @@ class ModelSizes:
     expert_ffn_size: int = 0
     num_dense_layers: int = 0
     """Of the layers, those with a dense MLP; all of them where there are no experts."""
+    out_bias: bool = False
+    """On the attention's output."""
+    sinks: bool = False
+    """A number per head in the softmax: attention by another path (megatron_adapters/ruled_attention.py)."""
+    expert_bias: bool = False
+    """On every expert and the router."""
 
     @property
     def q_size(self) -> int:
@@ -121,7 +127,10 @@ def read_sizes(config: Mapping[str, Any], where: str = "config.json") -> ModelSi
         vocab_size=number("vocab_size"),
         max_context=number("max_position_embeddings"),
         tied_embeddings=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
-        qkv_bias=model_type == "qwen2" or bool(text.get("attention_bias")),
+        qkv_bias=model_type == "qwen2" or bool(text.get("attention_bias", model_type == "gpt_oss")),
+        out_bias=bool(text.get("attention_bias", model_type == "gpt_oss")),
+        sinks=model_type == "gpt_oss",
+        expert_bias=model_type == "gpt_oss",
         qk_norm=model_type.startswith("qwen3"),
         num_experts=num_experts,
         experts_per_token=number("num_experts_per_tok") if num_experts else 0,
@@ -141,14 +150,17 @@ def base_parameters(sizes: ModelSizes, split: Split) -> dict[str, int]:
     dense, expert = _stage_layers(sizes, split)
     q, kv = sizes.q_size // tp, split.kv_heads(sizes) * sizes.head_dim
     attention = hidden * (2 * q + 2 * kv) + (q + 2 * kv if sizes.qkv_bias else 0)
+    attention += (hidden if sizes.out_bias else 0) + (sizes.num_heads // tp if sizes.sinks else 0)
+    per_expert = 3 * hidden * sizes.expert_ffn_size
+    per_expert += 2 * sizes.expert_ffn_size + hidden if sizes.expert_bias else 0
     norms = 2 * hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)
     table = split.vocab_rows(sizes) * hidden
     tables = 1 if split.pp_size > 1 or sizes.tied_embeddings else 2
     return {
         "attention": layers * attention,
         "mlp": dense * 3 * hidden * sizes.ffn_size // tp,
-        "experts": expert * (sizes.num_experts // split.ep_size) * 3 * hidden * sizes.expert_ffn_size,
-        "router": expert * sizes.num_experts * hidden,
+        "experts": expert * (sizes.num_experts // split.ep_size) * per_expert,
+        "router": expert * sizes.num_experts * (hidden + sizes.expert_bias),
         "norms": layers * norms + hidden,
         "embeddings": tables * table,
     }

@@ -21,13 +21,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
 from .rope import RotaryTable, rotate
+from .ruled_attention import PLAIN, Rule, ruled_attention
 
 
 class AttentionCache(Protocol):
     """What decoding plugs in: it stores the new keys and values and attends over all stored ones."""
 
     def attend(
-        self, layer_number: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: PackedContext, /
+        self, layer_number: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: PackedContext, /, *, rule: Rule
     ) -> Tensor:
         """Return [T, H, K]. layer_number counts from 1; q and k are already rotated to context.positions_T."""
         ...
@@ -79,6 +80,9 @@ class PackedAttention(nn.Module):
         super().__init__()
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
+        # Of the architecture; model.py sets them before weights are loaded.
+        self.window: int | None = None
+        self.sinks_H: nn.Parameter | None = None
 
     def forward(
         self,
@@ -95,17 +99,19 @@ class PackedAttention(nn.Module):
         assert context.cos_T1K is not None and context.sin_T1K is not None
         q_THK = rotate(q_THK, context.cos_T1K, context.sin_T1K)
         k_TGK = rotate(k_TGK, context.cos_T1K, context.sin_T1K)
+        rule = Rule(self.softmax_scale, self.window, self.sinks_H)
         if context.cache is not None:
-            out_THK = context.cache.attend(self.layer_number, q_THK, k_TGK, v_TGK, context)
+            out_THK = context.cache.attend(self.layer_number, q_THK, k_TGK, v_TGK, context, rule=rule)
         else:
-            out_THK = packed_attention(q_THK, k_TGK, v_TGK, context, self.softmax_scale)
+            out_THK = packed_attention(q_THK, k_TGK, v_TGK, context, rule)
         return out_THK.flatten(-2)
 
 
-def packed_attention(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: PackedContext, scale: float | None = None
-) -> Tensor:
+def packed_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: PackedContext, rule: Rule = PLAIN) -> Tensor:
     """Causal attention within each sequence of the context; q and k are rotated. Returns [T, H, K]."""
+    scale = rule.scale
+    if not rule.is_plain:
+        return ruled_attention(q_THK, k_TGK, v_TGK, context.bounds, rule)
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
         return _varlen_attention(q_THK, k_TGK, v_TGK, context, scale)
     return _attention_by_sequence(q_THK, k_TGK, v_TGK, context.bounds, scale)

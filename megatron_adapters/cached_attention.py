@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .attention import PackedContext, packed_attention
 from .kv_cache import Lane, LaneGroup
+from .ruled_attention import PLAIN, Rule, ruled_decode
 
 _LENGTH_STEP = 32  # keys are read in whole steps: few distinct shapes, and masks aligned as CUDA kernels want them
 
@@ -36,7 +37,14 @@ class PrefillAttention:
         self._lanes = lanes
 
     def attend(
-        self, layer_number: int, query_TQD: Tensor, key_THD: Tensor, value_THD: Tensor, context: PackedContext
+        self,
+        layer_number: int,
+        query_TQD: Tensor,
+        key_THD: Tensor,
+        value_THD: Tensor,
+        context: PackedContext,
+        *,
+        rule: Rule = PLAIN,
     ) -> Tensor:
         """An `AttentionCache` of attention.py. Returns [T, Q, D]."""
         layer = layer_number - 1
@@ -44,7 +52,7 @@ class PrefillAttention:
             for lane in lanes:
                 lane.group.keys_RHCD[layer][lane.row, :, : end - start] = key_THD[start:end].transpose(0, 1)
                 lane.group.values_RHCD[layer][lane.row, :, : end - start] = value_THD[start:end].transpose(0, 1)
-        return packed_attention(query_TQD, key_THD, value_THD, context)
+        return packed_attention(query_TQD, key_THD, value_THD, context, rule)
 
 
 @dataclass
@@ -87,7 +95,14 @@ class DecodeAttention:
             step.group.mask_RC[step.lane_rows_N, step.positions_N] = 0
 
     def attend(
-        self, layer_number: int, query_TQD: Tensor, key_THD: Tensor, value_THD: Tensor, context: PackedContext
+        self,
+        layer_number: int,
+        query_TQD: Tensor,
+        key_THD: Tensor,
+        value_THD: Tensor,
+        context: PackedContext,
+        *,
+        rule: Rule = PLAIN,
     ) -> Tensor:
         """Store the new keys and values and attend to all cached ones; an `AttentionCache` of attention.py.
 
@@ -106,6 +121,17 @@ class DecodeAttention:
             values_RHCD[step.lane_rows_N, :, step.positions_N] = value_THD[step.batch_rows_N]
             num_lanes = len(step.lane_rows_N)
             query_NHGD = query_TQD[step.batch_rows_N].view(num_lanes, num_kv_heads, -1, head_dim)
+            if not rule.is_plain:
+                out_NHGD = ruled_decode(
+                    query_NHGD,
+                    keys_RHCD[:num_lanes, :, : step.used],
+                    values_RHCD[:num_lanes, :, : step.used],
+                    mask_NL=step.group.mask_RC[:num_lanes, : step.used],
+                    positions_N=step.positions_N,
+                    rule=rule,
+                )
+                out_TQD[step.batch_rows_N] = out_NHGD.reshape(num_lanes, num_heads, head_dim)
+                continue
             out_NHGD = F.scaled_dot_product_attention(
                 query_NHGD,
                 keys_RHCD[:num_lanes, :, : step.used],
@@ -113,6 +139,7 @@ class DecodeAttention:
                 attn_mask=step.group.mask_RC[:num_lanes, None, None, : step.used].expand(
                     num_lanes, 1, query_NHGD.shape[2], step.used
                 ),
+                scale=rule.scale,
             )
             out_TQD[step.batch_rows_N] = out_NHGD.reshape(num_lanes, num_heads, head_dim)
         return out_TQD

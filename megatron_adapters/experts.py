@@ -18,12 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import LoraPair, LoraWeights
+from .families import Experts
 from .grouped import Groups, frozen_grouped, grouped
 from .projections import expert_path
 
 
 class StackedExperts(nn.Module):
-    """`gate_up_EGD` [E, 2F, D] (gate above up) and `down_EDF` [E, D, F]."""
+    """`gate_up_EGD` [E, 2F, D] (gate above up) and `down_EDF` [E, D, F]; where experts have biases, `gate_up_bias_EG`
+    and `down_bias_ED` too.
+    """
 
     def __init__(
         self,
@@ -31,17 +34,21 @@ class StackedExperts(nn.Module):
         layer: int,
         num_local: int,
         hidden_size: int,
-        ffn_size: int,
+        experts: Experts,
         dtype: torch.dtype,
         device: torch.device | None,
     ) -> None:
         super().__init__()
+        ffn_size = experts.ffn_size
 
         def frozen(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
         self.gate_up_EGD = frozen(num_local, 2 * ffn_size, hidden_size)
         self.down_EDF = frozen(num_local, hidden_size, ffn_size)
+        self.gate_up_bias_EG = frozen(num_local, 2 * ffn_size) if experts.bias else None
+        self.down_bias_ED = frozen(num_local, hidden_size) if experts.bias else None
+        self.swiglu_alpha, self.swiglu_limit = experts.swiglu_alpha, experts.swiglu_limit
         self.paths = tuple(expert_path(layer, name) for name in ("gate_proj", "up_proj", "down_proj"))
 
     # Views made once: frozen_linear.py remembers how it laid out a matrix by the tensor object.
@@ -62,11 +69,24 @@ class StackedExperts(nn.Module):
         """
         gate, up, down = self.paths
         gate_up_NG = frozen_grouped(x_ND, self.gate_up_EGD, self._gate_up, groups)
+        expert_N = None if self.gate_up_bias_EG is None else groups.expert_of_row(len(x_ND))
+        if self.gate_up_bias_EG is not None:
+            gate_up_NG = gate_up_NG + self.gate_up_bias_EG[expert_N]
         rows = _Rows(groups, table, numbers_N)
         gate_NF, up_NF = gate_up_NG.chunk(2, dim=-1)
         gate_NF, up_NF = rows.adapted(gate_NF, x_ND, gate), rows.adapted(up_NF, x_ND, up)
-        act_NF = F.silu(gate_NF) * up_NF
-        return rows.adapted(frozen_grouped(act_NF, self.down_EDF, self._down, groups), act_NF, down)
+        act_NF = self._gated(gate_NF, up_NF)
+        out_ND = frozen_grouped(act_NF, self.down_EDF, self._down, groups)
+        if self.down_bias_ED is not None:
+            out_ND = out_ND + self.down_bias_ED[expert_N]
+        return rows.adapted(out_ND, act_NF, down)
+
+    def _gated(self, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+        if self.swiglu_alpha is None:
+            return F.silu(gate_NF) * up_NF
+        gate_NF = gate_NF.clamp(max=self.swiglu_limit)
+        up_NF = up_NF.clamp(min=-self.swiglu_limit, max=self.swiglu_limit)
+        return gate_NF * torch.sigmoid(gate_NF * self.swiglu_alpha) * (up_NF + 1)
 
 
 class _Rows:

@@ -54,7 +54,7 @@ def transformer_config(arch: Architecture, layout: Layout, dtype: torch.dtype, *
         qk_layernorm=arch.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
+        add_bias_linear=arch.out_bias,  # of the attention's output, and of dense MLPs: no family has both
         add_qkv_bias=arch.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -64,22 +64,31 @@ def build_gpt(
         # megatron-core counts as if all stages had equally many.
         layer.layer_number = layers[index] + 1
         # Attention counts the layers of its stage, as a cache does that holds those alone.
-        layer.self_attention.core_attention.layer_number = index + 1
+        attention = layer.self_attention.core_attention
+        attention.layer_number = index + 1
+        attention.window = arch.window if layers[index] in arch.window_layers else None
+        if arch.sinks:
+            heads = arch.num_heads // layout.tp_size
+            attention.sinks_H = nn.Parameter(torch.empty(heads, dtype=dtype, device=_device(on_cpu)))
         if layers[index] in arch.expert_layers:
             layer.mlp = _experts(arch, layers[index], layout, dtype, on_cpu=on_cpu)
     gpt.requires_grad_(False)
     return gpt
 
 
+def _device(on_cpu: bool) -> torch.device | None:
+    """None is torch's current default, which may be the meta device."""
+    return None if on_cpu else torch.device("cuda")
+
+
 def _experts(arch: Architecture, layer: int, layout: Layout, dtype: torch.dtype, *, on_cpu: bool) -> MoeMlp:
     assert arch.experts is not None
-    # None is torch's current default, which may be the meta device.
-    where: dict[str, Any] = {"dtype": dtype, "device": None if on_cpu else torch.device("cuda")}
+    where: dict[str, Any] = {"dtype": dtype, "device": _device(on_cpu)}
     stacked = StackedExperts(
         layer=layer,
         num_local=arch.experts.count // layout.ep_size,
         hidden_size=arch.hidden_size,
-        ffn_size=arch.experts.ffn_size,
+        experts=arch.experts,
         **where,
     )
     return MoeMlp(Router(arch.experts, arch.hidden_size, **where), stacked)

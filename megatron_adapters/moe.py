@@ -32,11 +32,13 @@ class Router(nn.Module):
         super().__init__()
         weight = torch.empty(experts.count, hidden_size, dtype=dtype, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
+        bias = torch.empty(experts.count, dtype=dtype, device=device) if experts.router_bias else None
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.experts = experts
 
     def forward(self, x_LD: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts int64 [L, K], most probable first, and their weights [L, K], dtype of x."""
-        probabilities_LE = frozen_linear(x_LD, self.weight).softmax(dim=-1, dtype=torch.float32)
+        probabilities_LE = frozen_linear(x_LD, self.weight, self.bias).softmax(dim=-1, dtype=torch.float32)
         weights_LK, chosen_LK = probabilities_LE.topk(self.experts.top_k, dim=-1)
         if self.experts.normalize_weights:
             weights_LK = weights_LK / weights_LK.sum(dim=-1, keepdim=True)

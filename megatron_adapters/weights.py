@@ -7,7 +7,7 @@ with what the architecture requires, so that a wrong folder fails at once and wi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tinker_hpc.errors import WeightsError
 
+from .expected_tensors import expected_shapes
 from .experts import StackedExperts
 from .families import Architecture
 from .interface import Layout
@@ -39,6 +40,10 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
 
+    def entry(self, name: str, index: int) -> Tensor:
+        """Entry `index` of the first dimension of tensor `name`; only that is read from disk."""
+        return self._file_of[name].get_slice(name)[index : index + 1][0]
+
     def read(self, name: str, dim: int | None = None, part: int = 0, parts: int = 1) -> Tensor:
         """Tensor `name`, or slice `part` of `parts` along `dim`; only that slice is read from disk.
 
@@ -51,46 +56,6 @@ class Checkpoint:
         size = -(-whole // parts)
         start, end = part * size, min((part + 1) * size, whole)
         return view[start:end] if dim == 0 else view[:, start:end]
-
-
-def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor a checkpoint of this architecture must hold, with its full shape."""
-    hidden, ffn, q, kv = arch.hidden_size, arch.ffn_size, arch.q_size, arch.kv_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (arch.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not arch.tied_embeddings:
-        shapes["lm_head.weight"] = (arch.vocab_size, hidden)
-    for layer in range(arch.num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes |= {
-            f"{prefix}input_layernorm.weight": (hidden,),
-            f"{prefix}post_attention_layernorm.weight": (hidden,),
-            f"{prefix}self_attn.q_proj.weight": (q, hidden),
-            f"{prefix}self_attn.k_proj.weight": (kv, hidden),
-            f"{prefix}self_attn.v_proj.weight": (kv, hidden),
-            f"{prefix}self_attn.o_proj.weight": (hidden, q),
-        }
-        if layer in arch.expert_layers and arch.experts is not None:
-            shapes[f"{prefix}mlp.gate.weight"] = (arch.experts.count, hidden)
-            for expert in range(arch.experts.count):
-                shapes |= _mlp_shapes(f"{prefix}mlp.experts.{expert}.", hidden, arch.experts.ffn_size)
-        else:
-            shapes |= _mlp_shapes(f"{prefix}mlp.", hidden, ffn)
-        if arch.qkv_bias:
-            shapes |= {f"{prefix}self_attn.{x}_proj.bias": (n,) for x, n in (("q", q), ("k", kv), ("v", kv))}
-        if arch.qk_norm:
-            shapes |= {f"{prefix}self_attn.{x}_norm.weight": (arch.head_dim,) for x in "qk"}
-    return shapes
-
-
-def _mlp_shapes(prefix: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{prefix}gate_proj.weight": (ffn, hidden),
-        f"{prefix}up_proj.weight": (ffn, hidden),
-        f"{prefix}down_proj.weight": (hidden, ffn),
-    }
 
 
 def check_tensors(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -175,22 +140,48 @@ def load_weights(model: Any, folder: Path, arch: Architecture, layout: Layout, p
             attention.q_layernorm.weight.copy_(whole(f"{prefix}self_attn.q_norm.weight"))
             attention.k_layernorm.weight.copy_(whole(f"{prefix}self_attn.k_norm.weight"))
         attention.linear_proj.weight.copy_(columns(f"{prefix}self_attn.o_proj.weight"))
+        if arch.out_bias:
+            attention.linear_proj.bias.copy_(whole(f"{prefix}self_attn.o_proj.bias"))
+        if arch.sinks:
+            attention.core_attention.sinks_H.copy_(rows(f"{prefix}self_attn.sinks"))
         if isinstance(layer.mlp, MoeMlp):
-            layer.mlp.router.weight.copy_(whole(f"{prefix}mlp.gate.weight"))
-            _load_experts(layer.mlp.experts, whole, f"{prefix}mlp.experts.", place.ep_rank)
+            assert arch.experts is not None
+            router = f"{prefix}mlp.{arch.experts.router_name}."
+            layer.mlp.router.weight.copy_(whole(f"{router}weight"))
+            if layer.mlp.router.bias is not None:
+                layer.mlp.router.bias.copy_(whole(f"{router}bias"))
+            load = _load_fused_experts if arch.experts.fused else _load_experts
+            share = arch.experts.count // layout.ep_size
+            mine = range(place.ep_rank * share, (place.ep_rank + 1) * share)
+            load(layer.mlp.experts, checkpoint, f"{prefix}mlp.experts.", mine)
         else:
             fc1 = torch.cat([rows(f"{prefix}mlp.gate_proj.weight"), rows(f"{prefix}mlp.up_proj.weight")])
             layer.mlp.linear_fc1.weight.copy_(fc1)
             layer.mlp.linear_fc2.weight.copy_(columns(f"{prefix}mlp.down_proj.weight"))
 
 
-def _load_experts(experts: StackedExperts, whole: Callable[[str], Tensor], prefix: str, ep_rank: int) -> None:
-    num_local, _, ffn = experts.down_EDF.shape
-    for local in range(num_local):
-        name = f"{prefix}{ep_rank * num_local + local}"
+def _load_experts(experts: StackedExperts, checkpoint: Checkpoint, prefix: str, mine: range) -> None:
+    """Three tensors [out, in] for each expert."""
+    ffn, whole = experts.down_EDF.shape[2], checkpoint.read
+    for local, expert in enumerate(mine):
+        name = f"{prefix}{expert}"
         experts.gate_up_EGD[local, :ffn].copy_(whole(f"{name}.gate_proj.weight"))
         experts.gate_up_EGD[local, ffn:].copy_(whole(f"{name}.up_proj.weight"))
         experts.down_EDF[local].copy_(whole(f"{name}.down_proj.weight"))
+
+
+def _load_fused_experts(experts: StackedExperts, checkpoint: Checkpoint, prefix: str, mine: range) -> None:
+    """Tensors [count, in, out] for all experts, gate and up taking turns in the last dimension."""
+    ffn = experts.down_EDF.shape[2]
+    for local, expert in enumerate(mine):
+        gate_up_DG = checkpoint.entry(f"{prefix}gate_up_proj", expert)
+        experts.gate_up_EGD[local, :ffn].copy_(gate_up_DG[:, ::2].t())
+        experts.gate_up_EGD[local, ffn:].copy_(gate_up_DG[:, 1::2].t())
+        experts.down_EDF[local].copy_(checkpoint.entry(f"{prefix}down_proj", expert).t())
+        if experts.gate_up_bias_EG is not None and experts.down_bias_ED is not None:
+            bias_G = checkpoint.entry(f"{prefix}gate_up_proj_bias", expert)
+            experts.gate_up_bias_EG[local].copy_(torch.cat((bias_G[::2], bias_G[1::2])))
+            experts.down_bias_ED[local].copy_(checkpoint.entry(f"{prefix}down_proj_bias", expert))
 
 
 def interleave_qkv(q: Tensor, k: Tensor, v: Tensor, *, groups: int) -> Tensor:

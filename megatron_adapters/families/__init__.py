@@ -12,13 +12,13 @@ from typing import Any
 
 from tinker_hpc.errors import ConfigError
 
-from . import llama, qwen2, qwen3, qwen3_moe
+from . import gpt_oss, llama, qwen2, qwen3, qwen3_moe
 from .architecture import Architecture, Experts, as_ids
 from .layouts import check_layout
 
 __all__ = ["FAMILIES", "Architecture", "Experts", "architecture", "check_layout", "read_architecture", "read_hf_config"]
 
-FAMILIES = {family.MODEL_TYPE: family for family in (llama, qwen2, qwen3, qwen3_moe)}
+FAMILIES = {family.MODEL_TYPE: family for family in (gpt_oss, llama, qwen2, qwen3, qwen3_moe)}
 """model_type of config.json -> its module"""
 
 

@@ -20,6 +20,18 @@ class Experts:
     ffn_size: int
     normalize_weights: bool
     """the weights of a token's chosen experts are scaled to sum to 1 (norm_topk_prob)"""
+    router_name: str = "gate"
+    """what a checkpoint calls the router"""
+    router_bias: bool = False
+    """added to the router's logits"""
+    bias: bool = False
+    """on gate, up and down of every expert"""
+    fused: bool = False
+    """a checkpoint holds one tensor [count, in, out] for all experts of a layer, gate and up interleaved, and not three
+    [out, in] for each"""
+    swiglu_alpha: float | None = None
+    """gate * sigmoid(alpha * gate) * (up + 1), gate and up clamped at swiglu_limit; None: silu(gate) * up"""
+    swiglu_limit: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,13 @@ class Architecture:
     qkv_bias: bool
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
+    out_bias: bool = False
+    """on the attention's output"""
+    sinks: bool = False
+    """see ruled_attention.py"""
+    window: int | None = None
+    """tokens that a token of `window_layers` sees, itself included"""
+    window_layers: frozenset[int] = frozenset()
     experts: Experts | None = None
     expert_layers: frozenset[int] = frozenset()
     """layers (from 0) whose MLP is a mixture of experts; the others are dense"""
@@ -53,15 +72,18 @@ class Architecture:
         return self.num_kv_heads * self.head_dim
 
 
-def decoder(hf_config: Any, *, qkv_bias: bool = False, qk_norm: bool = False, **more: Any) -> Architecture:
+def decoder(
+    hf_config: Any, *, knows: tuple[str, ...] = (), qkv_bias: bool = False, qk_norm: bool = False, **more: Any
+) -> Architecture:
     """The architecture of a decoder that names its sizes as Llama does.
 
     Args:
         hf_config: a transformers configuration.
+        knows: switches that the family reads itself, and that are refused elsewhere.
         more: further fields of `Architecture`, or others than Llama's.
     Raises: ConfigError for a switch we do not implement; better than wrong numbers.
     """
-    _refuse_unsupported(hf_config)
+    _refuse_unsupported(hf_config, knows)
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     fields: dict[str, Any] = {
         "model_type": hf_config.model_type,
@@ -88,12 +110,12 @@ def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _refuse_unsupported(hf_config: Any) -> None:
+def _refuse_unsupported(hf_config: Any, knows: tuple[str, ...]) -> None:
     rope = getattr(hf_config, "rope_parameters", None) or {}
     problems = []
     if getattr(hf_config, "hidden_act", "silu") != "silu":
         problems.append(f"hidden_act {hf_config.hidden_act!r} (only silu)")
-    if getattr(hf_config, "attention_bias", False):
+    if getattr(hf_config, "attention_bias", False) and "attention_bias" not in knows:
         problems.append("attention_bias true")
     if getattr(hf_config, "mlp_bias", False):
         problems.append("mlp_bias true")
@@ -101,8 +123,19 @@ def _refuse_unsupported(hf_config: Any) -> None:
         problems.append("use_sliding_window true")
     if rope.get("rope_type", "default") not in ROPE_TYPES:
         problems.append(f"rope_type {rope['rope_type']!r} (only {', '.join(ROPE_TYPES)})")
+    if quantization := getattr(hf_config, "quantization_config", None):
+        raise ConfigError(
+            f"this {hf_config.model_type} model is stored quantised ({_method(quantization)}), and only plain numbers "
+            "are read. Give a bfloat16 version of it, or make one: load it with transformers (for mxfp4 with "
+            "Mxfp4Config(dequantize=True)) and save_pretrained it into another folder."
+        )
     if problems:
         raise ConfigError(
             f"this {hf_config.model_type} model uses {'; '.join(problems)}, which is not implemented. "
             "Choose another base model."
         )
+
+
+def _method(quantization: Any) -> str:
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return str(getattr(method, "value", method))

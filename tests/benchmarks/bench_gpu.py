@@ -61,8 +61,8 @@ SMALL: dict[str, Any] = {
 
 def write_model(config_json: dict[str, Any], folder: Path) -> Path:
     """A model folder whose weights are one sparse file of zeros, bfloat16, in the checkpoint's own names."""
+    from megatron_adapters.expected_tensors import expected_shapes
     from megatron_adapters.families import read_architecture
-    from megatron_adapters.weights import expected_shapes
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_json))

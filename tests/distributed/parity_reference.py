@@ -15,13 +15,21 @@ import numpy as np
 import torch
 from peft_stacks import PeftParameters, random_adapter
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 LENGTHS = (17, 9, 31, 6)  # 63 tokens: odd, so tensor parallelism has to pad
 VOCAB = 128
 RANK = 8
 ADAM = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12, "weight_decay": 0.1, "grad_clip_norm": 1.0}
 STEPS = 5
+ADAPTER_FILE = "adapter_model.safetensors"
 MLP_TARGETS = ["gate_proj", "up_proj", "down_proj"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 
@@ -63,8 +71,29 @@ CONFIGS: dict[str, Any] = {
     # Weights that are not scaled to sum to 1, and A and B of its own for every expert.
     "qwen3_moe_per_expert": lambda: Qwen3MoeConfig(**_SIZES, **_EXPERTS, norm_topk_prob=False, decoder_sparse_step=1),
 }
+# Sinks, a window shorter than the sequences in every second layer, biases everywhere, a clamp that bites; at 1.0 it
+# bites so often that rounding puts elements on its other side, whose derivatives then differ, within five steps.
+_GPT_OSS: dict[str, Any] = {
+    "intermediate_size": 48,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "head_dim": 32,
+    "sliding_window": 7,
+    "swiglu_limit": 2.0,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 500.0,
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 16,
+    },
+}
+MORE_CONFIGS: dict[str, Any] = {"gpt_oss": lambda: GptOssConfig(**(_SIZES | _GPT_OSS))}
+"""Families whose experts peft adapts as parameters only (target_parameters): under fewer layouts, to save time."""
 DENSE = tuple(name for name in CONFIGS if "moe" not in name)
-EXPERTS = tuple(name for name in CONFIGS if "moe" in name)
+EXPERTS = (*(name for name in CONFIGS if "moe" in name), *MORE_CONFIGS)
 
 
 @dataclass(frozen=True)
@@ -104,6 +133,8 @@ def build(family: str, folder: Path) -> Reference:
 
     model_folder, adapter_folder = folder / "model", folder / "adapter"
     _save_random_model(family, model_folder)
+    if family in MORE_CONFIGS:
+        return _reference(family, folder, *_with_parameters(family, model_folder, adapter_folder))
     targets = [name for name in TARGETS if family in DENSE or name not in MLP_TARGETS]
     config = LoraConfig(r=RANK, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
@@ -118,12 +149,50 @@ def build(family: str, folder: Path) -> Reference:
     num_experts, shared = getattr(model.config, "num_experts", 0), family == "qwen3_moe"
     if num_experts:
         model = _with_experts(model_folder, adapter_folder, generator, shared=shared)
+    return _reference(family, folder, model, PeftParameters(model, num_experts, shared=shared))
+
+
+def _reference(family: str, folder: Path, model: Any, parameters: PeftParameters) -> Reference:
     logits = [logits_of(model, sequence.tokens) for sequence in sequences()]
-    parameters = PeftParameters(model, num_experts, shared=shared)
     _loss(model).backward()
     grads = parameters.grads()
     losses, norms = _train(model, parameters)
-    return Reference(family, model_folder, adapter_folder, logits, grads, losses, norms)
+    return Reference(family, folder / "model", folder / "adapter", logits, grads, losses, norms)
+
+
+def _with_parameters(family: str, model_folder: Path, adapter_folder: Path) -> tuple[Any, PeftParameters]:
+    """peft on the attention's linears and on the experts' fused parameters; the same matrices, shared-outer, in
+    `adapter_folder` by the names Tinker gives them.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    base = load_transformers(model_folder)
+    fused = r".*\.gate_up_proj"
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=32,
+        target_modules=[name for name in TARGETS if name not in MLP_TARGETS],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        rank_pattern={fused: 2 * RANK},
+        alpha_pattern={fused: 64},
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, config)
+    parameters = PeftParameters(model, base.config.num_local_experts, shared=True, interleaved=family == "gpt_oss")
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in parameters.parameters.values():
+            parameter.zero_()  # gate's and up's halves have nothing of each other
+        parameters.write(
+            {key: torch.randn(x.shape, generator=generator) * 0.05 for key, x in parameters.values().items()}
+        )
+    adapter_folder.mkdir()
+    save_file({key: x.contiguous() for key, x in parameters.values().items()}, adapter_folder / ADAPTER_FILE)
+    saved = {"peft_type": "LORA", "r": RANK, "lora_alpha": 32, "target_modules": TARGETS}
+    (adapter_folder / "adapter_config.json").write_text(json.dumps(saved))
+    return model, parameters
 
 
 def _with_experts(model_folder: Path, adapter_folder: Path, generator: torch.Generator, *, shared: bool) -> Any:
@@ -187,11 +256,13 @@ def _train(model: Any, parameters: PeftParameters) -> tuple[list[float], list[fl
 
 def _save_random_model(family: str, folder: Path) -> None:
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]())
+    model = AutoModelForCausalLM.from_config((CONFIGS | MORE_CONFIGS)[family]())
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms are initialised to one and biases to zero, which would hide mistakes
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif name.endswith("_bias"):
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
     if family.endswith("_bf16"):
         model = model.to(torch.bfloat16)
     # Several files and an index, as large models have them.

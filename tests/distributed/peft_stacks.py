@@ -27,10 +27,12 @@ class PeftParameters:
     shared: sum gradients over experts, and write one matrix to all, for the factors that "shared-outer" shares.
     """
 
-    def __init__(self, model: Any, num_experts: int, *, shared: bool) -> None:
+    def __init__(self, model: Any, num_experts: int, *, shared: bool, interleaved: bool = False) -> None:
+        """interleaved: gate and up take turns in the fused matrix (gpt-oss), else gate comes first."""
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.num_experts = num_experts
         self.shared = shared
+        self.interleaved = interleaved
 
     def values(self) -> dict[str, Tensor]:
         return {key: self._joined(key, view.detach()).clone() for key, view in self._views(lambda p: p.data)}
@@ -70,8 +72,11 @@ class PeftParameters:
                     yield f"{prefix}{key}.lora_A.weight", block
             else:
                 rank, width = stack.shape[2] // 2, stack.shape[1] // 2
-                yield f"{prefix}w1.lora_B.weight", stack[:, :width, :rank]
-                yield f"{prefix}w3.lora_B.weight", stack[:, width:, rank:]
+                rows = (
+                    (slice(0, None, 2), slice(1, None, 2)) if self.interleaved else (slice(width), slice(width, None))
+                )
+                yield f"{prefix}w1.lora_B.weight", stack[:, rows[0], :rank]
+                yield f"{prefix}w3.lora_B.weight", stack[:, rows[1], rank:]
 
     def _is_shared(self, key: str) -> bool:
         parts = key.split(".")

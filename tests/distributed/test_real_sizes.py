@@ -41,6 +41,8 @@ PLANNED = [
     ("Qwen3-235B-A22B", Machine(4, 8, 80)),
     ("Qwen3-235B-A22B", Machine(2, 8, 40)),  # TP 8 on 4 key-value heads, and two stages
     ("Llama-3.1-70B", Machine(1, 4, 80)),
+    ("gpt-oss-20b", Machine(1, 1, 80)),
+    ("gpt-oss-120b", Machine(1, 8, 80)),
     ("Qwen3-8B", Machine(1, 1, 80)),
     ("Qwen3-32B", Machine(2, 8, 80)),
 ]

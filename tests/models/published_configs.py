@@ -89,6 +89,41 @@ def _qwen3_moe(hidden: int, ffn: int, layers: int, heads: int, expert_ffn: int) 
     )
 
 
+def _gpt_oss(layers: int, experts: int) -> dict[str, Any]:
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": experts,
+        "num_experts_per_tok": 4,
+        "vocab_size": 201088,
+        "max_position_embeddings": 131072,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "attention_bias": True,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "eos_token_id": 200002,
+        "torch_dtype": "bfloat16",
+    }
+
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-3.2-1B": _llama(2048, 8192, 16, 32, 64, tied=True, factor=32.0),
     "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 128, tied=False, factor=8.0),
@@ -97,6 +132,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen3-32B": _qwen3(5120, 25600, 64, 64, 8),
     "Qwen3-30B-A3B": _qwen3_moe(2048, 6144, 48, 32, 768),
     "Qwen3-235B-A22B": _qwen3_moe(4096, 12288, 94, 64, 1536),
+    "gpt-oss-20b": _gpt_oss(24, 32),
+    "gpt-oss-120b": _gpt_oss(36, 128),
 }
 
 

@@ -33,6 +33,8 @@ BILLIONS = {
     "Qwen3-32B": 32.8,
     "Qwen3-30B-A3B": 30.5,
     "Qwen3-235B-A22B": 235.1,
+    "gpt-oss-20b": 20.91,
+    "gpt-oss-120b": 116.83,
 }
 
 
@@ -55,6 +57,8 @@ def test_parameters_of_the_base(name: str) -> None:
 def test_active_parameters() -> None:
     assert read_sizes(PUBLISHED["Qwen3-30B-A3B"]).num_active_parameters / 1e9 == pytest.approx(3.0, rel=0.03)
     assert read_sizes(PUBLISHED["Qwen3-235B-A22B"]).num_active_parameters / 1e9 == pytest.approx(21.5, rel=0.03)
+    assert read_sizes(PUBLISHED["gpt-oss-20b"]).num_active_parameters / 1e9 == pytest.approx(3.61, rel=0.01)
+    assert read_sizes(PUBLISHED["gpt-oss-120b"]).num_active_parameters / 1e9 == pytest.approx(5.13, rel=0.01)
     tied = read_sizes(PUBLISHED["Llama-3.2-1B"])
     assert tied.num_active_parameters == tied.num_parameters
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import GptOssConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from megatron_adapters.families import architecture, check_layout, read_architecture
@@ -18,7 +18,7 @@ from tinker_hpc.errors import ConfigError
 
 def test_an_unknown_model_type_is_told_the_supported_ones(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ConfigError, match=r"model_type 'gpt2'.*Supported: llama, qwen2, qwen3"):
+    with pytest.raises(ConfigError, match=r"model_type 'gpt2'.*Supported: gpt_oss, llama, qwen2, qwen3"):
         read_architecture(tmp_path)
 
 
@@ -40,6 +40,7 @@ def test_a_broken_config_is_refused(tmp_path: Path) -> None:
         (LlamaConfig(attention_bias=True), "attention_bias"),
         (LlamaConfig(mlp_bias=True), "mlp_bias"),
         (LlamaConfig(hidden_act="gelu"), "hidden_act 'gelu'"),
+        (GptOssConfig(quantization_config={"quant_method": "mxfp4"}), r"stored quantised \(mxfp4\).*dequantize=True"),
         (
             LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
             "rope_type 'dynamic'",

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_adapters.adapter_files import HostCopy, assemble, owned, peft_config, read_config
 from megatron_adapters.adapters import Adapter
+from megatron_adapters.expected_tensors import expected_shapes
 from megatron_adapters.families import Architecture, architecture
 from megatron_adapters.interface import Layout
 from megatron_adapters.placement import place_of, stage_layers
 from megatron_adapters.projections import projections, target_names
-from megatron_adapters.weights import Checkpoint, check_tensors, expected_shapes, interleave_qkv
+from megatron_adapters.weights import Checkpoint, check_tensors, interleave_qkv
 from tinker_hpc.errors import WeightsError
 
 TINY = {
@@ -44,13 +45,16 @@ MOE = Qwen3MoeConfig(
 )
 
 
+GPT_OSS = GptOssConfig(**TINY, head_dim=4, num_local_experts=4, num_experts_per_tok=2)
+
+
 @pytest.fixture
 def arch() -> Architecture:
     return architecture(Qwen3Config(**TINY, head_dim=4, tie_word_embeddings=False))
 
 
 @pytest.mark.parametrize(
-    "config", [Qwen3Config(**TINY, head_dim=4), Qwen2Config(**TINY), MOE], ids=["qwen3", "qwen2", "qwen3_moe"]
+    "config", [Qwen3Config(**TINY, head_dim=4), Qwen2Config(**TINY), MOE, GPT_OSS], ids=lambda config: config.model_type
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_expected_tensors_are_those_transformers_saves(config: Qwen3Config, tied: bool, tmp_path: Path) -> None:
