@@ -207,7 +207,7 @@ EOF
     local files="gpu[0-$last]"; [ "$GPUS" = 1 ] && files=gpu0
     echo "NodeName=$nl Name=gpu Type=$GPUTYPE File=$BASE/dev/$files" >"$ETC/slurm/gres.conf"; fi
   local sched="batch_sched_delay=0,sched_min_interval=0,sched_interval=5,bf_interval=2"
-  local timers="SlurmdTimeout=10 SlurmctldTimeout=10 KillWait=5 MinJobAge=120 BatchStartTimeout=10 MessageTimeout=10 CompleteWait=0"
+  local timers="SlurmdTimeout=10 SlurmctldTimeout=10 KillWait=20 MinJobAge=120 BatchStartTimeout=10 MessageTimeout=10 CompleteWait=0"
   local cred=,cred_expire=10
   [ "$SLOW" = 1 ] && { sched="" timers="" cred=""; }       # Slurm's own production defaults
   local usersig=''; [ "$USERSIG" = 1 ] && usersig=SlurmctldParameters=preempt_send_user_signal   # 22.05 spelling

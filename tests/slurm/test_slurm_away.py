@@ -98,21 +98,22 @@ def test_held_and_released_and_cancelled(cluster: SlurmCluster) -> None:
 
 @pytest.mark.slow
 def test_resumed_after_a_cancel(cluster: SlurmCluster, unharmed: Numbers) -> None:
-    """Cancelled, then resumed with another number of ranks: what was computed is not computed again, and the run goes
-    on as it would have, as far as another layout allows (1e-5)."""
+    """Cancelled, resumed with TP 2 over two nodes, cancelled there and resumed on one rank again: what was computed is
+    not computed again, and the run goes on as it would have, as far as other layouts allow (1e-5)."""
     run = train(cluster, pause_s=1.5)
     wait_for_steps(cluster, run, 3)
     refused = cluster.act("alice", "resume", run["run_id"])
     assert refused["error"] == "ConfigError" and "not over" in refused["message"]
-    cluster.act("alice", "cancel", run["run_id"])
-    assert cluster.act("alice", "result", run["run_id"])["error"] == "JobCancelledError"
-    nothing_left(cluster, run)
-    recovery = Recovery(cluster, run, "cancelled, then resumed on two ranks")
-    sizes = {"resources": {"ranks_per_node": 2, "tp_size": 2, "memory": "3G"}}
-    assert "error" not in cluster.act("alice", "resume", run["run_id"], json.dumps(sizes))
-    recovery.wait()
+    for num_nodes in (2, 1):
+        cluster.act("alice", "cancel", run["run_id"])
+        assert cluster.act("alice", "result", run["run_id"])["error"] == "JobCancelledError"
+        nothing_left(cluster, run)
+        recovery = Recovery(cluster, run, f"cancelled, then resumed with TP {num_nodes} on as many nodes")
+        sizes = {"nodes": num_nodes, "ranks_per_node": 1, "tp_size": num_nodes, "memory": "2G"}
+        assert "error" not in cluster.act("alice", "resume", run["run_id"], json.dumps({"resources": sizes}))
+        recovery.wait()
     resumed = numbers(cluster, run)
-    assert redone(cluster, run) == [0], "the job that was cancelled put its state away"
+    assert redone(cluster, run) == [0, 0], "each job that was cancelled put its state away, on every node"
     assert resumed.losses == pytest.approx(unharmed.losses, rel=1e-5)
     assert resumed.tensors.keys() == unharmed.tensors.keys()
     for name, values in resumed.tensors.items():

@@ -44,7 +44,7 @@ def test_why_a_future_waits(cluster: SlurmCluster) -> None:
             assert f"job {job_id}" in why
             assert "BeginTime: its start time is not reached" in status() and "queued since" in status()
             assert cluster.as_user("alice", "scontrol", "hold", job_id).returncode == 0
-            hears(f"JobHeldUser), job {job_id}: held; `scontrol release {job_id}` lets it go")
+            hears("JobHeldUser", f", job {job_id}: held; `scontrol release {job_id}` lets it go")
             cluster.slurm("scontrol", "hold", job_id)
             hears("JobHeldAdmin", "held by an administrator")
             assert "JobHeldAdmin: held by an administrator" in status()
