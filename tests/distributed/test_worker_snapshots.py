@@ -48,8 +48,14 @@ def kill(worker: WorkerUnderTest) -> None:
 
 
 def ask_to_end(worker: WorkerUnderTest) -> None:
-    """SIGTERM, as Slurm and the agent send it: to every rank. They put their state away, and end by the signal."""
+    """SIGTERM, as Slurm and the agent send it: to every rank, while a sample is under way. They put their state away,
+    and end by the signal."""
     assert not snapshots(worker)
+    under_way = worker.sample("base", seed=7, num_samples=8, max_tokens=100)
+    deadline = time.monotonic() + 60
+    while not any(under_way in record.header.get("seqs", ()) for record in worker.records):
+        assert time.monotonic() < deadline, worker.stderr
+        worker.poll()
     for process in worker.processes:
         process.terminate()
     assert {process.wait(60) for process in worker.processes} == {-signal.SIGTERM}, worker.stderr
@@ -186,6 +192,11 @@ def test_from_a_snapshot_equals_uninterrupted_to_the_bit(
     for key, values in tensors.items():
         assert values.tobytes() == expected_tensors[key].tobytes(), key
     assert starts(worker)[-1]["num_redo_batches"] > 10, "all in the log, and yet none was computed again:"
+    if end is ask_to_end:  # what was being sampled is begun anew, with the same draws
+        batches = [record.header for record in worker.records if record.header["op"] == "batch"]
+        under_way = [batch["seqs"][0] for batch in batches if batch["fence"] == 1][-1]
+        again = worker.ok(worker.sample("base", seed=7, num_samples=8, max_tokens=100))
+        assert numbers([worker.ok(under_way)]) == numbers([again])
     redone = [record.header["num_requests"] for record in worker.records if record.header["op"] == "redone"]
     assert redone == [0]
     assert len(worker.folder.metrics.read_text().splitlines()) == 6

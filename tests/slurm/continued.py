@@ -102,15 +102,20 @@ class Recovery:
 
     def wait(self, *, timeout_s: float = 150) -> float:
         cluster, run = self._cluster, self._run
+        outcome = cluster.run_folder(run["run_id"]) / "outcome.json"  # a run that is over has recovered, too
         before = self._before + 1  # one may have been on its way
         if not self._in_place:
             until(
-                lambda: cluster.events(run["run_id"]).count("worker_ready") > self._starts,
+                lambda: cluster.events(run["run_id"]).count("worker_ready") > self._starts or outcome.exists(),
                 timeout_s=timeout_s,
                 what=f"a worker after: {self._what}",
             )
             before = steps(cluster, self._steps_of)
-        until(lambda: steps(cluster, self._steps_of) > before, timeout_s=timeout_s, what=f"a step after: {self._what}")
+        until(
+            lambda: steps(cluster, self._steps_of) > before or outcome.exists(),
+            timeout_s=timeout_s,
+            what=f"a step after: {self._what}",
+        )
         seconds = time.monotonic() - self._struck_at
         print(f"\ntime to recover: {self._what}: {seconds:.1f} s")
         return seconds

@@ -126,17 +126,18 @@ def test_a_node_is_only_unreachable(cluster: SlurmCluster, unharmed: Numbers) ->
 
 def test_killed_one_by_one(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """Rank, agent, gateway, loop: each is replaced in place, the queue never hears of it. Then the supervisor."""
-    run = train(cluster)
+    run = train(cluster, program="steady_loop.py", pause_s=1.0)
     worker = str(cluster.run_folder(run["run_id"]) / "workers")
     victims = {
         "rank": f"-m tinker_hpc.worker --worker-dir {worker}",
         "agent": f"torch.distributed.run.*{worker}",
         "gateway": f"tinker_hpc.gateway.*{run['run_id']}",
-        "loop": "sft_loop.py",
+        "loop": "steady_loop.py",
     }
+    wait_for_steps(cluster, run, 1)
+    node = status_of(cluster, run)["nodes"][0]
     for who, pattern in victims.items():
-        wait_for_steps(cluster, run, steps(cluster, run) + 2)
-        node = status_of(cluster, run)["nodes"][0]
+        wait_for_steps(cluster, run, steps(cluster, run) + 1)
         recovery = Recovery(cluster, run, f"{who} killed", in_place=who != "agent")
         kill_processes(cluster, node, f"^[^ ]*python.*{pattern}")
         recovery.wait()

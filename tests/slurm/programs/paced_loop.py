@@ -18,10 +18,15 @@ from pathlib import Path
 from sft_loop import main
 
 
-def began_at() -> float:
-    """When this run's loop was started first (unix seconds); the key of a run's gateway is the same in all its jobs."""
+def note_of_run(what: str) -> Path:
+    """A file for all starts of this run's loop; the key of a run's gateway is the same in all its jobs."""
     run = hashlib.sha256(os.environ["TINKER_API_KEY"].encode()).hexdigest()[:16]
-    path = Path.home() / f".pace-{run}"
+    return Path.home() / f".{what}-{run}"
+
+
+def began_at() -> float:
+    """When this run's loop was started first (unix seconds)."""
+    path = note_of_run("pace")
     if not path.exists():
         path.write_text(str(time.time()))
     return float(path.read_text())
