@@ -76,7 +76,7 @@ def test_refused_at_once(cluster: SlurmCluster, options: dict[str, object], slur
     answer = cluster.submit("true", **options)
     assert answer["error"] == "SubmissionError"
     assert slurm_says.lower() in answer["message"].lower() and advice in answer["message"]
-    assert answer["took_s"] < 10
+    assert answer["took_s"] < 60, "not after retries"
     assert set((cluster.home("alice") / "tinker_hpc_data" / "runs").glob("*")) == before, "no job, so no run"
 
 

@@ -93,7 +93,6 @@ class Desk:
             if self._backlog < BACKLOG_BYTES:
                 self._read()
             if not self._redo.batches:
-                self._say_redone()
                 self._take_cancelled()
             batch = self._next_redo() if self._redo.batches else self._next_new()
             if self._rewound:
@@ -256,12 +255,17 @@ class Desk:
             self._redo.batches.popleft()
             runnable = self._runnable(requests)
             self._num_redone += sum(self._redo.is_answered(request) for request in runnable)
+            if not self._redo.batches:
+                self._say_redone()
             if runnable:
                 return Batch("sample" if runnable[0].header["op"] == "sample" else "train", tuple(runnable))
-        return None if self._rewound else self._next_new()
+        if self._rewound:
+            return None
+        self._say_redone()
+        return self._next_new()
 
     def _say_redone(self) -> None:
-        """Log, once, what it took to get back to where the worker before this one had been."""
+        """Log, once, what it takes to get back to where the worker before this one had been, all but the last batch."""
         if self._redo_began is not None:
             seconds = time.monotonic() - self._redo_began
             self._publish(Record({"op": "redone", "num_requests": self._num_redone, "seconds": seconds}))
