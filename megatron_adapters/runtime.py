@@ -72,7 +72,7 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
     Args:
         dtype: "float32" or "bfloat16"; None means bfloat16 on CUDA and float32 on CPU.
     Raises: ConfigError if the number of processes does not fit the layout, or the dtype is unknown.
-    Collectives: creates groups, so every rank must call it at the same point; a second call makes new groups.
+    Collectives: creates groups, so every rank must call it at the same point; a second call leaves the groups of the first.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != layout.world_size:
@@ -90,8 +90,7 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
         cpu_shims.install()
     if not dist.is_initialized():
         _join(world_size, cuda)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    _leave_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp_size,
         pipeline_model_parallel_size=layout.pp_size,
@@ -117,6 +116,20 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
         backward_group=_second_pipeline_group(layout) if layout.pp_size > 1 else forward_group,
         control_group=control_group,
     )
+
+
+def _leave_groups() -> None:
+    """Leave the groups of a layout before this one: each gloo group is a thread that polls at 100 Hz.
+
+    Collectives: a barrier over all ranks, so that nobody leaves in the middle of another's last exchange.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    parallel_state.destroy_model_parallel()
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):  # pyright: ignore[reportPrivateUsage]: torch lists them nowhere else
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def stop() -> None:
