@@ -33,8 +33,6 @@ HEAP_ON_CPU = 1.4
 """What tensors that come and go take in glibc's heap, as a multiple of their size: measured 1.28 to 1.56 on three
 models. With every block mapped by itself (MALLOC_MMAP_THRESHOLD_=65536, slower) the estimate without it is met within
 6 %."""
-HEAP_RECOMPUTING = 2.0
-"""The same where activations are computed again: measured 2.05. They come and go between inputs that stay."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def activation_bytes_per_token(sizes: ModelSizes, split: Split, job: Job) -> flo
         layers = sizes.num_layers * b * sizes.hidden_size / split.tp_size
     # Embedding and final norm on this rank's share of the tokens; the head's hidden states, and their gradient, on all.
     ends = (b + 4) * sizes.hidden_size / split.tp_size + 2 * b * sizes.hidden_size
-    return (layers + ends) * heap_factor(job)
+    return (layers + ends) * _heap(job)
 
 
 def attention_bytes(sizes: ModelSizes, split: Split, job: Job) -> float:
@@ -100,6 +98,8 @@ def attention_bytes(sizes: ModelSizes, split: Split, job: Job) -> float:
     hidden, q, kv = sizes.hidden_size, sizes.q_size, split.kv_heads(sizes) * sizes.head_dim * tp
     norms = 2 * (4 + b) * hidden / tp  # float32 input, and the output as the input of A
     qkv = b * (q + 2 * kv)  # one fused tensor; v is a view of it
+    if sizes.latent is not None:  # the vectors that heads are made of and their norms; keys are put together anew
+        qkv += (b + 4) * (sizes.latent.q_rank + sizes.latent.kv_rank)
     qk_norm = 0 if not sizes.qk_norm else b * q if b == 4 else 4 * (q + kv)  # float32 inputs
     rotated = b * (q + kv)
     if sizes.sinks:  # queries, and keys and values repeated for each of them, all a little wider
@@ -131,14 +131,14 @@ def workspace_bytes(sizes: ModelSizes, split: Split, job: Job, token_budget: int
     """The process, and what comes and goes while a micro-batch is computed."""
     b = job.bytes_per_number
     logits = min(LOGIT_CHUNK, token_budget * split.vocab_rows(sizes)) * (8 + b)
-    moving = max(logits, _layers_at_work(sizes, split, job) * token_budget) * heap_factor(job)
+    moving = max(logits, _layers_at_work(sizes, split, job) * token_budget) * _heap(job)
     return _process_bytes(job, alone=alone) + int(moving)
 
 
 def tokens_that_fit(sizes: ModelSizes, split: Split, job: Job, room: float, *, alone: bool) -> float:
     """The largest micro-batch whose activations and workspace take no more than `room` bytes; 0 if there is none."""
     left = room - _process_bytes(job, alone=alone)
-    kept, heap, vocab = activation_bytes_per_token(sizes, split, job), heap_factor(job), split.vocab_rows(sizes)
+    kept, heap, vocab = activation_bytes_per_token(sizes, split, job), _heap(job), split.vocab_rows(sizes)
     logit = (8 + job.bytes_per_number) * heap
     by_logits = left / (kept + vocab * logit)
     if by_logits * vocab > LOGIT_CHUNK:
@@ -157,16 +157,14 @@ def _process_bytes(job: Job, *, alone: bool) -> int:
     return int(process * GIB)
 
 
-def heap_factor(job: Job) -> float:
-    """What the allocator makes of tensors that come and go."""
-    if job.on_gpu:
-        return 1.0
-    return HEAP_RECOMPUTING if job.recompute else HEAP_ON_CPU
+def _heap(job: Job) -> float:
+    return 1.0 if job.on_gpu else HEAP_ON_CPU
 
 
 def cache_bytes_per_token(sizes: ModelSizes, split: Split, job: Job) -> int:
     """Keys and values of one cached token on one rank."""
-    return split.stage_layers(sizes) * 2 * split.kv_heads(sizes) * sizes.head_dim * job.bytes_per_number
+    dims = sizes.head_dim + (sizes.latent.value_dim if sizes.latent else sizes.head_dim)
+    return split.stage_layers(sizes) * split.kv_heads(sizes) * dims * job.bytes_per_number
 
 
 def memory(sizes: ModelSizes, split: Split, job: Job, token_budget: int, cache_tokens: int, *, alone: bool) -> Memory:

@@ -16,6 +16,28 @@ from tinker_hpc.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class LatentSizes:
+    """Widths of DeepSeek's latent attention; q_rank is 0 where queries come from the hidden state."""
+
+    q_rank: int
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+    def matrices(self, hidden: int, heads: int) -> list[tuple[int, int]]:
+        """Inputs and outputs of every matrix of a layer, with `heads` heads (a TP rank's)."""
+        q_size = heads * (self.nope_dim + self.rope_dim)
+        queries = [(hidden, self.q_rank), (self.q_rank, q_size)] if self.q_rank else [(hidden, q_size)]
+        return [
+            *queries,
+            (hidden, self.kv_rank + self.rope_dim),
+            (self.kv_rank, heads * (self.nope_dim + self.value_dim)),
+            (heads * self.value_dim, hidden),
+        ]
+
+
+@dataclass(frozen=True)
 class ModelSizes:
     """Widths of one decoder, before any sharding."""
 
@@ -43,6 +65,10 @@ class ModelSizes:
     """A number per head in the softmax: attention by another path (megatron_adapters/ruled_attention.py)."""
     expert_bias: bool = False
     """On every expert and the router."""
+    shared_ffn_size: int = 0
+    """Of the MLP beside the experts."""
+    latent: LatentSizes | None = None
+    """Latent attention: head_dim is that of queries and keys, and every head has its own."""
 
     @property
     def q_size(self) -> int:
@@ -116,14 +142,19 @@ def read_sizes(config: Mapping[str, Any], where: str = "config.json") -> ModelSi
 
     num_layers, hidden, heads = number("num_hidden_layers"), number("hidden_size"), number("num_attention_heads")
     num_experts = number("num_experts", "num_local_experts", "n_routed_experts", otherwise=0)
+    expert_ffn = number("moe_intermediate_size", "intermediate_size") if num_experts else 0
+    latent = None
+    if "kv_lora_rank" in text:
+        names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        latent = LatentSizes(number("q_lora_rank", otherwise=0), *(number(name) for name in names))
     return ModelSizes(
         model_type=model_type,
         num_layers=num_layers,
         hidden_size=hidden,
         ffn_size=number("intermediate_size"),
         num_heads=heads,
-        num_kv_heads=number("num_key_value_heads", otherwise=heads),
-        head_dim=number("head_dim", otherwise=hidden // max(heads, 1)),
+        num_kv_heads=heads if latent else number("num_key_value_heads", otherwise=heads),
+        head_dim=latent.nope_dim + latent.rope_dim if latent else number("head_dim", otherwise=hidden // max(heads, 1)),
         vocab_size=number("vocab_size"),
         max_context=number("max_position_embeddings"),
         tied_embeddings=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
@@ -131,10 +162,13 @@ def read_sizes(config: Mapping[str, Any], where: str = "config.json") -> ModelSi
         out_bias=bool(text.get("attention_bias", model_type == "gpt_oss")),
         sinks=model_type == "gpt_oss",
         expert_bias=model_type == "gpt_oss",
+        # DeepSeek's; Qwen's shared expert (shared_expert_intermediate_size) belongs to families that are refused.
+        shared_ffn_size=number("n_shared_experts", otherwise=0) * expert_ffn,
+        latent=latent,
         qk_norm=model_type.startswith("qwen3"),
         num_experts=num_experts,
         experts_per_token=number("num_experts_per_tok") if num_experts else 0,
-        expert_ffn_size=number("moe_intermediate_size", "intermediate_size") if num_experts else 0,
+        expert_ffn_size=expert_ffn,
         num_dense_layers=_num_dense_layers(text, num_layers) if num_experts else num_layers,
     )
 
@@ -151,16 +185,20 @@ def base_parameters(sizes: ModelSizes, split: Split) -> dict[str, int]:
     q, kv = sizes.q_size // tp, split.kv_heads(sizes) * sizes.head_dim
     attention = hidden * (2 * q + 2 * kv) + (q + 2 * kv if sizes.qkv_bias else 0)
     attention += (hidden if sizes.out_bias else 0) + (sizes.num_heads // tp if sizes.sinks else 0)
+    norms = 2 * hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)
+    if sizes.latent is not None:
+        attention = sum(a * b for a, b in sizes.latent.matrices(hidden, sizes.num_heads // tp))
+        norms += sizes.latent.q_rank + sizes.latent.kv_rank
     per_expert = 3 * hidden * sizes.expert_ffn_size
     per_expert += 2 * sizes.expert_ffn_size + hidden if sizes.expert_bias else 0
-    norms = 2 * hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)
     table = split.vocab_rows(sizes) * hidden
     tables = 1 if split.pp_size > 1 or sizes.tied_embeddings else 2
     return {
         "attention": layers * attention,
-        "mlp": dense * 3 * hidden * sizes.ffn_size // tp,
+        "mlp": 3 * hidden * (dense * sizes.ffn_size + expert * sizes.shared_ffn_size) // tp,
         "experts": expert * (sizes.num_experts // split.ep_size) * per_expert,
-        "router": expert * sizes.num_experts * (hidden + sizes.expert_bias),
+        # A bias on the logits (gpt-oss), or one beside the scores (DeepSeek).
+        "router": expert * sizes.num_experts * (hidden + (sizes.expert_bias or sizes.latent is not None)),
         "norms": layers * norms + hidden,
         "embeddings": tables * table,
     }
@@ -188,9 +226,13 @@ def adapter_parameters(
     layers = split.stage_layers(sizes)
     dense, expert = _stage_layers(sizes, split)
     attention = (3 * hidden + q + 2 * kv) + (q + hidden)
+    if sizes.latent is not None:
+        attention = sum(a + b for a, b in sizes.latent.matrices(hidden, sizes.num_heads // tp))
     mlp = 3 * (hidden + sizes.ffn_size // tp)
     held = sizes.num_experts // split.ep_size
     experts = 3 * (held * hidden if per_expert else hidden) + 3 * held * sizes.expert_ffn_size
+    if sizes.shared_ffn_size:
+        experts += 3 * (hidden + sizes.shared_ffn_size // tp)
     return {
         "attention": rank * layers * attention * train_attn,
         "mlp": rank * (dense * mlp + expert * experts) * train_mlp,

@@ -154,7 +154,7 @@ def tp_fits(sizes: ModelSizes, tp_size: int) -> bool:
 
     More ranks than key-value heads hold copies of them; a vocabulary is padded.
     """
-    widths = (sizes.num_heads, sizes.ffn_size if sizes.num_dense_layers else 0)
+    widths = (sizes.num_heads, sizes.ffn_size if sizes.num_dense_layers else 0, sizes.shared_ffn_size)
     kv_heads = sizes.num_kv_heads % tp_size == 0 or tp_size % sizes.num_kv_heads == 0
     vocab = (tp_size - 1) * Split(tp_size).vocab_rows(sizes) < sizes.vocab_size
     return all(width % tp_size == 0 for width in widths) and kv_heads and vocab

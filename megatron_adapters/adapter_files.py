@@ -30,7 +30,7 @@ from .adapters import Adapter, LoraPair, LoraWeights, Shard, peft_key, shard_lay
 from .families import Architecture
 from .interface import Layout
 from .placement import Place, place_of, stage_layers
-from .projections import ATTENTION, EXPERT_NAMES, MLP, UNEMBED, projections
+from .projections import EXPERT_NAMES, MLP, UNEMBED, attention_names, projections
 from .runtime import Runtime, on_rank_zero
 from .weights import check_tensors
 
@@ -164,7 +164,8 @@ def read_config(folder: Path, arch: Architecture) -> AdapterConfig:
         found = file.shapes()
     paths = [key.removeprefix(PREFIX).removesuffix(SUFFIX_A) for key in found if key.endswith(SUFFIX_A)]
     present = {path.rsplit(".", 1)[-1] for path in paths}
-    targets = tuple(name for name in ATTENTION + MLP + UNEMBED if name in present or EXPERT_NAMES.get(name) in present)
+    known = attention_names(arch) + MLP + UNEMBED
+    targets = tuple(name for name in known if name in present or EXPERT_NAMES.get(name) in present)
     per_expert = any(found[key][0] > 1 for key in found if ".experts.w" in key and "w2" not in key and "lora_A" in key)
     per_expert |= any(found[key][0] > 1 for key in found if key.endswith(".experts.w2.lora_B.weight"))
     check_tensors(found, _expected_shapes(arch, targets, config["r"], per_expert), str(folder / WEIGHTS_FILE))

@@ -144,7 +144,7 @@ def _split(projection: Projection, letter: str, shape: tuple[int, ...], layout: 
     if projection.sharding == "expert":
         return ("ep", 0) if layout.ep_size > 1 and shape[0] > 1 else (None, None)
     split_letter, dim = ("B", 0) if projection.sharding == "column" else ("A", 1)
-    if layout.tp_size == 1 or letter != split_letter:
+    if layout.tp_size == 1 or letter != split_letter or projection.sharding == "whole":
         return None, None
     return "kv" if projection.heads is not None and projection.heads < layout.tp_size else "tp", dim
 

@@ -11,7 +11,7 @@ H local query heads, G local key-value heads, K head_dim.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -99,6 +99,10 @@ class PackedAttention(nn.Module):
         assert context.cos_T1K is not None and context.sin_T1K is not None
         q_THK = rotate(q_THK, context.cos_T1K, context.sin_T1K)
         k_TGK = rotate(k_TGK, context.cos_T1K, context.sin_T1K)
+        return self.attend(q_THK, k_TGK, v_TGK, context)
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: PackedContext) -> Tensor:
+        """As forward, of queries and keys that are rotated; values may have another head dim than they."""
         rule = Rule(self.softmax_scale, self.window, self.sinks_H)
         if context.cache is not None:
             out_THK = context.cache.attend(self.layer_number, q_THK, k_TGK, v_TGK, context, rule=rule)
@@ -109,7 +113,11 @@ class PackedAttention(nn.Module):
 
 def packed_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: PackedContext, rule: Rule = PLAIN) -> Tensor:
     """Causal attention within each sequence of the context; q and k are rotated. Returns [T, H, K]."""
-    scale = rule.scale
+    scale, value_dim = rule.scale, v_TGK.shape[-1]
+    if value_dim != q_THK.shape[-1]:  # most kernels want equal sizes
+        scale = rule.scale_of(q_THK.shape[-1])
+        v_TGK = F.pad(v_TGK, (0, q_THK.shape[-1] - value_dim))
+        return packed_attention(q_THK, k_TGK, v_TGK, context, replace(rule, scale=scale))[..., :value_dim]
     if not rule.is_plain:
         return ruled_attention(q_THK, k_TGK, v_TGK, context.bounds, rule)
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):

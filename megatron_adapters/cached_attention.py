@@ -114,7 +114,9 @@ class DecodeAttention:
         layer = layer_number - 1
         num_tokens, num_heads, head_dim = query_TQD.shape
         num_kv_heads = key_THD.shape[1]
-        out_TQD = torch.zeros_like(query_TQD) if num_tokens > len(self._lanes) else torch.empty_like(query_TQD)
+        value_dim = value_THD.shape[-1]
+        new = query_TQD.new_zeros if num_tokens > len(self._lanes) else query_TQD.new_empty
+        out_TQD = new(num_tokens, num_heads, value_dim)
         for step in self._steps:
             keys_RHCD, values_RHCD = step.group.keys_RHCD[layer], step.group.values_RHCD[layer]
             keys_RHCD[step.lane_rows_N, :, step.positions_N] = key_THD[step.batch_rows_N]
@@ -130,7 +132,7 @@ class DecodeAttention:
                     positions_N=step.positions_N,
                     rule=rule,
                 )
-                out_TQD[step.batch_rows_N] = out_NHGD.reshape(num_lanes, num_heads, head_dim)
+                out_TQD[step.batch_rows_N] = out_NHGD.reshape(num_lanes, num_heads, value_dim)
                 continue
             out_NHGD = F.scaled_dot_product_attention(
                 query_NHGD,
@@ -141,5 +143,5 @@ class DecodeAttention:
                 ),
                 scale=rule.scale,
             )
-            out_TQD[step.batch_rows_N] = out_NHGD.reshape(num_lanes, num_heads, head_dim)
+            out_TQD[step.batch_rows_N] = out_NHGD.reshape(num_lanes, num_heads, value_dim)
         return out_TQD

@@ -28,7 +28,7 @@ from .model import Model
 from .optimizer import step_
 from .pass_group import run_together
 from .placement import stage_layers
-from .projections import parameters_per_rank, projections, target_names
+from .projections import attention_names, parameters_per_rank, projections, target_names
 from .sample_request import SampledSequence, SampleRequest, SampleResult
 from .sampler import make_decoder
 
@@ -135,7 +135,7 @@ class Engine:
         }
         if not any(switches.values()):
             raise RequestError("train_attn, train_mlp and train_unembed are all false. Set at least one of them.")
-        targets = target_names(**switches)
+        targets = target_names(**switches, attention=attention_names(self.model.arch))
         adapter = self._new_adapter(spec.rank, spec.alpha, targets, per_expert=spec.per_expert)
         self._check_count(adapter, spec, targets, switches)
         adapter.initialize(spec.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .families import Architecture, Experts
+from .projections import attention_names, attention_widths
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -21,11 +22,14 @@ def expected_shapes(arch: Architecture) -> Shapes:
         shapes |= {
             f"{prefix}input_layernorm.weight": (hidden,),
             f"{prefix}post_attention_layernorm.weight": (hidden,),
-            f"{prefix}self_attn.q_proj.weight": (q, hidden),
-            f"{prefix}self_attn.k_proj.weight": (kv, hidden),
-            f"{prefix}self_attn.v_proj.weight": (kv, hidden),
-            f"{prefix}self_attn.o_proj.weight": (hidden, q),
         }
+        for name, (d_in, d_out) in attention_widths(arch).items():
+            if name in attention_names(arch):
+                shapes[f"{prefix}self_attn.{name}.weight"] = (d_out, d_in)
+        if arch.latent is not None:
+            shapes[f"{prefix}self_attn.kv_a_layernorm.weight"] = (arch.latent.kv_rank,)
+            if arch.latent.q_rank is not None:
+                shapes[f"{prefix}self_attn.q_a_layernorm.weight"] = (arch.latent.q_rank,)
         if layer in arch.expert_layers and arch.experts is not None:
             shapes |= _expert_shapes(f"{prefix}mlp.", hidden, arch.experts)
         else:
@@ -46,6 +50,10 @@ def _expert_shapes(prefix: str, hidden: int, experts: Experts) -> Shapes:
     shapes: Shapes = {f"{prefix}{experts.router_name}.weight": (count, hidden)}
     if experts.router_bias:
         shapes[f"{prefix}{experts.router_name}.bias"] = (count,)
+    if experts.sigmoid:
+        shapes[f"{prefix}{experts.router_name}.e_score_correction_bias"] = (count,)
+    if experts.shared_ffn_size:
+        shapes |= _mlp_shapes(f"{prefix}shared_experts.", hidden, experts.shared_ffn_size)
     if not experts.fused:
         for expert in range(count):
             shapes |= _mlp_shapes(f"{prefix}experts.{expert}.", hidden, ffn)

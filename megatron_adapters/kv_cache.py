@@ -21,17 +21,24 @@ _SMALLEST_LANE = 64
 
 @dataclass(frozen=True)
 class KvShape:
-    """What one cached token costs on this rank: num_layers * 2 * num_kv_heads * head_dim numbers of `dtype`."""
+    """What one cached token costs on this rank: num_layers * num_kv_heads * (head_dim + value_dim) numbers."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    value_dim: int | None = None
+    """of a head's value, where it is not head_dim"""
 
     @property
     def bytes_per_token(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return self.num_layers * self.num_kv_heads * sum(self.dims) * self.dtype.itemsize
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Of a key and of a value."""
+        return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
 
 
 @dataclass(eq=False)
@@ -50,24 +57,23 @@ class LaneGroup:
         self.lane_tokens = lane_tokens
         self.lanes: list[Lane] = []
         self.num_rows = 0
-        self.keys_RHCD: list[Tensor] = [self._rows(0) for _ in range(shape.num_layers)]
-        self.values_RHCD: list[Tensor] = [self._rows(0) for _ in range(shape.num_layers)]
+        key_dim, value_dim = shape.dims
+        self.keys_RHCD: list[Tensor] = [self._rows(0, key_dim) for _ in range(shape.num_layers)]
+        self.values_RHCD: list[Tensor] = [self._rows(0, value_dim) for _ in range(shape.num_layers)]
         # Added to attention scores: 0 where a lane holds a token, -inf beyond.
         self.mask_RC = torch.empty(0, lane_tokens, dtype=shape.dtype, device=shape.device)
 
-    def _rows(self, num_rows: int) -> Tensor:
+    def _rows(self, num_rows: int, dim: int) -> Tensor:
         # Zeros, not empty: a masked position has weight 0, and 0 * NaN of uninitialised memory is NaN.
         shape = self.shape
-        return torch.zeros(
-            num_rows, shape.num_kv_heads, self.lane_tokens, shape.head_dim, dtype=shape.dtype, device=shape.device
-        )
+        return torch.zeros(num_rows, shape.num_kv_heads, self.lane_tokens, dim, dtype=shape.dtype, device=shape.device)
 
     def resize(self, num_rows: int) -> None:
         """Give the group this many rows, keeping the live ones; layer by layer, so the peak is one layer more."""
         live = len(self.lanes)
         for tensors in (self.keys_RHCD, self.values_RHCD):
             for layer, old in enumerate(tensors):
-                tensors[layer] = self._rows(num_rows)
+                tensors[layer] = self._rows(num_rows, old.shape[-1])
                 tensors[layer][:live] = old[:live]
         mask_RC = self.mask_RC.new_full((num_rows, self.lane_tokens), float("-inf"))
         mask_RC[:live] = self.mask_RC[:live]

@@ -89,6 +89,8 @@ def block_spec(
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if arch.latent is not None:  # model.py puts a LatentAttention there
+        parts.self_attention = IdentityOp
     sparse: Any = replace(layer, submodules=replace(parts, mlp=IdentityOp))
     specs = [sparse if index in arch.expert_layers else layer for index in stage]
     norm: Any = RMSNorm if is_last else None

@@ -7,8 +7,9 @@ may differ. A `Routing`, shared by all wrapped linears of a model, says which; i
 Tensor parallelism (always with sequence parallelism when tp_size > 1):
   column  A sees this rank's tokens only; the [tokens, rank] result is gathered, then B gives this rank's outputs.
   row     A gives partial sums over this rank's inputs; they are reduce-scattered, then B sees this rank's tokens.
+  whole   every rank holds W, A and B, and sees its own tokens: nothing travels.
 So only `rank` columns travel, never activations; and the gradient of every replicated matrix (column A, row B) is a
-partial sum over TP, which grad_sync.py adds up.
+partial sum over TP (of a whole matrix both), which grad_sync.py adds up.
 
 Shapes: T all tokens, L this rank's tokens (T / tp_size), I inputs, O outputs, W padded width (sum of ranks), P paths.
 """
@@ -126,7 +127,7 @@ class LoraLinear(nn.Module):
     Args:
         base: called as base(x) -> (output, bias).
         paths: Hugging Face paths of the fused projections, in the order `merge` expects.
-        sharding: "column" or "row".
+        sharding: "column", "row" or "whole".
         out_sizes: this rank's output width of each projection.
         merge: arranges the projections' outputs [T, O_p] in the base's fused layout [T, O].
         split: its inverse as views: the part of each projection in [T, O], as [T, O_p] or [T, groups, O_p / groups].
@@ -147,7 +148,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base = base
         self.paths = tuple(paths)
-        self.column = sharding == "column"
+        self.column, self.row = sharding == "column", sharding == "row"
         self.out_sizes = tuple(out_sizes)
         self.merge = merge
         self.split = split
@@ -165,7 +166,7 @@ class LoraLinear(nn.Module):
         out, bias = self._base(x)
         if not self.routing.adapts(self.paths):
             return out, bias
-        down = self.routing.local if self.column else self.routing.all
+        down = self.routing.all if self.row else self.routing.local
         up = self.routing.all if self.column else self.routing.local
         width = max(segment.width(self.paths) for segment in self.routing.all)
         h_W = project_down(x[:, 0], down, self.paths, width)
@@ -173,7 +174,7 @@ class LoraLinear(nn.Module):
             h_W.requires_grad_()
         if self.column:
             h_W = gather_from_sequence_parallel_region(h_W, tensor_parallel_output_grad=True, group=self.tp_group)
-        else:
+        elif self.row:
             h_W = reduce_scatter_to_sequence_parallel_region(h_W, group=self.tp_group)
         delta = self.merge(project_up(h_W, up, self.paths, self.out_sizes))
         if not delta.requires_grad:
@@ -194,13 +195,13 @@ class LoraLinear(nn.Module):
         out, bias = self._base(x)
         if not self.routing.adapts(self.paths):
             return out, bias
-        down = self.routing.local if self.column else self.routing.all
+        down = self.routing.all if self.row else self.routing.local
         up = self.routing.all if self.column else self.routing.local
         width = max(segment.width(self.paths) for segment in self.routing.all)
         h_W = lora_inference.project_down(x[:, 0], down, self.paths, width)
         if self.tp_group.size() > 1 and self.column:
             h_W = gather_from_sequence_parallel_region(h_W, group=self.tp_group)
-        elif self.tp_group.size() > 1:
+        elif self.tp_group.size() > 1 and self.row:
             h_W = reduce_scatter_to_sequence_parallel_region(h_W, group=self.tp_group)
         lora_inference.add_up_(self.split(out[:, 0]), h_W, up, self.paths)
         return out, bias

@@ -7,13 +7,17 @@ Decoding:  model.hidden_states with a context that has a cache, under torch.no_g
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 
 from . import recompute as recomputation
@@ -23,12 +27,13 @@ from .experts import StackedExperts
 from .families import Architecture
 from .head import LmHead
 from .interface import Layout
+from .latent_attention import LatentAttention, latent_linears
 from .layers import block_spec, transformer_config
 from .links import Links
 from .lora_linear import LoraLinear, Routing, Segment
 from .moe import MoeMlp, Router
 from .placement import FIRST_RANK, Place, kv_heads_of_rank, stage_layers, vocab_rows_of_rank
-from .projections import layer_path
+from .projections import attention_widths, layer_path, shared_expert_path
 from .rope import RotaryTable
 from .runtime import Runtime
 from .stage_head import shared_head
@@ -64,6 +69,8 @@ def build_gpt(
         # megatron-core counts as if all stages had equally many.
         layer.layer_number = layers[index] + 1
         # Attention counts the layers of its stage, as a cache does that holds those alone.
+        if arch.latent is not None:
+            layer.self_attention = LatentAttention(config, arch, layout.tp_size, dtype, _device(on_cpu))
         attention = layer.self_attention.core_attention
         attention.layer_number = index + 1
         attention.window = arch.window if layers[index] in arch.window_layers else None
@@ -71,7 +78,7 @@ def build_gpt(
             heads = arch.num_heads // layout.tp_size
             attention.sinks_H = nn.Parameter(torch.empty(heads, dtype=dtype, device=_device(on_cpu)))
         if layers[index] in arch.expert_layers:
-            layer.mlp = _experts(arch, layers[index], layout, dtype, on_cpu=on_cpu)
+            layer.mlp = _experts(config, arch, layers[index], layout, on_cpu=on_cpu)
     gpt.requires_grad_(False)
     return gpt
 
@@ -81,9 +88,9 @@ def _device(on_cpu: bool) -> torch.device | None:
     return None if on_cpu else torch.device("cuda")
 
 
-def _experts(arch: Architecture, layer: int, layout: Layout, dtype: torch.dtype, *, on_cpu: bool) -> MoeMlp:
+def _experts(config: Any, arch: Architecture, layer: int, layout: Layout, *, on_cpu: bool) -> MoeMlp:
     assert arch.experts is not None
-    where: dict[str, Any] = {"dtype": dtype, "device": _device(on_cpu)}
+    where: dict[str, Any] = {"dtype": config.params_dtype, "device": _device(on_cpu)}
     stacked = StackedExperts(
         layer=layer,
         num_local=arch.experts.count // layout.ep_size,
@@ -91,7 +98,14 @@ def _experts(arch: Architecture, layer: int, layout: Layout, dtype: torch.dtype,
         experts=arch.experts,
         **where,
     )
-    return MoeMlp(Router(arch.experts, arch.hidden_size, **where), stacked)
+    shared = None
+    if arch.experts.shared_ffn_size:
+        linears: Any = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        # Its own argument for the width reaches the first of the two linears alone (megatron-core 0.16.1).
+        narrow = copy.copy(config)
+        narrow.ffn_hidden_size = arch.experts.shared_ffn_size
+        shared = MLP(narrow, linears)
+    return MoeMlp(Router(arch.experts, arch.hidden_size, **where), stacked, shared)
 
 
 class Model:
@@ -115,7 +129,7 @@ class Model:
         self.routing = Routing(place.tp_rank, layout.tp_size)
         load_weights(gpt, folder, arch, layout, place)
         self.gpt = gpt.to(runtime.device).eval()  # eval: dropout modules become the identity
-        self.rotary = RotaryTable(hf_config, arch.head_dim, runtime.device)
+        self.rotary = RotaryTable(hf_config, arch.rope_dim, runtime.device)
         self.own_head = _head(gpt, arch, runtime) if runtime.is_last_stage else None
         self.head = shared_head(self.own_head, arch.vocab_size, runtime)
         _wrap_linears(self.gpt, arch, runtime, self.routing)
@@ -197,6 +211,17 @@ def _head(gpt: Any, arch: Architecture, runtime: Runtime) -> LmHead:
     return LmHead(weight_VD, vocab_start, arch.vocab_size, runtime.tp_group)
 
 
+class _Fused(NamedTuple):
+    """A linear of a layer, and the projections that it fuses; see LoraLinear."""
+
+    linear: str
+    names: tuple[str, ...]
+    sharding: str
+    out_sizes: tuple[int, ...]
+    merge: Merge
+    split: Split
+
+
 def _wrap_linears(gpt: nn.Module, arch: Architecture, runtime: Runtime, routing: Routing) -> None:
     tp_size = runtime.layout.tp_size
     groups = kv_heads_of_rank(arch.num_kv_heads, tp_size)
@@ -212,29 +237,32 @@ def _wrap_linears(gpt: nn.Module, arch: Architecture, runtime: Runtime, routing:
     def split_qkv(out_TO: Tensor) -> list[Tensor]:
         return list(out_TO.view(out_TO.shape[0], groups, -1).split((q // groups, kv // groups, kv // groups), dim=-1))
 
-    def split_gate_up(out_TO: Tensor) -> list[Tensor]:
-        return list(out_TO.split(ffn, dim=-1))
-
     def whole(out_TO: Tensor) -> list[Tensor]:
         return [out_TO]
 
-    fused: list[tuple[str, str, tuple[str, ...], str, tuple[int, ...], Merge, Split]] = [
-        ("self_attention", "linear_qkv", ("q_proj", "k_proj", "v_proj"), "column", (q, kv, kv), merge_qkv, split_qkv),
-        ("self_attention", "linear_proj", ("o_proj",), "row", (hidden,), merge_side_by_side, whole),
-        ("mlp", "linear_fc1", ("gate_proj", "up_proj"), "column", (ffn, ffn), merge_side_by_side, split_gate_up),
-        ("mlp", "linear_fc2", ("down_proj",), "row", (hidden,), merge_side_by_side, whole),
-    ]
-    decoder: Any = gpt.decoder
-    for layer in decoder.layers:
-        index = layer.layer_number - 1
-        for block, linear, names, sharding, out_sizes, merge, split in fused:
-            owner = getattr(layer, block)
-            if isinstance(owner, MoeMlp):
-                owner.connect(routing, runtime.ep_group)
-                continue
+    def one(linear: str, name: str, sharding: str, out_size: int) -> _Fused:
+        return _Fused(linear, (name,), sharding, (out_size,), merge_side_by_side, whole)
+
+    def mlp_linears(width: int) -> list[_Fused]:
+        def halves(out_TO: Tensor) -> list[Tensor]:
+            return list(out_TO.split(width, dim=-1))
+
+        gate_up = _Fused("linear_fc1", ("gate_proj", "up_proj"), "column", (width, width), merge_side_by_side, halves)
+        return [gate_up, one("linear_fc2", "down_proj", "row", hidden)]
+
+    attention = [_Fused("linear_qkv", ("q_proj", "k_proj", "v_proj"), "column", (q, kv, kv), merge_qkv, split_qkv)]
+    if arch.latent is not None:
+        attention = [
+            one(linear, name, sharding, attention_widths(arch)[name][1] // (tp_size if sharding == "column" else 1))
+            for linear, name, sharding in latent_linears(arch.latent)
+        ]
+    attention.append(one("linear_proj", "o_proj", "row", hidden))
+
+    def wrap(owner: nn.Module, linears: list[_Fused], path: Callable[[str], str]) -> None:
+        for linear, names, sharding, out_sizes, merge, split in linears:
             wrapped = LoraLinear(
                 getattr(owner, linear),
-                [layer_path(index, name) for name in names],
+                [path(name) for name in names],
                 sharding=sharding,
                 out_sizes=out_sizes,
                 merge=merge,
@@ -243,3 +271,15 @@ def _wrap_linears(gpt: nn.Module, arch: Architecture, runtime: Runtime, routing:
                 tp_group=runtime.tp_group,
             )
             setattr(owner, linear, wrapped)
+
+    decoder: Any = gpt.decoder
+    for layer in decoder.layers:
+        index = layer.layer_number - 1
+        wrap(layer.self_attention, attention, partial(layer_path, index))
+        if not isinstance(layer.mlp, MoeMlp):
+            wrap(layer.mlp, mlp_linears(ffn), partial(layer_path, index))
+            continue
+        layer.mlp.connect(routing, runtime.ep_group)
+        if layer.mlp.shared is not None and arch.experts is not None:
+            width = arch.experts.shared_ffn_size // tp_size
+            wrap(layer.mlp.shared, mlp_linears(width), partial(shared_expert_path, index))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor, nn
 
@@ -34,15 +35,38 @@ class Router(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         bias = torch.empty(experts.count, dtype=dtype, device=device) if experts.router_bias else None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        # Stays in float32, as transformers keeps it.
+        correction = torch.empty(experts.count, dtype=torch.float32, device=device) if experts.sigmoid else None
+        self.correction = None if correction is None else nn.Parameter(correction, requires_grad=False)
         self.experts = experts
 
     def forward(self, x_LD: Tensor) -> tuple[Tensor, Tensor]:
-        """Chosen experts int64 [L, K], most probable first, and their weights [L, K], dtype of x."""
+        """Chosen experts int64 [L, K], best first, and their weights [L, K], dtype of x."""
+        if self.correction is not None:
+            return self._by_sigmoid(x_LD, self.correction)
         probabilities_LE = frozen_linear(x_LD, self.weight, self.bias).softmax(dim=-1, dtype=torch.float32)
         weights_LK, chosen_LK = probabilities_LE.topk(self.experts.top_k, dim=-1)
         if self.experts.normalize_weights:
             weights_LK = weights_LK / weights_LK.sum(dim=-1, keepdim=True)
         return chosen_LK, weights_LK.to(x_LD.dtype)
+
+    def _by_sigmoid(self, x_LD: Tensor, correction_E: Tensor) -> tuple[Tensor, Tensor]:
+        """DeepSeek-V3's choice: arXiv:2412.19437, section 2.1.2, without the auxiliary loss."""
+        experts = self.experts
+        scores_LE = F.linear(x_LD.float(), self.weight.float()).sigmoid()
+        with torch.no_grad():
+            biased_LE = scores_LE + correction_E
+            if experts.groups > 1:
+                by_group_LGM = biased_LE.unflatten(1, (experts.groups, -1))
+                group_LG = by_group_LGM.topk(2, dim=-1).values.sum(-1)
+                closed_LG = torch.ones_like(group_LG, dtype=torch.bool)
+                closed_LG.scatter_(1, group_LG.topk(experts.top_groups, dim=-1).indices, False)
+                biased_LE = by_group_LGM.masked_fill(closed_LG[..., None], float("-inf")).flatten(1)
+            chosen_LK = biased_LE.topk(experts.top_k, dim=-1).indices
+        weights_LK = scores_LE.gather(1, chosen_LK)
+        if experts.normalize_weights:
+            weights_LK = weights_LK / (weights_LK.sum(dim=-1, keepdim=True) + 1e-20)
+        return chosen_LK, (weights_LK * experts.scaling).to(x_LD.dtype)
 
 
 class MoeMlp(nn.Module):
@@ -51,10 +75,12 @@ class MoeMlp(nn.Module):
     routing: Routing
     ep_group: dist.ProcessGroup
 
-    def __init__(self, router: Router, experts: StackedExperts) -> None:
+    def __init__(self, router: Router, experts: StackedExperts, shared: nn.Module | None = None) -> None:
+        """`shared`: megatron-core's MLP beside the experts, split over TP like any other."""
         super().__init__()
         self.router = router
         self.experts = experts
+        self.shared = shared
 
     def connect(self, routing: Routing, ep_group: dist.ProcessGroup) -> None:
         """Before the first forward: which adapters the tokens use, and the ranks that hold the other experts."""
@@ -64,8 +90,8 @@ class MoeMlp(nn.Module):
     def forward(self, x_L1D: Tensor, **_: Any) -> tuple[Tensor, None]:
         """[L, 1, D] -> ([L, 1, D], no bias).
 
-        Collectives, over ep_group where it is larger than 1: all-to-all of counts, of rows, of adapter numbers where
-        adapters are mixed, of results; in backward two of rows.
+        Collectives: those of the shared MLP, and over ep_group where it is larger than 1: all-to-all of counts, of
+        rows, of adapter numbers where adapters are mixed, of results; in backward two of rows.
         """
         x_LD = x_L1D[:, 0]
         chosen_LK, weights_LK = self.router(x_LD)
@@ -82,7 +108,8 @@ class MoeMlp(nn.Module):
         else:
             y_AD = self._exchanged(rows_AD, counts_E, numbers_A)
         y_LKD = _Permute.apply(y_AD, inverse_A, order_A).view(num_tokens, top_k, -1)
-        return (y_LKD * weights_LK[..., None]).sum(1)[:, None], None
+        out_L1D = (y_LKD * weights_LK[..., None]).sum(1)[:, None]
+        return (out_L1D if self.shared is None else out_L1D + self.shared(x_L1D)[0]), None
 
     def _exchanged(self, rows_AD: Tensor, counts_E: Tensor, numbers_A: Tensor | None) -> Tensor:
         """Rows to the ranks of their experts, through them, and back in the same order."""

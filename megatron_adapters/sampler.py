@@ -50,6 +50,7 @@ def make_decoder(model: Model, snapshots: Mapping[str, LoraWeights], base_model_
         num_layers=len(model.layers),
         num_kv_heads=kv_heads_of_rank(arch.num_kv_heads, runtime.layout.tp_size),
         head_dim=arch.head_dim,
+        value_dim=arch.value_dim,
         dtype=runtime.dtype,
         device=runtime.device,
     )

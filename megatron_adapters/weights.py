@@ -7,7 +7,7 @@ with what the architecture requires, so that a wrong folder fails at once and wi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,8 @@ def load_weights(model: Any, folder: Path, arch: Architecture, layout: Layout, p
     found = {name: shape for name, shape in checkpoint.shapes.items() if not name.endswith(IGNORED_SUFFIXES)}
     if arch.tied_embeddings:
         found.pop("lm_head.weight", None)  # some exports repeat the tied matrix
+    for layer in range(arch.num_layers, arch.num_layers + arch.unread_layers):
+        found = {name: shape for name, shape in found.items() if not name.startswith(f"model.layers.{layer}.")}
     check_tensors(found, expected_shapes(arch), str(folder))
     tp_rank, tp_size = place.tp_rank, layout.tp_size
 
@@ -128,12 +130,19 @@ def load_weights(model: Any, folder: Path, arch: Architecture, layout: Layout, p
         parts = [read(f"{prefix}{x}_proj.{kind}") for x, read in (("q", rows), ("k", kv_rows), ("v", kv_rows))]
         return interleave_qkv(*parts, groups=groups)
 
+    def mlp(block: Any, prefix: str) -> None:
+        block.linear_fc1.weight.copy_(torch.cat([rows(f"{prefix}gate_proj.weight"), rows(f"{prefix}up_proj.weight")]))
+        block.linear_fc2.weight.copy_(columns(f"{prefix}down_proj.weight"))
+
     for layer in model.decoder.layers:
         prefix = f"model.layers.{layer.layer_number - 1}."
         attention = layer.self_attention
         layer.input_layernorm.weight.copy_(whole(f"{prefix}input_layernorm.weight"))
         layer.pre_mlp_layernorm.weight.copy_(whole(f"{prefix}post_attention_layernorm.weight"))
-        attention.linear_qkv.weight.copy_(qkv(f"{prefix}self_attn.", "weight"))
+        if arch.latent is not None:
+            _load_latent(attention, f"{prefix}self_attn.", rows, whole)
+        else:
+            attention.linear_qkv.weight.copy_(qkv(f"{prefix}self_attn.", "weight"))
         if arch.qkv_bias:
             attention.linear_qkv.bias.copy_(qkv(f"{prefix}self_attn.", "bias"))
         if arch.qk_norm:
@@ -150,14 +159,29 @@ def load_weights(model: Any, folder: Path, arch: Architecture, layout: Layout, p
             layer.mlp.router.weight.copy_(whole(f"{router}weight"))
             if layer.mlp.router.bias is not None:
                 layer.mlp.router.bias.copy_(whole(f"{router}bias"))
+            if layer.mlp.router.correction is not None:
+                layer.mlp.router.correction.copy_(whole(f"{router}e_score_correction_bias"))
+            if layer.mlp.shared is not None:
+                mlp(layer.mlp.shared, f"{prefix}mlp.shared_experts.")
             load = _load_fused_experts if arch.experts.fused else _load_experts
             share = arch.experts.count // layout.ep_size
             mine = range(place.ep_rank * share, (place.ep_rank + 1) * share)
             load(layer.mlp.experts, checkpoint, f"{prefix}mlp.experts.", mine)
         else:
-            fc1 = torch.cat([rows(f"{prefix}mlp.gate_proj.weight"), rows(f"{prefix}mlp.up_proj.weight")])
-            layer.mlp.linear_fc1.weight.copy_(fc1)
-            layer.mlp.linear_fc2.weight.copy_(columns(f"{prefix}mlp.down_proj.weight"))
+            mlp(layer.mlp, f"{prefix}mlp.")
+
+
+def _load_latent(attention: Any, prefix: str, rows: Callable[[str], Tensor], whole: Callable[[str], Tensor]) -> None:
+    """All but the output projection."""
+    if attention.latent.q_rank is None:
+        attention.linear_q.weight.copy_(rows(f"{prefix}q_proj.weight"))
+    else:
+        attention.linear_q_down.weight.copy_(whole(f"{prefix}q_a_proj.weight"))
+        attention.q_layernorm.weight.copy_(whole(f"{prefix}q_a_layernorm.weight"))
+        attention.linear_q_up.weight.copy_(rows(f"{prefix}q_b_proj.weight"))
+    attention.linear_kv_down.weight.copy_(whole(f"{prefix}kv_a_proj_with_mqa.weight"))
+    attention.kv_layernorm.weight.copy_(whole(f"{prefix}kv_a_layernorm.weight"))
+    attention.linear_kv_up.weight.copy_(rows(f"{prefix}kv_b_proj.weight"))
 
 
 def _load_experts(experts: StackedExperts, checkpoint: Checkpoint, prefix: str, mine: range) -> None:

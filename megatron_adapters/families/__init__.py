@@ -12,14 +12,22 @@ from typing import Any
 
 from tinker_hpc.errors import ConfigError
 
-from . import gpt_oss, llama, qwen2, qwen3, qwen3_moe
+from . import deepseek_v3, gpt_oss, llama, qwen2, qwen3, qwen3_moe
 from .architecture import Architecture, Experts, as_ids
 from .layouts import check_layout
 
 __all__ = ["FAMILIES", "Architecture", "Experts", "architecture", "check_layout", "read_architecture", "read_hf_config"]
 
-FAMILIES = {family.MODEL_TYPE: family for family in (gpt_oss, llama, qwen2, qwen3, qwen3_moe)}
+FAMILIES = {family.MODEL_TYPE: family for family in (deepseek_v3, gpt_oss, llama, qwen2, qwen3, qwen3_moe)}
 """model_type of config.json -> its module"""
+
+
+_HYBRID = (
+    "most layers of Qwen3-Next and Qwen3.5/3.6 are gated delta nets, which megatron-core 0.16.1 runs with "
+    "flash-linear-attention alone (CUDA) and not on packed sequences."
+)
+NOT_CARRIED = {name: _HYBRID for name in ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")}
+"""model_type -> why not"""
 
 
 def read_hf_config(folder: Path) -> Any:
@@ -36,6 +44,10 @@ def read_hf_config(folder: Path) -> Any:
         ) from error
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}). Download the model again.") from error
+    if model_type in NOT_CARRIED:
+        raise ConfigError(
+            f"{path} says model_type {model_type!r}: {NOT_CARRIED[model_type]} Choose another base model."
+        )
     if model_type not in FAMILIES:
         raise ConfigError(
             f"{path} says model_type {model_type!r}, which is not supported. "

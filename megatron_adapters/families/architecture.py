@@ -32,6 +32,30 @@ class Experts:
     swiglu_alpha: float | None = None
     """gate * sigmoid(alpha * gate) * (up + 1), gate and up clamped at swiglu_limit; None: silu(gate) * up"""
     swiglu_limit: float = 0.0
+    sigmoid: bool = False
+    """scores by sigmoid, choice by score plus a bias of each expert (e_score_correction_bias); else softmax"""
+    groups: int = 1
+    top_groups: int = 1
+    """experts are chosen among those of this many groups, the best by their two best experts; with sigmoid alone"""
+    scaling: float = 1.0
+    """factor on the weights, after they are scaled to sum to 1; with sigmoid alone"""
+    shared_ffn_size: int = 0
+    """width of a gated MLP beside the experts, for every token; 0: none"""
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Widths of latent attention; see latent_attention.py. The first four count elements of a token or head."""
+
+    q_rank: int | None
+    """of the vector that queries come from; None: they come from the hidden state"""
+    kv_rank: int
+    nope_dim: int
+    """of a head's query or key, without positions"""
+    rope_dim: int
+    value_dim: int
+    interleaved_rope: bool
+    """pairs that rotate together lie side by side, not in two halves"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +83,12 @@ class Architecture:
     window: int | None = None
     """tokens that a token of `window_layers` sees, itself included"""
     window_layers: frozenset[int] = frozenset()
+    latent: Latent | None = None
+    """head_dim is then that of queries and keys, and every head has keys and values of its own"""
+    softmax_scale: float | None = None
+    """None: 1 / sqrt(head_dim)"""
+    unread_layers: int = 0
+    """layers behind the last that a checkpoint may hold and we do not use"""
     experts: Experts | None = None
     expert_layers: frozenset[int] = frozenset()
     """layers (from 0) whose MLP is a mixture of experts; the others are dense"""
@@ -70,6 +100,16 @@ class Architecture:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """of a head"""
+        return self.head_dim if self.latent is None else self.latent.value_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """of a head's query or key, the part that is rotated"""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
 
 
 def decoder(

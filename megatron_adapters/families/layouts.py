@@ -61,6 +61,8 @@ def _misfits(arch: Architecture, tp_size: int) -> list[str]:
     sizes = {"num_attention_heads": arch.num_heads}
     if len(arch.expert_layers) < arch.num_layers:  # experts are never split over TP
         sizes["intermediate_size"] = arch.ffn_size
+    if arch.experts is not None and arch.experts.shared_ffn_size:
+        sizes["moe_intermediate_size * n_shared_experts"] = arch.experts.shared_ffn_size
     misfits = [f"{name} ({size})" for name, size in sizes.items() if size % tp_size]
     if arch.num_kv_heads % tp_size and tp_size % arch.num_kv_heads:
         misfits.append(f"num_key_value_heads ({arch.num_kv_heads})")

@@ -43,7 +43,7 @@ def measure(name: str, layout_fields: dict[str, int], lora_rank: int) -> dict[st
     from megatron_adapters.interface import Layout
     from megatron_adapters.model import build_gpt
     from megatron_adapters.placement import FIRST_RANK, stage_layers
-    from megatron_adapters.projections import projections, target_names
+    from megatron_adapters.projections import attention_names, projections, target_names
 
     layout = Layout(**layout_fields)
     if parallel_state.model_parallel_is_initialized():
@@ -60,7 +60,10 @@ def measure(name: str, layout_fields: dict[str, int], lora_rank: int) -> dict[st
     check_layout(arch, layout)
 
     def adapter(**switches: bool) -> Adapter:
-        targets = target_names(**{"train_attn": False, "train_mlp": False, "train_unembed": False, **switches})
+        targets = target_names(
+            **{"train_attn": False, "train_mlp": False, "train_unembed": False, **switches},
+            attention=attention_names(arch),
+        )
         device = torch.device("meta")
         wanted = projections(arch, targets, layers=stage_layers(arch.num_layers, layout, 0))
         return Adapter(
@@ -100,7 +103,9 @@ def cached_token_bytes(gpt: Any, arch: Any, layout: Any) -> int:
     from megatron_adapters.placement import kv_heads_of_rank
 
     heads = kv_heads_of_rank(arch.num_kv_heads, layout.tp_size)
-    group = LaneGroup(KvShape(len(gpt.decoder.layers), heads, arch.head_dim, torch.bfloat16, torch.device("meta")), 64)
+    meta = torch.device("meta")
+    shape = KvShape(len(gpt.decoder.layers), heads, arch.head_dim, torch.bfloat16, meta, arch.value_dim)
+    group = LaneGroup(shape, 64)
     group.resize(1)
     return sum(x.numel() * x.element_size() for x in (*group.keys_RHCD, *group.values_RHCD)) // 64
 

@@ -17,6 +17,7 @@ from peft_stacks import PeftParameters, random_adapter
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     GptOssConfig,
     LlamaConfig,
     Qwen2Config,
@@ -90,8 +91,33 @@ _GPT_OSS: dict[str, Any] = {
         "original_max_position_embeddings": 16,
     },
 }
-MORE_CONFIGS: dict[str, Any] = {"gpt_oss": lambda: GptOssConfig(**(_SIZES | _GPT_OSS))}
+# Latent attention with YaRN's mscale, a dense layer first, two groups of experts closed, one shared expert.
+_DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_mtp_layers": 0,
+    "rope_parameters": _GPT_OSS["rope_parameters"] | {"mscale": 1.0, "mscale_all_dim": 0.8},
+}
+MORE_CONFIGS: dict[str, Any] = {
+    "gpt_oss": lambda: GptOssConfig(**(_SIZES | _GPT_OSS)),
+    "deepseek_v3": lambda: DeepseekV3Config(**(_SIZES | _DEEPSEEK)),
+}
 """Families whose experts peft adapts as parameters only (target_parameters): under fewer layouts, to save time."""
+LINEARS = {
+    "gpt_oss": ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"],
+    "deepseek_v3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *MLP_TARGETS, "lm_head"],
+}
 DENSE = tuple(name for name in CONFIGS if "moe" not in name)
 EXPERTS = (*(name for name in CONFIGS if "moe" in name), *MORE_CONFIGS)
 
@@ -165,13 +191,16 @@ def _with_parameters(family: str, model_folder: Path, adapter_folder: Path) -> t
     `adapter_folder` by the names Tinker gives them.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.utils import transformers_weight_conversion
 
+    # peft would read the names of the dense and the shared MLPs' linears as those of the experts' parameters.
+    transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN.pop("deepseek_v3", None)
     base = load_transformers(model_folder)
     fused = r".*\.gate_up_proj"
     config = LoraConfig(
         r=RANK,
         lora_alpha=32,
-        target_modules=[name for name in TARGETS if name not in MLP_TARGETS],
+        target_modules=LINEARS[family],
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         rank_pattern={fused: 2 * RANK},
         alpha_pattern={fused: 64},
@@ -190,7 +219,7 @@ def _with_parameters(family: str, model_folder: Path, adapter_folder: Path) -> t
         )
     adapter_folder.mkdir()
     save_file({key: x.contiguous() for key, x in parameters.values().items()}, adapter_folder / ADAPTER_FILE)
-    saved = {"peft_type": "LORA", "r": RANK, "lora_alpha": 32, "target_modules": TARGETS}
+    saved = {"peft_type": "LORA", "r": RANK, "lora_alpha": 32, "target_modules": [*LINEARS[family], *MLP_TARGETS]}
     (adapter_folder / "adapter_config.json").write_text(json.dumps(saved))
     return model, parameters
 
@@ -258,10 +287,11 @@ def _save_random_model(family: str, folder: Path) -> None:
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config((CONFIGS | MORE_CONFIGS)[family]())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:  # norms are initialised to one and biases to zero, which would hide mistakes
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-            elif name.endswith("_bias"):
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("_bias"):
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
     if family.endswith("_bf16"):
         model = model.to(torch.bfloat16)

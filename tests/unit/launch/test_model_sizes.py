@@ -33,6 +33,8 @@ BILLIONS = {
     "Qwen3-32B": 32.8,
     "Qwen3-30B-A3B": 30.5,
     "Qwen3-235B-A22B": 235.1,
+    "DeepSeek-V3": 671.0,
+    "Moonlight-16B-A3B": 15.96,
     "gpt-oss-20b": 20.91,
     "gpt-oss-120b": 116.83,
 }

@@ -18,7 +18,13 @@ from tinker_hpc.errors import ConfigError
 
 def test_an_unknown_model_type_is_told_the_supported_ones(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ConfigError, match=r"model_type 'gpt2'.*Supported: gpt_oss, llama, qwen2, qwen3"):
+    with pytest.raises(ConfigError, match=r"model_type 'gpt2'.*Supported: deepseek_v3, gpt_oss, llama, qwen2, qwen3"):
+        read_architecture(tmp_path)
+
+
+def test_a_family_that_megatron_cannot_carry_is_told_why(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5_moe"}))
+    with pytest.raises(ConfigError, match=r"'qwen3_5_moe'.*gated delta nets.*megatron-core 0\.16\.1"):
         read_architecture(tmp_path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_adapters.adapter_files import HostCopy, assemble, owned, peft_config, read_config
 from megatron_adapters.adapters import Adapter
@@ -48,13 +48,31 @@ MOE = Qwen3MoeConfig(
 GPT_OSS = GptOssConfig(**TINY, head_dim=4, num_local_experts=4, num_experts_per_tok=2)
 
 
+DEEPSEEK = DeepseekV3Config(
+    **(TINY | {"num_key_value_heads": 4}),
+    moe_intermediate_size=8,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    first_k_dense_replace=1,
+    q_lora_rank=6,
+    kv_lora_rank=4,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=2,
+    v_head_dim=3,
+)
+
+
 @pytest.fixture
 def arch() -> Architecture:
     return architecture(Qwen3Config(**TINY, head_dim=4, tie_word_embeddings=False))
 
 
 @pytest.mark.parametrize(
-    "config", [Qwen3Config(**TINY, head_dim=4), Qwen2Config(**TINY), MOE, GPT_OSS], ids=lambda config: config.model_type
+    "config",
+    [Qwen3Config(**TINY, head_dim=4), Qwen2Config(**TINY), MOE, GPT_OSS, DEEPSEEK],
+    ids=lambda config: config.model_type,
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_expected_tensors_are_those_transformers_saves(config: Qwen3Config, tied: bool, tmp_path: Path) -> None:
