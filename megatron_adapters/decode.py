@@ -132,6 +132,7 @@ class Decoder:
         self._known_snapshots = known_snapshots
         self._decode_text = decode_text
         self._prefill_tokens = prefill_tokens
+        self._max_live: int | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -149,6 +150,8 @@ class Decoder:
         requests: Sequence[SampleRequest],
         on_finished: OnFinished | None = None,
         admit: Admit | None = None,
+        *,
+        max_live: int | None = None,
     ) -> list[SampleResult]:
         """Answer all requests, and those that `admit` brings in between steps.
 
@@ -156,10 +159,12 @@ class Decoder:
             on_finished: called on every rank as each request is answered, with its place in the order of arrival.
             admit: called before every step, the same number of times on every rank; must return the same requests on
                 every rank. The run ends when nothing is left, so what arrives later is for the next run.
+            max_live: most sequences that this rank advances at once, beside what the cache has room for.
         Returns: one result per request in order of arrival, on every rank. A request that cannot be served has
             `error` set and disturbs no other.
         Collectives: those of the model's passes and of `SampleRanks`.
         """
+        self._max_live = max_live
         try:
             self._accept(requests, on_finished)
             while True:
@@ -306,7 +311,7 @@ class Decoder:
         decode_text = self._decode_text() if request.stop_strings else None
         stop = StopRule(request.stop_token_ids, request.stop_strings, waiting.max_tokens, decode_text)
         sequences = []
-        while waiting.samples:
+        while waiting.samples and (self._max_live is None or len(self._live) + len(sequences) < self._max_live):
             lane = None
             if waiting.lane_tokens and (lane := self._cache.reserve(waiting.lane_tokens)) is None:
                 break

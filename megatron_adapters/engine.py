@@ -26,6 +26,7 @@ from .grad_sync import gradient_norm, sum_gradients
 from .interface import AdamParams, Datum, Layout, LoraSpec, LossFn, ModelInfo, Pass, PassOutput
 from .model import Model
 from .optimizer import step_
+from .out_of_memory import give_memory_back
 from .pass_group import run_together
 from .placement import stage_layers
 from .projections import attention_names, parameters_per_rank, projections, target_names
@@ -224,6 +225,8 @@ class Engine:
         requests: Sequence[SampleRequest],
         on_finished: OnFinished | None = None,
         admit: Admit | None = None,
+        *,
+        max_live: int | None = None,
     ) -> list[SampleResult]:
         """Answer sampling requests, batched across prompts and snapshots; see `Decoder.run`.
 
@@ -232,7 +235,13 @@ class Engine:
         """
         if self._decoder is None:  # at the first use: the cache is planned into what the weights left free
             self._decoder = make_decoder(self.model, self.snapshots, self.base_model_folder)
-        return self._decoder.run(requests, on_finished, admit)
+        return self._decoder.run(requests, on_finished, admit, max_live=max_live)
+
+    def recover_memory(self) -> None:
+        """After an operation that ran out of memory: free what it held and what can be had again. Collectives: none."""
+        if self._decoder is not None:
+            self._decoder.release_memory()
+        give_memory_back()
 
     def cancel_sample(self, index: int, reason: str) -> None:
         """From `admit` of a running `sample`, on every rank: give up the request with this place in order of arrival.
@@ -251,7 +260,9 @@ class Engine:
             raise outcome
         return outcome
 
-    def run_passes(self, passes: Sequence[Pass], *, backward: bool) -> list[PassOutput | Exception]:
+    def run_passes(
+        self, passes: Sequence[Pass], *, backward: bool, token_budget: int | None = None
+    ) -> list[PassOutput | Exception]:
         """Logprobs of the target tokens and the summed loss of each pass; with `backward` its gradients are added to
         its adapter's. Passes of any adapters are mixed in micro-batches.
 
@@ -259,6 +270,7 @@ class Engine:
         others as if it had not been there: RequestError or ShapeError for data that cannot be run, before anything is
         computed; RequestError if the loss of a backward pass is not finite; whatever its loss_fn raises.
 
+        Args: token_budget: of this group's micro-batches, instead of the engine's.
         Raises: what the model raises (memory), which concerns no pass in particular; no gradient is changed then.
         Collectives: see training_pass.py; the number of micro-batches differs between data-parallel ranks unless they
             share experts, which is why gradients wait for optim_step. At the end the results are summed over all ranks
@@ -278,7 +290,7 @@ class Engine:
             together = [passes[index] for index in left]
             adapters = {one.adapter_id: self.adapters[one.adapter_id] for one in together}
             self.room.use(adapters.keys())
-            results = run_together(self.model, together, adapters, self.token_budget, backward=backward)
+            results = run_together(self.model, together, adapters, token_budget or self.token_budget, backward=backward)
             if results.failures and backward:  # what they left in the gradients is gone; the others begin again
                 outcomes |= {left[place]: error for place, error in results.failures.items()}
                 continue

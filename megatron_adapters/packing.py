@@ -36,3 +36,14 @@ def pack(indices: Sequence[int], lengths: Sequence[int], token_budget: int) -> l
             bins.append([index])
             room.append(token_budget - lengths[index])
     return [sorted(members) for members in bins]
+
+
+def smaller_budget(lengths: Sequence[int], token_budget: int) -> int | None:
+    """What to try when micro-batches of `token_budget` did not fit into memory: half of the largest of them.
+
+    None where that would help no more: the largest is a single sequence, which is never cut.
+    """
+    batches = pack(range(len(lengths)), lengths, token_budget)
+    largest = max(sum(lengths[index] for index in members) for members in batches)
+    longest = max(lengths)
+    return None if largest <= longest else max(largest // 2, longest)

@@ -206,5 +206,5 @@ class WorkerUnderTest:
             "stop": {"type": "none", "values": []},
             "prompt_logprobs": False,
         }
-        prompt = np.arange(3, 11, dtype=np.int32)
-        return self.send("sample", sampling_session_id=sampler, arrays={"prompt": prompt}, **(defaults | fields))
+        arrays = {"arrays": {"prompt": np.arange(3, 11, dtype=np.int32)}}
+        return self.send("sample", sampling_session_id=sampler, **(arrays | defaults | fields))

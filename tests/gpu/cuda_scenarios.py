@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from parity_scenarios import Bench, batch, cross_entropy
 
-from megatron_adapters.engine import AdamParams, Engine, Layout, LoraSpec
+from megatron_adapters.engine import AdamParams, Datum, Engine, Layout, LoraSpec, Pass, PassOutput
+from megatron_adapters.out_of_memory import is_out_of_memory
+from megatron_adapters.packing import smaller_budget
 
 
 def train(model_folder: Path, adapter_folder: Path, layout: Layout, dtype: str, folder: Path) -> dict[str, Any]:
@@ -50,3 +52,46 @@ def recompute(model_folder: Path, adapter_folder: Path, layout: Layout, dtype: s
         found[name] = {"logprobs": logprobs, "grads": grads}
     engine.stop()
     return found
+
+
+def out_of_memory(model_folder: Path) -> dict[str, Any]:
+    """A pass with all of the GPU's memory, then cut smaller with too little of it, as worker/loop.py cuts it."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 250, (24, 257), dtype=np.int32)
+    data = [Datum(row[:-1], {"target_tokens": row[1:].astype(np.int64)}) for row in tokens]
+    lengths = [256] * len(data)
+    engine = Engine.start(model_folder, Layout(), dtype="float32", token_budget=sum(lengths))
+    for name in ("ample", "little"):
+        engine.create_adapter(name, LoraSpec(rank=8, seed=1))
+    engine.run_pass("ample", data[:1], logprob_sum, backward=False)  # workspaces of cuBLAS
+    engine.recover_memory()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    ample = engine.run_pass("ample", data, logprob_sum, backward=True)
+    needed = torch.cuda.max_memory_reserved() - before
+    engine.recover_memory()
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.45 * needed) / total)
+    budget, errors = engine.token_budget, []
+    while True:
+        try:
+            [little] = engine.run_passes([Pass("little", data, logprob_sum)], backward=True, token_budget=budget)
+            break
+        except Exception as error:
+            assert is_out_of_memory(error), error
+            errors.append(type(error).__name__)
+        engine.recover_memory()
+        smaller = smaller_budget(lengths, budget)
+        assert smaller is not None, "not even one sequence fits"
+        budget = smaller
+    assert isinstance(little, PassOutput)
+    logprobs = [max(np.abs(a - b).max() for a, b in zip(ample.logprobs, little.logprobs, strict=True))]
+    norms = [engine.optim_step(name, AdamParams())["grad_norm:mean"] for name in ("ample", "little")]
+    engine.stop()
+    return {"errors": errors, "budget": budget, "logprobs": float(logprobs[0]), "norms": norms}
+
+
+def logprob_sum(logprobs: torch.Tensor, inputs: Any, segment_ids: torch.Tensor) -> torch.Tensor:
+    """The negative sum of all logprobs."""
+    return -logprobs.sum()

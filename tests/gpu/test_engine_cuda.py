@@ -79,3 +79,12 @@ def test_recomputed_activations_give_the_same_gradients(reference: Reference, la
     assert all(np.array_equal(a, b) for a, b in zip(kept["logprobs"], again["logprobs"], strict=True))
     for key, x in kept["grads"].items():  # attention's backward may add in another order from run to run
         assert float((again["grads"][key] - x).abs().max() / x.abs().max()) < 1e-5, key
+
+
+def test_a_pass_that_does_not_fit_is_cut_smaller(reference: Reference, tmp_path: Path) -> None:
+    """The want of memory is the allocator's own limit; the CPU form, through a worker, is in tests/distributed."""
+    result = run_ranks("cuda_scenarios:out_of_memory", 1, tmp_path, reference.model_folder, modules=HERE)
+    assert result["errors"] and set(result["errors"]) == {"OutOfMemoryError"}
+    assert result["budget"] <= 24 * 256 // 2
+    assert result["logprobs"] < 1e-5
+    assert result["norms"][1] == pytest.approx(result["norms"][0], rel=1e-6)

@@ -89,7 +89,7 @@ def facts_of(request: Mapping[str, Any]) -> dict[str, Any]:
     if op == "create_model" and request.get("from_state"):
         facts["state_path"] = request["from_state"]["path"]
     elif op == "load_state":
-        facts.update(state_path=request["path"], step=request.get("step") or 0)
+        facts.update(state_path=request["path"], age=request.get("age"))
     elif op in ("save_sampler_weights", "open_sampler") and request.get("sampling_session_id"):
         facts["sampling_session_id"] = request["sampling_session_id"]
     elif op == "rejected":

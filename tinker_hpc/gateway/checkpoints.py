@@ -96,9 +96,9 @@ class Checkpoint:
         return bool(self.metadata.get("optimizer"))
 
     @property
-    def step(self) -> int:
-        """Optimizer steps of the model that was saved."""
-        return int(self.metadata.get("step") or 0)
+    def age(self) -> str:
+        """Of the model that was saved, see seeds.py."""
+        return str(self.metadata.get("age") or "0.0")
 
     @property
     def created_at(self) -> float:

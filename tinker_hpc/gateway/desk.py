@@ -175,6 +175,7 @@ class Desk:
             return {
                 "overwrite": bool(payload.get("overwrite")),
                 **self._target(model, "weights", name),
+                "age": str(model.age),
                 "ttl_seconds": validate.ttl_seconds(payload.get("ttl_seconds")),
                 "user_metadata": _metadata(payload),
             }
@@ -432,7 +433,7 @@ def _rejected(op: str, error: RequestError) -> dict[str, Any]:
 
 def _state(checkpoint: checkpoints.Checkpoint, optimizer: bool) -> dict[str, Any]:
     where = {"folder": str(checkpoint.folder), "path": str(checkpoint.path)}
-    return {**where, "optimizer": optimizer, "step": checkpoint.step}
+    return {**where, "optimizer": optimizer, "age": checkpoint.age}
 
 
 def _with_optimizer(payload: Payload, checkpoint: checkpoints.Checkpoint) -> bool:

@@ -24,7 +24,7 @@ class ModelState:
         lora: {rank, seed, train_mlp, train_attn, train_unembed, per_expert}.
         next_seq: the lowest seq_id that has not arrived; the worker can run nothing from there on.
         early: seq_ids that arrived beyond it.
-        born: optimizer steps of the checkpoint it was made from; 0 for a new one.
+        born: the age of the state it was made from.
         age: what its samplers are told apart by where the server draws a seed.
     """
 
@@ -37,7 +37,7 @@ class ModelState:
     last_request_at: float
     next_seq: int = 1
     early: set[int] = field(default_factory=set)
-    born: int = 0
+    born: str = "0.0"
     age: Age = field(default_factory=Age)
 
     def arrived(self, seq_id: int, at: float) -> bool:
@@ -124,7 +124,7 @@ class Ledger:
         sampler = header.get("sampling_session_id")
         label = sampler
         if op == "create_model":
-            born = int((header.get("from_state") or {}).get("step") or 0)
+            born = (header.get("from_state") or {}).get("age") or "0.0"
             # setdefault: a record written twice (its first write was reported as failed) is one request.
             self.models.setdefault(
                 header["model_id"],

@@ -30,22 +30,27 @@ def without_chance(text: str, sessions: Iterable[tuple[str, int]]) -> str:
 
 
 class Age:
-    """How old a model is, and how many samplers it has at that age: built from its requests in order.
+    """How many optimizer steps a model has taken, and how many samplers it was given since: built from its requests.
 
-    A model made from a checkpoint is as old as that.
+    A model made from a state, or that loads one, is as old as that.
+
+    Args: text: as `str` gives it, "<steps>.<samplers>".
     """
 
-    def __init__(self, steps: int = 0) -> None:
-        self._steps = steps
-        self._samplers = 0
+    def __init__(self, text: str = "0.0") -> None:
+        self._steps, self._samplers = map(int, text.split("."))
+
+    def __str__(self) -> str:
+        return f"{self._steps}.{self._samplers}"
 
     def note(self, header: Mapping[str, Any]) -> str | None:
         """Take in the model's next request. Returns: of a sampling snapshot, what tells it from the model's others."""
         if header["op"] == "optim_step":
             self._steps, self._samplers = self._steps + 1, 0
         elif header["op"] == "load_state":
-            self._steps, self._samplers = int(header.get("step") or 0), 0
+            self._steps, self._samplers = map(int, (header.get("age") or "0.0").split("."))
         elif header["op"] == "save_sampler_weights" and header.get("sampling_session_id"):
+            label = str(self)
             self._samplers += 1
-            return f"{self._steps}.{self._samplers - 1}"
+            return label
         return None

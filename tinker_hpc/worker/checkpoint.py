@@ -42,6 +42,8 @@ class Checkpoint:
     """Optimizer steps taken since the adapter was created."""
     optimizer: bool
     request_id: str
+    age: str | None = None
+    """What the gateway draws seeds by (gateway/seeds.py); handed through. None for sampler weights."""
     ttl_seconds: int | None = None
     user_metadata: dict[str, Any] | None = None
     created_at: float = 0.0

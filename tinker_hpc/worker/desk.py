@@ -53,11 +53,14 @@ class Desk:
         redo: Redo,
         poison: Mapping[int, Failure],
         alone: Collection[int],
+        budgets: Mapping[int, int],
         snapshots: SnapshotStep,
         rewinds: Rewinds,
         parting: Parting,
     ) -> None:
-        """poison: requests not to be run, by seq; alone: passes not to be mixed with others (poison.py)."""
+        """poison: requests not to be run, by seq; alone: passes not to be mixed with others; budgets: passes
+        to be cut into smaller micro-batches (poison.py).
+        """
         self._requests = requests
         self._publisher = publisher
         self._bell = bell
@@ -65,6 +68,7 @@ class Desk:
         self._redo = redo
         self._poison = poison
         self._alone = alone
+        self._budgets = budgets
         self._snapshots = snapshots
         self._rewinds = rewinds
         self._parting = parting
@@ -142,7 +146,7 @@ class Desk:
                 self._record_batch(requests)
         self._note_sampling(samples)
         order = {"command": "join", "num_samples": len(samples), "snapshot": snapshot, "cancelled": cancelled}
-        return [Record({**order, "alone": self._not_mixed(joined)}), *joined]
+        return [Record({**order, **self._how(joined)}), *joined]
 
     def coverage(self) -> Coverage:
         """What the state of this moment, between two batches, holds."""
@@ -302,12 +306,16 @@ class Desk:
         touched, self._touched = self._touched, []
         if command == "sample":
             self._note_sampling(requests)
-        order = {"command": command, "touched": touched, "snapshot": snapshot, "alone": self._not_mixed(requests)}
+        order = {"command": command, "touched": touched, "snapshot": snapshot, **self._how(requests)}
         return [Record(order), *requests]
 
-    def _not_mixed(self, requests: Sequence[Record]) -> list[int]:
-        """The seqs of passes that are not to be computed together with others."""
-        return [r.header["seq"] for r in requests if r.header["seq"] in self._alone or self._redo.ran_alone(r)]
+    def _how(self, requests: Sequence[Record]) -> dict[str, list[Any]]:
+        """`alone`: the seqs of passes that are not to be computed together with others. `budgets`: [seq, tokens] of
+        those whose micro-batches are to be smaller than the worker's.
+        """
+        alone = [r.header["seq"] for r in requests if r.header["seq"] in self._alone or self._redo.ran_alone(r)]
+        found = [(r.header["seq"], self._redo.token_budget(r) or self._budgets.get(r.header["seq"])) for r in requests]
+        return {"alone": alone, "budgets": [[seq, budget] for seq, budget in found if budget is not None]}
 
     def _record_batch(self, requests: Sequence[Record]) -> None:
         """Say which requests run together, before their results (nothing if it is recorded already)."""

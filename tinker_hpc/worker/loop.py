@@ -8,17 +8,18 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tinker_hpc.log import Record
+from tinker_hpc.worker import split
 from tinker_hpc.worker.batch import train_groups
 from tinker_hpc.worker.desk import Desk, Orders
 from tinker_hpc.worker.hang import HangWatch
 from tinker_hpc.worker.parting import Parted
-from tinker_hpc.worker.poison import leave_alone_notes, leave_note
+from tinker_hpc.worker.poison import leave_alone_notes, leave_budget_notes, leave_note
 from tinker_hpc.worker.ranks import EndWorker, Failure, Ranks, describe
 from tinker_hpc.worker.sample_step import SampleStep
 from tinker_hpc.worker.snapshot_step import Order, SnapshotStep
@@ -77,12 +78,12 @@ class Loop:
             if command == "idle":
                 continue
             if command == "train":
-                self._train(requests, orders[0].header["alone"])
+                self._train(requests, orders[0].header)
             else:
                 if self._desk:
                     self._desk.sampling_starts()
                 self._note_prompts(requests)
-                self._sample_step.run(requests, self._finish, self._admit, self._break_off)
+                self._sample_step.run(requests, self._finish, self._admit, self._nobody_joins, self._break_off)
                 self._hang.rest()
                 self._prompt_tokens = 0
 
@@ -96,6 +97,10 @@ class Loop:
         self._note_prompts(joining)
         self._hang.expect(_PREFILL_TOKENS + self._prompt_tokens)
         return joining, cancelled
+
+    def _nobody_joins(self) -> tuple[Sequence[Record], Sequence[int]]:
+        self._hang.expect(_PREFILL_TOKENS + self._prompt_tokens)
+        return (), ()
 
     def _tell(self, orders: Orders | None) -> Orders:
         """Rank 0's orders, on every rank. The others wait for them as long as it takes; rank 0 knows that they wait."""
@@ -119,7 +124,7 @@ class Loop:
         training = orders[1 + num_samples :]
         if training:
             started = time.monotonic()
-            self._train(training, orders[0].header["alone"])
+            self._train(training, orders[0].header)
             if self._desk:
                 self._desk.training_done(time.monotonic() - started)
         return orders[1 : 1 + num_samples], orders[0].header["cancelled"]
@@ -135,14 +140,17 @@ class Loop:
         self._ranks.broadcast([] if self._desk else None)
         raise Parted
 
-    def _train(self, requests: Sequence[Record], alone: Collection[int] = ()) -> None:
-        """`alone`: the seqs of passes that are not to be mixed with others."""
+    def _train(self, requests: Sequence[Record], how: Mapping[str, Any]) -> None:
+        """`how`: the desk's order: which passes are not to be mixed, and whose micro-batches are smaller."""
+        alone, budgets = how["alone"], dict(how["budgets"])
         for group in train_groups(requests, alone):
+            given = [budgets[r.header["seq"]] for r in group if r.header["seq"] in budgets]
+            budget = min(given) if given else None
             with self._watched(group):
                 if len(group) > 1:
-                    self._train_together(group)
+                    self._train_together(group, budget)
                 else:
-                    self._train_one(group[0], alone=group[0].header["seq"] in alone)
+                    self._train_one(group[0], budget, alone=group[0].header["seq"] in alone)
 
     @contextmanager
     def _watched(self, group: Sequence[Record]) -> Iterator[None]:
@@ -154,61 +162,109 @@ class Loop:
         finally:
             self._hang.rest()
 
-    def _train_one(self, request: Record, *, alone: bool) -> None:
+    def _train_one(self, request: Record, budget: int | None, *, alone: bool) -> None:
         """`alone` is said in the answer, so that redoing the batch does not mix the request with others either."""
         started = time.monotonic()
-        try:
-            outcome = self._run_one(request)
-        except EndWorker as apart:
-            self._break_off([request], apart)
-            raise
+        outcome = self._run_one(request, budget)
         if alone and not isinstance(outcome, Failure):
             outcome = ({**outcome[0], "alone": True}, outcome[1])
         self._finish(request, outcome, seconds=time.monotonic() - started)
 
-    def _train_together(self, passes: Sequence[Record]) -> None:
-        """Passes of one or several models in one mixed batch. Where the batch as a whole fails (memory), or breaks one
-        rank, nobody knows whose fault it was: each is then run alone, and only the one to blame fails.
+    def _train_together(self, passes: Sequence[Record], budget: int | None) -> None:
+        """Passes of one or several models in one mixed batch. Where it does not fit into memory it is cut smaller.
+        Where it fails as a whole all the same, or breaks one rank, nobody knows whose fault it was: each is then run
+        alone, and only the one to blame fails.
         """
         started = time.monotonic()
-        outcomes: list[Answer | Exception] = []
-        failure = None
-        try:
-            outcomes = self._train_step.run_passes(passes)
-        except Exception as error:
-            failure = describe(error)
-            print(f"worker: {len(passes)} passes together failed; each is run alone:", file=sys.stderr)
-            traceback.print_exc()
-        try:
-            failure = self._ranks.agree(failure)
-        except EndWorker as apart:
-            if apart.failure is not None:
-                leave_alone_notes(self._folder, passes)
-            raise
-        if failure is not None:
-            for request in passes:
-                self._train_one(request, alone=True)
-            return
+        while True:
+            outcomes: list[Answer | Exception] = []
+            failure = None
+            try:
+                outcomes = self._train_step.run_passes(passes, token_budget=budget)
+            except Exception as error:
+                failure = describe(error)
+                if not failure.out_of_memory:
+                    print(f"worker: {len(passes)} passes together failed; each is run alone:", file=sys.stderr)
+                    traceback.print_exc()
+            try:
+                failure = self._ranks.agree(failure)
+            except EndWorker as apart:
+                if apart.failure is not None and not self._cut_next_time(passes, budget, apart.failure):
+                    leave_alone_notes(self._folder, passes)
+                raise
+            if failure is None:
+                break
+            smaller = self._smaller(passes, budget, failure)
+            if smaller is None:
+                for request in passes:
+                    self._train_one(request, budget, alone=True)
+                return
+            budget = smaller
         self._ranks.require_equal([isinstance(outcome, Exception) for outcome in outcomes])
         seconds_per_token = (time.monotonic() - started) / sum(request.arrays["tokens"].size for request in passes)
         for request, outcome in zip(passes, outcomes, strict=True):
             answer = self._described(request, outcome) if isinstance(outcome, Exception) else outcome
             self._finish(request, answer, seconds=seconds_per_token * request.arrays["tokens"].size)
 
-    def _run_one(self, request: Record) -> Answer | Failure:
-        answer: Answer = ({}, {})
-        failure = None
-        try:
-            answer = self._train_step.run(request)
-        except Exception as error:
-            failure = self._described(request, error)
-        return self._ranks.agree(failure) or answer
+    def _run_one(self, request: Record, budget: int | None) -> Answer | Failure:
+        tried: list[int] = []
+        is_pass = request.header["op"] == "forward_backward"
+        while True:
+            answer: Answer = ({}, {})
+            failure = None
+            try:
+                answer = self._train_step.run(request, token_budget=budget)
+            except Exception as error:
+                failure = self._described(request, error)
+            try:
+                failure = self._ranks.agree(failure)
+            except EndWorker as apart:
+                if not (is_pass and apart.failure and self._cut_next_time([request], budget, apart.failure)):
+                    self._break_off([request], apart)
+                raise
+            if failure is None:
+                return answer
+            if not (failure.out_of_memory and is_pass):
+                return failure
+            tried.append(budget or self._train_step.token_budget)
+            smaller = self._smaller([request], budget, failure)
+            if smaller is None:
+                return split.too_large(request, tried, failure)
+            budget = smaller
+
+    def _smaller(self, passes: Sequence[Record], budget: int | None, failure: Failure) -> int | None:
+        """After all ranks agreed on a failure: the budget to try next; None if that would not help."""
+        if not failure.out_of_memory:
+            return None
+        self._train_step.recover_memory()
+        now = budget or self._train_step.token_budget
+        smaller = split.smaller(passes, now)
+        if self._desk:
+            seqs = ", ".join(str(request.header["seq"]) for request in passes)
+            then = (
+                f"micro-batches of {smaller} tokens are tried"
+                if smaller
+                else "single sequences are as small as it gets"
+            )
+            print(f"worker: passes {seqs} do not fit into memory in micro-batches of {now} tokens; {then}", flush=True)
+        return smaller
+
+    def _cut_next_time(self, passes: Sequence[Record], budget: int | None, failure: Failure) -> bool:
+        """One rank alone ran out of memory, and all start again: see to it that these are cut smaller then. False if
+        that would not help.
+        """
+        if not failure.out_of_memory:
+            return False
+        smallest = split.last_resort(passes, budget or self._train_step.token_budget)
+        if smallest is not None:
+            leave_budget_notes(self._folder, passes, smallest)
+        return smallest is not None
 
     @staticmethod
     def _described(request: Record, error: Exception) -> Failure:
         """What the user hears of it; what is our fault also goes to the worker's own log."""
         failure = describe(error)
-        if failure.category == "server":
+        if failure.category == "server" and not failure.out_of_memory:
             print(f"worker: request {request.header['seq']} ({request.header['op']}) failed:", file=sys.stderr)
             traceback.print_exception(error)
         return failure

@@ -8,6 +8,7 @@ Where several passes were run together, each of them is first run alone; the one
 
     <worker folder>/poison/<seq>.json        {"category", "message"}, written once by the rank that failed
     <worker folder>/poison/<seq>.alone.json  {}: not to be mixed with others
+    <worker folder>/poison/<seq>.budget.json {"token_budget"}: to be run in smaller micro-batches, for want of memory
 """
 
 from __future__ import annotations
@@ -33,6 +34,23 @@ def leave_alone_notes(worker_folder: Path, requests: Iterable[Record]) -> None:
     folder = make_private(worker_folder / "poison")
     for request in requests:
         write_json(folder / f"{request.header['seq']}.alone.json", {})
+
+
+def leave_budget_notes(worker_folder: Path, requests: Iterable[Record], token_budget: int) -> None:
+    """Say that these did not fit into one rank's memory. Raises: DataRootError."""
+    folder = make_private(worker_folder / "poison")
+    for request in requests:
+        write_json(folder / f"{request.header['seq']}.budget.json", {"token_budget": token_budget})
+
+
+def read_budget_notes(worker_folder: Path) -> dict[int, int]:
+    """Most tokens of a micro-batch, by `seq` of the request."""
+    notes = {}
+    for path in (worker_folder / "poison").glob("[0-9]*.budget.json"):
+        note = read_json(path)
+        if note is not None:
+            notes[int(path.name.split(".")[0])] = int(note["token_budget"])
+    return notes
 
 
 def read_alone_notes(worker_folder: Path) -> set[int]:

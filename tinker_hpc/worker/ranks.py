@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_adapters.out_of_memory import is_out_of_memory
 from tinker_hpc.errors import ConfigError, DataRootError, RequestError, ShapeError, WeightsError
 from tinker_hpc.log import Record, encode
 from tinker_hpc.log.record import decode_all
@@ -31,6 +32,8 @@ class Failure:
 
     category: Literal["user", "server"]
     message: str
+    out_of_memory: bool = False
+    """A smaller piece of the same work may fit."""
 
 
 class EndWorker(BaseException):
@@ -44,6 +47,8 @@ class EndWorker(BaseException):
 
 def describe(error: Exception) -> Failure:
     """What the user hears of an exception: their own mistakes plainly, ours with the type."""
+    if is_out_of_memory(error):
+        return Failure("server", f"{type(error).__name__}: {error}", out_of_memory=True)
     if isinstance(error, _USER_ERRORS):
         return Failure("user", str(error))
     if isinstance(error, DataRootError):
@@ -114,9 +119,9 @@ class Ranks:
         failed = [rank for rank, flag in enumerate(flags) if flag.item()]
         if not failed:
             return None
-        mine = None if failure is None else [Record({"category": failure.category, "message": failure.message})]
+        mine = None if failure is None else [Record(asdict(failure))]
         header = self.broadcast(mine if self.rank == failed[0] else None, source=failed[0])[0].header
-        agreed = Failure(header["category"], header["message"])
+        agreed = Failure(**header)
         if len(failed) < self.world_size:
             where = ", ".join(map(str, failed))
             raise EndWorker(f"rank {where} of {self.world_size} failed alone: {agreed.message}", agreed)

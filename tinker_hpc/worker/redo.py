@@ -61,6 +61,10 @@ class Redo:
         """Whether a pass was computed by itself although its batch holds others."""
         return bool(self.answered.get(request.header["seq"], {}).get("alone"))
 
+    def token_budget(self, request: Record) -> int | None:
+        """Of the micro-batches in which a pass was computed; None: the worker's own."""
+        return self.answered.get(request.header["seq"], {}).get("token_budget")
+
     def is_held(self, request: Record) -> bool:
         """Whether its effect is in the snapshot this worker started from."""
         return request.header["seq"] in self.held

@@ -18,6 +18,8 @@ from tinker_hpc.worker.schedule import CANCELLED
 from tinker_hpc.worker.train_step import Answer, TrainStep
 
 Finish = Callable[[Record, Answer | Failure], None]
+Admit = Callable[[], tuple[Sequence[Record], Sequence[int]]]
+"""Samples that join, and the seqs of those under way that are not wanted any more."""
 
 
 class SampleStep:
@@ -32,18 +34,50 @@ class SampleStep:
         self,
         requests: Sequence[Record],
         finish: Finish,
-        admit: Callable[[], tuple[Sequence[Record], Sequence[int]]],
+        admit: Admit,
+        nobody: Admit,
         break_off: Callable[[Sequence[Record], EndWorker], None],
     ) -> None:
         """Answer `requests` and those that `admit` brings between decode steps, each through `finish`.
 
         Beside them `admit` gives the seqs of samples that were cancelled; they are answered with an error at once.
 
-        A failure of the whole batch becomes the failure of everything unanswered in it; it never raises for a request.
+        Where it does not fit into memory, what is unanswered is begun again with half as many sequences at a time, at
+        last one request after the other; `nobody` then takes the place of `admit`. Any other failure of the whole batch
+        becomes the failure of everything unanswered in it; it never raises for a request.
         Raises: EndWorker, also from `finish` and `admit`; where ranks parted over the batch, after `break_off` with
             what is unanswered.
         Collectives: those of Engine.sample and `admit`; at the end Ranks.agree.
         """
+        left, failure = self._round(requests, finish, admit, break_off)
+        max_live = sum(record.header["num_samples"] for record in left)
+        while left and failure is not None and failure.out_of_memory and max_live > 1:
+            max_live //= 2
+            self._engine.recover_memory()
+            if self._ranks.is_first:
+                print(f"worker: sampling ran out of memory; {max_live} sequences at a time are tried", flush=True)
+            left, failure = self._round(left, finish, nobody, break_off, max_live=max_live)
+        for record in left:
+            assert failure is not None
+            outcome = failure
+            if failure.out_of_memory:
+                self._engine.recover_memory()
+                again, why = self._round([record], finish, nobody, break_off, max_live=1)
+                if not again:
+                    continue
+                outcome = _too_large(record, why or failure)
+            finish(record, outcome)
+
+    def _round(
+        self,
+        requests: Sequence[Record],
+        finish: Finish,
+        admit: Admit,
+        break_off: Callable[[Sequence[Record], EndWorker], None],
+        *,
+        max_live: int | None = None,
+    ) -> tuple[list[Record], Failure | None]:
+        """One run of the engine. Returns: what is unanswered after it, and why."""
         arrived: list[Record] = []
         answered: set[int] = set()
 
@@ -75,10 +109,11 @@ class SampleStep:
 
         failure = None
         try:
-            self._engine.sample(prepare(requests), on_finished, admit_and_cancel)
+            self._engine.sample(prepare(requests), on_finished, admit_and_cancel, max_live=max_live)
         except Exception as error:
-            traceback.print_exc()
             failure = describe(error)
+            if not failure.out_of_memory:
+                traceback.print_exc()
         finally:
             self._train_step.in_use.clear()
         unanswered = [record for index, record in enumerate(arrived) if index not in answered]
@@ -87,6 +122,15 @@ class SampleStep:
         except EndWorker as apart:
             break_off(unanswered, apart)
             raise
-        if failure is not None:
-            for record in unanswered:
-                finish(record, failure)
+        return unanswered, failure
+
+
+def _too_large(request: Record, failure: Failure) -> Failure:
+    header = request.header
+    return Failure(
+        "user",
+        f"this sample does not fit into the worker's memory, not even one sequence at a time: a prompt of "
+        f"{request.arrays['prompt'].size} tokens, max_tokens {header['max_tokens']}. The worker goes on. Shorten the "
+        "prompt, ask for less about it, or run on more or larger GPUs. "
+        f"The device said: {failure.message.splitlines()[0][:300]}",
+    )

@@ -25,7 +25,7 @@ from tinker_hpc.worker.hang import FLOOR_S, HangWatch
 from tinker_hpc.worker.loop import Loop
 from tinker_hpc.worker.metrics import MetricsFile
 from tinker_hpc.worker.parting import Parting
-from tinker_hpc.worker.poison import read_alone_notes, read_notes
+from tinker_hpc.worker.poison import read_alone_notes, read_budget_notes, read_notes
 from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.ranks import Ranks
 from tinker_hpc.worker.redo import Redo
@@ -162,6 +162,7 @@ class _FirstRank:
             redo=self._redo,
             poison=read_notes(self._folder.path),
             alone=read_alone_notes(self._folder.path),
+            budgets=read_budget_notes(self._folder.path),
             snapshots=snapshots,
             rewinds=self._rewinds,
             parting=parting,

@@ -74,7 +74,6 @@ class TrainStep:
         self._evicted: dict[str, str] = {}
         self._operations: dict[str, Callable[[Record], Answer]] = {
             "create_model": self._create_model,
-            "forward_backward": self._forward_backward,
             "optim_step": self._optim_step,
             "save_state": self._save_state,
             "load_state": self._load_state,
@@ -82,13 +81,27 @@ class TrainStep:
             "open_sampler": self._open_sampler,
         }
 
-    def run(self, request: Record) -> Answer:
-        """Compute one request.
+    @property
+    def token_budget(self) -> int:
+        """Most tokens of a micro-batch, where nothing has run out of memory."""
+        return self._engine.token_budget
+
+    def recover_memory(self) -> None:
+        """See Engine.recover_memory."""
+        self._engine.recover_memory()
+
+    def run(self, request: Record, *, token_budget: int | None = None) -> Answer:
+        """Compute one request; `token_budget`: see run_passes.
 
         Raises: RequestError and its like for a user's mistake, anything else for ours; the same on every rank unless
             a rank fails by itself, which `Ranks.agree` finds out.
         Collectives: those of the engine's method, and of Ranks.on_first for files.
         """
+        if request.header["op"] == "forward_backward":
+            [outcome] = self.run_passes([request], token_budget=token_budget)
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
         return self._operations[request.header["op"]](request)
 
     def snapshot_for(self, sampling_session_id: str) -> str | None:
@@ -158,8 +171,11 @@ class TrainStep:
         self._models[model_id] = ModelState(LoraSpec(**saved.lora), saved.step if optimizer else 0)
         return {"checkpoint": _identity(saved)}, {}
 
-    def run_passes(self, requests: Sequence[Record]) -> list[Answer | Exception]:
+    def run_passes(self, requests: Sequence[Record], *, token_budget: int | None = None) -> list[Answer | Exception]:
         """Compute forward_backward requests of any models in one mixed batch; all forward_only, or none.
+
+        Args: token_budget: of its micro-batches; None: the worker's. Said in the answers, so that redoing them takes
+            the same path to the same bits.
 
         Returns: each one's answer, or why it failed, which fails no other: equal on every rank.
         Raises, collectives: see Engine.run_passes. A group that raises has changed nothing.
@@ -179,7 +195,7 @@ class TrainStep:
                     passes[index] = Pass(header["model_id"], data, loss_fn)
             except Exception as error:
                 outcomes[index] = error
-        outputs = self._engine.run_passes(list(passes.values()), backward=backward)
+        outputs = self._engine.run_passes(list(passes.values()), backward=backward, token_budget=token_budget)
         num_tokens = sum(int(requests[index].arrays["tokens"].size) for index in passes)
         seconds_per_token = (time.monotonic() - started) / max(1, num_tokens)
         for index, output in zip(passes, outputs, strict=True):
@@ -190,7 +206,8 @@ class TrainStep:
             gap = sampler_gap(passes[index].data, output.logprobs)
             loss_fn = passes[index].loss_fn
             custom = loss_fn.metrics(output.logprobs) if isinstance(loss_fn, CustomLossFn) else {}
-            outcomes[index] = pass_result(replace(output, metrics=output.metrics | gap.metrics() | custom))
+            fields, arrays = pass_result(replace(output, metrics=output.metrics | gap.metrics() | custom))
+            outcomes[index] = (fields if token_budget is None else {**fields, "token_budget": token_budget}), arrays
             if backward:
                 size = int(request.arrays["tokens"].size)
                 self._models[request.header["model_id"]].since_step.add(
@@ -201,12 +218,6 @@ class TrainStep:
                     gap=gap,
                 )
         return [outcomes[index] for index in range(len(requests))]
-
-    def _forward_backward(self, request: Record) -> Answer:
-        [outcome] = self.run_passes([request])
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
 
     def _optim_step(self, request: Record) -> Answer:
         model_id = request.header["model_id"]
@@ -283,6 +294,7 @@ class TrainStep:
             step=model.step,
             optimizer=optimizer,
             request_id=header["request_id"],
+            age=header.get("age"),
             ttl_seconds=header.get("ttl_seconds"),
             user_metadata=header.get("user_metadata"),
         )

@@ -27,9 +27,10 @@ def test_a_models_age_is_its_steps_and_its_samplers_at_that_age() -> None:
     age = Age()
     story = [snapshot("a"), snapshot("b"), {"op": "forward_backward"}, STEP, snapshot("c"), {"op": "save_state"}]
     assert [age.note(request) for request in story] == ["0.0", "0.1", None, None, "1.0", None]
-    resumed = Age(1)  # from a state of one step
-    assert resumed.note(snapshot("d")) == "1.0"
-    assert [resumed.note({"op": "load_state", "step": 5}), resumed.note(snapshot("e"))] == [None, "5.0"]
+    assert str(age) == "1.1"
+    resumed = Age("1.1")  # from a state saved now
+    assert resumed.note(snapshot("d")) == "1.1" == age.note(snapshot("the same, had it not been killed"))
+    assert [resumed.note({"op": "load_state", "age": "5.2"}), resumed.note(snapshot("e"))] == [None, "5.2"]
     assert age.note({"op": "save_sampler_weights", "path": "tinker://..."}) is None, "a file, not a sampler"
 
 
@@ -51,7 +52,7 @@ def test_what_was_taken_back_does_not_age_a_model() -> None:
     assert ledger.samplers["s:train:0:y"].label == "s:train:0@1.0"
 
     ledger.take_back(list(ledger.futures))
-    state = {"folder": "f", "path": "p", "optimizer": True, "step": 1}
+    state = {"folder": "f", "path": "p", "optimizer": True, "age": "1.0"}
     ledger.apply({**create, "request_id": "s:train:0:0~1", "from_state": state, "seq": 10}, 0)
     ledger.apply(request(1, "save_sampler_weights", sampling_session_id="s:train:0:z", request_id="r~1", seq=11), 0)
     assert ledger.samplers["s:train:0:z"].label == "s:train:0@1.0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_adapters.packing import pack, split_over_ranks
+from megatron_adapters.packing import pack, smaller_budget, split_over_ranks
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
@@ -44,3 +44,16 @@ def test_no_two_micro_batches_would_fit_into_one(lengths: list[int]) -> None:
 
 def test_equal_lengths_pack_in_the_order_given() -> None:
     assert pack([0, 1, 2, 3, 4], [10] * 5, 25) == [[0, 1], [2, 3], [4]]
+
+
+@given(LENGTHS, st.integers(1, 200))
+def test_a_budget_that_did_not_fit_is_halved_down_to_single_sequences(lengths: list[int], budget: int) -> None:
+    def largest(budget: int) -> int:
+        return max(sum(lengths[i] for i in members) for members in pack(range(len(lengths)), lengths, budget))
+
+    tried = [budget]
+    while (smaller := smaller_budget(lengths, tried[-1])) is not None:
+        assert largest(smaller) < largest(tried[-1]), "every try needs less memory than the one before"
+        tried.append(smaller)
+    assert largest(tried[-1]) == max(lengths), "at last the longest sequence is by itself"
+    assert len(tried) <= 2 + (max(sum(lengths), 1)).bit_length()
