@@ -72,7 +72,7 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
     Args:
         dtype: "float32" or "bfloat16"; None means bfloat16 on CUDA and float32 on CPU.
     Raises: ConfigError if the number of processes does not fit the layout, or the dtype is unknown.
-    Collectives: creates groups, so every rank must call it at the same point; a second call leaves the groups of the first.
+    Collectives: creates groups, so every rank must call it at the same point; a second call leaves those of the first.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != layout.world_size:
