@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,24 +48,12 @@ class LoraWeights:
     pairs: Mapping[str, LoraPair]
     per_expert: bool = False
     """see projections.projections"""
-    _stacks: dict[tuple[str, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    kept: dict[tuple[str, ...], Any] = field(default_factory=dict, compare=False, repr=False)
+    """What lora_inference.py has put together once, by fused paths; filled for snapshots only."""
 
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
-
-    def stacked_a(self, paths: tuple[str, ...], dtype: torch.dtype) -> Tensor:
-        """The A of those of these projections that are adapted, under each other: [sum of ranks, d_in].
-
-        Kept once made where it cannot change, that is for a snapshot.
-        """
-        if paths in self._stacks:
-            return self._stacks[paths]
-        matrices = [self.pairs[path].a for path in paths if path in self.pairs]
-        stacked = (matrices[0] if len(matrices) == 1 else torch.cat(matrices)).to(dtype)
-        if not matrices[0].requires_grad:
-            self._stacks[paths] = stacked
-        return stacked
 
     def snapshot(self, dtype: torch.dtype) -> LoraWeights:
         """A frozen copy in the compute dtype: the numbers a forward of this adapter uses now."""

@@ -20,7 +20,9 @@ from .attention import PackedContext, packed_attention
 from .kv_cache import Lane, LaneGroup
 from .ruled_attention import PLAIN, Rule, ruled_decode
 
-_LENGTH_STEP = 32  # keys are read in whole steps: few distinct shapes, and masks aligned as CUDA kernels want them
+# Keys are read in whole steps: few distinct shapes, and masks aligned as CUDA kernels want them. On a CPU what is read
+# is what it costs.
+_LENGTH_STEP = {"cuda": 32, "cpu": 8}
 
 
 def mark_filled(lanes: Sequence[Lane], length: int) -> None:
@@ -68,6 +70,8 @@ class _GroupStep:
     """int64: where the new token goes, which is how many are cached."""
     used: int
     """L: tokens to read."""
+    is_batch: bool
+    """The lanes are the rows of the pass, in their order."""
 
 
 class DecodeAttention:
@@ -84,14 +88,17 @@ class DecodeAttention:
             assert [lane_row for lane_row, _ in rows] == list(range(len(group.lanes))), "every live lane must step"
             device = group.shape.device
             batch_rows_N = torch.tensor([row for _, row in rows], device=device)
-            self._steps.append(_GroupStep(group, batch_rows_N, torch.arange(len(rows), device=device), batch_rows_N, 0))
+            lane_rows_N = torch.arange(len(rows), device=device)
+            is_batch = [row for _, row in rows] == list(range(len(lanes)))
+            self._steps.append(_GroupStep(group, batch_rows_N, lane_rows_N, batch_rows_N, 0, is_batch))
 
     def begin(self, positions: Sequence[int]) -> None:
         """Start a step: `positions[i]` is the position of row i's new token, from 0."""
         for step in self._steps:
             here = [positions[row] for row in step.batch_rows_N.tolist()]
             step.positions_N = torch.tensor(here, device=step.batch_rows_N.device)
-            step.used = min(step.group.lane_tokens, -(-(max(here) + 1) // _LENGTH_STEP) * _LENGTH_STEP)
+            whole = _LENGTH_STEP[step.group.shape.device.type]
+            step.used = min(step.group.lane_tokens, -(-(max(here) + 1) // whole) * whole)
             step.group.mask_RC[step.lane_rows_N, step.positions_N] = 0
 
     def attend(
@@ -119,10 +126,12 @@ class DecodeAttention:
         out_TQD = new(num_tokens, num_heads, value_dim)
         for step in self._steps:
             keys_RHCD, values_RHCD = step.group.keys_RHCD[layer], step.group.values_RHCD[layer]
-            keys_RHCD[step.lane_rows_N, :, step.positions_N] = key_THD[step.batch_rows_N]
-            values_RHCD[step.lane_rows_N, :, step.positions_N] = value_THD[step.batch_rows_N]
             num_lanes = len(step.lane_rows_N)
-            query_NHGD = query_TQD[step.batch_rows_N].view(num_lanes, num_kv_heads, -1, head_dim)
+            # A view where rows and lanes are the same, else copies.
+            rows = slice(num_lanes) if step.is_batch else step.batch_rows_N
+            keys_RHCD[step.lane_rows_N, :, step.positions_N] = key_THD[rows]
+            values_RHCD[step.lane_rows_N, :, step.positions_N] = value_THD[rows]
+            query_NHGD = query_TQD[rows].view(num_lanes, num_kv_heads, -1, head_dim)
             if not rule.is_plain:
                 out_NHGD = ruled_decode(
                     query_NHGD,
@@ -132,7 +141,7 @@ class DecodeAttention:
                     positions_N=step.positions_N,
                     rule=rule,
                 )
-                out_TQD[step.batch_rows_N] = out_NHGD.reshape(num_lanes, num_heads, value_dim)
+                out_TQD[rows] = out_NHGD.reshape(num_lanes, num_heads, value_dim)
                 continue
             out_NHGD = F.scaled_dot_product_attention(
                 query_NHGD,
@@ -143,5 +152,8 @@ class DecodeAttention:
                 ),
                 scale=rule.scale,
             )
-            out_TQD[step.batch_rows_N] = out_NHGD.reshape(num_lanes, num_heads, value_dim)
+            out_NQD = out_NHGD.reshape(num_lanes, num_heads, value_dim)
+            if step.is_batch and num_tokens == num_lanes:
+                return out_NQD
+            out_TQD[rows] = out_NQD
         return out_TQD

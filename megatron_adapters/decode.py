@@ -339,7 +339,7 @@ class Decoder:
         if not self._live:
             return
         if self._attention is None:
-            self._live.sort(key=lambda sequence: _weights_order(sequence.request.snapshot_id))
+            self._live.sort(key=_batch_order)
             self._attention = DecodeAttention([sequence.lane for sequence in self._live if sequence.lane is not None])
         live = list(self._live)
         positions = [sequence.last_position for sequence in live]
@@ -418,6 +418,11 @@ class Decoder:
 def _weights_order(snapshot_id: str | None) -> tuple[bool, str]:
     """The base model first, then by name."""
     return snapshot_id is not None, snapshot_id or ""
+
+
+def _batch_order(sequence: _Live) -> tuple[bool, str, int]:
+    """By weights, so that each adapter is applied once; then as the lanes lie, so that attention copies nothing."""
+    return *_weights_order(sequence.request.snapshot_id), sequence.lane.row if sequence.lane else 0
 
 
 def _ended(sequence: _Live, reason: StopReason, dp_rank: int) -> _Ended:

@@ -16,23 +16,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
 # The operator torch.compile itself emits for linears on CPUs; it has no public name.
 _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _onednn_reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-_reordered = WeakIdKeyDictionary()
-"""Frozen weight -> its copy in oneDNN's layout."""
+_REORDERED = "_in_onednn_layout"
+"""Attribute of a frozen weight: its copy in oneDNN's layout. It goes with the weight."""
 _ROWS_OF_A_STEP = 32  # the layout is chosen for about this many rows; any number is right
 
 
-def frozen_linear(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """F.linear for a weight that is never trained: [..., O], dtype of x. Differentiable in x."""
+def frozen_linear(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, plus_O: Tensor | None = None) -> Tensor:
+    """F.linear for a weight that is never trained: [..., O], dtype of x. Differentiable in x.
+
+    plus_O: added to the result; only where no gradient is wanted.
+    """
+    needs_grad = torch.is_grad_enabled()
+    assert plus_O is None or not needs_grad
     if not _by_onednn(x_I):
-        return F.linear(x_I, weight_OI, bias_O)
-    if torch.is_grad_enabled() and x_I.requires_grad:
+        out_O = F.linear(x_I, weight_OI, bias_O)
+        return out_O if plus_O is None else out_O.add_(plus_O)
+    if needs_grad and x_I.requires_grad:
         return _FrozenLinear.apply(x_I, weight_OI, bias_O)  # type: ignore[no-any-return]
-    return _product(x_I, weight_OI if torch.is_grad_enabled() else _reorder(weight_OI), bias_O)
+    weight_OI = weight_OI if needs_grad else _reorder(weight_OI)
+    if plus_O is None:
+        return _product(x_I, weight_OI, bias_O)
+    assert _onednn_linear is not None
+    return _onednn_linear.binary(x_I.contiguous(), plus_O.contiguous(), weight_OI, bias_O, "add")
 
 
 def frozen_linear_grad(grad_O: Tensor, weight_OI: Tensor) -> Tensor:
@@ -50,11 +59,12 @@ def _product(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 
 
 def _reorder(weight_OI: Tensor) -> Tensor:
-    if _onednn_reorder is None:
-        return weight_OI
-    if weight_OI not in _reordered:
-        _reordered[weight_OI] = _onednn_reorder(weight_OI.detach(), _ROWS_OF_A_STEP)
-    return _reordered[weight_OI]
+    known: Tensor | None = getattr(weight_OI, _REORDERED, None)
+    if known is not None:
+        return known
+    reordered = weight_OI if _onednn_reorder is None else _onednn_reorder(weight_OI.detach(), _ROWS_OF_A_STEP)
+    setattr(weight_OI, _REORDERED, reordered)
+    return reordered
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -94,7 +94,7 @@ class Routing:
             self._set(*before)
 
     def adapts(self, paths: Sequence[str]) -> bool:
-        return any(segment.width(paths) for segment in self.all)
+        return any(segment.lora and path in segment.lora.pairs for segment in self.all for path in paths)
 
     def local_numbers(self, device: torch.device) -> Tensor:
         """Place in the table of each of this rank's tokens' adapters, int64 [L]."""
@@ -162,7 +162,7 @@ class LoraLinear(nn.Module):
         [T, W], and the mirror image in backward; none where no segment adapts these projections.
         """
         if not torch.is_grad_enabled():
-            return self._without_grad(x)
+            return self.infer(x[:, 0])[:, None], None
         out, bias = self._base(x)
         if not self.routing.adapts(self.paths):
             return out, bias
@@ -190,21 +190,34 @@ class LoraLinear(nn.Module):
         now, later = (None, base.bias) if base.skip_bias_add else (base.bias, None)
         return frozen_linear(x, base.weight, now), later
 
-    def _without_grad(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same with the updates added in place; collectives as in forward."""
-        out, bias = self._base(x)
+    def infer(self, x_LI: Tensor, plus_LO: Tensor | None = None) -> Tensor:
+        """The whole output without gradients, bias included: [L, I] -> [T, O / tp_size] (column), [T, I / tp_size] ->
+        [L, O] (row). `plus_LO` is added to it. Updates are added in place; collectives as in forward.
+        """
+        base: Any = self.base
+        alone = self.tp_group.size() == 1
+        if alone:
+            out = frozen_linear(x_LI, base.weight, base.bias, plus_LO)
+        else:
+            out, bias = base(x_LI[:, None])
+            out = out[:, 0]
+            for more in (bias, plus_LO):
+                out = out if more is None else out + more
         if not self.routing.adapts(self.paths):
-            return out, bias
+            return out
+        if alone:
+            lora_inference.add_update_(self.split(out), x_LI, self.routing.all, self.paths)
+            return out
         down = self.routing.all if self.row else self.routing.local
         up = self.routing.all if self.column else self.routing.local
         width = max(segment.width(self.paths) for segment in self.routing.all)
-        h_W = lora_inference.project_down(x[:, 0], down, self.paths, width)
-        if self.tp_group.size() > 1 and self.column:
+        h_W = lora_inference.project_down(x_LI, down, self.paths, width)
+        if self.column:
             h_W = gather_from_sequence_parallel_region(h_W, group=self.tp_group)
-        elif self.tp_group.size() > 1 and self.row:
+        elif self.row:
             h_W = reduce_scatter_to_sequence_parallel_region(h_W, group=self.tp_group)
-        lora_inference.add_up_(self.split(out[:, 0]), h_W, up, self.paths)
-        return out, bias
+        lora_inference.add_up_(self.split(out), h_W, up, self.paths)
+        return out
 
 
 def project_down(x_LI: Tensor, segments: Sequence[Segment], paths: Sequence[str], width: int) -> Tensor:

@@ -26,6 +26,7 @@ from .attention import AttentionCache, PackedContext, packed_context
 from .experts import StackedExperts
 from .families import Architecture
 from .head import LmHead
+from .inference_layers import Wanted, inference_layers
 from .interface import Layout
 from .latent_attention import LatentAttention, latent_linears
 from .layers import block_spec, transformer_config
@@ -135,6 +136,7 @@ class Model:
         _wrap_linears(self.gpt, arch, runtime, self.routing)
         self._always_recompute = recompute
         self._recompute = recomputation.install(gpt, self.routing)
+        self._inference_layers = inference_layers(self.gpt.decoder, self.routing)
 
     def padded_length(self, num_tokens: int) -> int:
         """Tokens of a forward after padding: sequence parallelism needs equal shares, and no rank may have none."""
@@ -153,6 +155,7 @@ class Model:
         arrived_L1D: Tensor | None = None,
         table: Table = None,
         recompute: bool = False,
+        wanted: Wanted | None = None,
     ) -> Tensor:
         """This stage's layers: hidden states of this rank's share of the tokens, [L, 1, D]; normed on the last stage.
 
@@ -162,6 +165,7 @@ class Model:
             arrived_L1D: what the stage before made of them; None on the first stage.
             table: see Routing.use.
             recompute: do not keep the activations for the backward; the same on every rank that takes part.
+            wanted: may be given on a last stage without TP and without gradients: the rows to return.
         Collectives: per layer the sequence-parallel gathers and reduce-scatters of megatron-core and LoRA over the TP
             group, and MoeMlp's over the EP group.
         """
@@ -173,26 +177,38 @@ class Model:
                 arrived_L1D = embedded.detach().requires_grad_(
                     self.arch.experts is not None and torch.is_grad_enabled()
                 )
+            if self._inference_layers is not None and not torch.is_grad_enabled():
+                return self._inference_layers(arrived_L1D[:, 0], context, wanted)[:, None]
             self.gpt.decoder.set_input_tensor(arrived_L1D)
-            return self.gpt.decoder(arrived_L1D, attention_mask=None, packed_seq_params=context)
+            hidden_L1D = self.gpt.decoder(arrived_L1D, attention_mask=None, packed_seq_params=context)
+            return hidden_L1D if wanted is None else hidden_L1D[wanted.rows_N]
 
     def hidden_states(
-        self, tokens_T: Tensor, context: PackedContext, segments: Sequence[Segment], table: Table = None
+        self,
+        tokens_T: Tensor,
+        context: PackedContext,
+        segments: Sequence[Segment],
+        table: Table = None,
+        wanted: Wanted | None = None,
     ) -> Tensor:
         """Final (normed) hidden states of all tokens [T, D], equal on all TP ranks; on stages before the last, zeros.
 
-        For one forward alone, without gradients where there are several stages. Arguments as for `stage`.
+        For one forward alone, without gradients where there are several stages. Arguments as for `stage`; of `wanted`
+        tokens alone, [N, D], under any layout.
         Collectives: those of `stage`; between stages one message [L, 1, D]; at the end `whole_sequence`.
         """
         runtime, links = self.runtime, Links(self.runtime)
         num_tokens = tokens_T.shape[0]
         arrived = links.receive_hidden(num_tokens // runtime.layout.tp_size, self.arch.hidden_size)
-        hidden_L1D = self.stage(tokens_T, context, segments, arrived_L1D=arrived, table=table)
+        early = wanted if runtime.is_last_stage and runtime.layout.tp_size == 1 else None
+        hidden_L1D = self.stage(tokens_T, context, segments, arrived_L1D=arrived, table=table, wanted=early)
         links.send_hidden(hidden_L1D)
         links.finish()
         if not runtime.is_last_stage:
-            return hidden_L1D.new_zeros(num_tokens, self.arch.hidden_size)
-        return self.whole_sequence(hidden_L1D)
+            num_rows = num_tokens if wanted is None else len(wanted.rows_N)
+            return hidden_L1D.new_zeros(num_rows, self.arch.hidden_size)
+        hidden_TD = self.whole_sequence(hidden_L1D)
+        return hidden_TD if wanted is None or early is not None else hidden_TD[wanted.rows_N]
 
     def whole_sequence(self, hidden_L1D: Tensor) -> Tensor:
         """[L, 1, D] of each TP rank -> [T, D] on all of them. Collectives: one all-gather over the TP group."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .adapters import LoraWeights
 from .cached_attention import DecodeAttention, PrefillAttention
+from .inference_layers import Wanted
 from .lora_linear import Segment
 from .model import Model
 from .prompt_scores import Prompt, score_prompts
@@ -45,14 +46,19 @@ class ModelForward:
             bounds, torch.from_numpy(positions_T).to(device), PrefillAttention([row.lanes for row in rows])
         )
         snapshot_ids = [row.snapshot_id for row in rows]
+        last_B = torch.tensor(bounds[1 : len(rows) + 1], device=device) - 1
+        last = Wanted(last_B, self._segments(snapshot_ids, [1] * len(rows)))
+        scored = any(row.scored for row in rows)
         hidden_TD = self._model.hidden_states(
             torch.from_numpy(tokens_T.astype(np.int64)).to(device),
             context,
             self._segments(snapshot_ids, lengths, padding),
             self._table(),
+            None if scored else last,
         )
-        last_B = torch.tensor(bounds[1 : len(rows) + 1], device=device) - 1
-        logits_BV = self._model.head.logits(hidden_TD[last_B], self._segments(snapshot_ids, [1] * len(rows)))
+        logits_BV = self._model.head.logits(hidden_TD[last_B] if scored else hidden_TD, last.segments)
+        if not scored:
+            return Prefilled(logits_BV, [None] * len(rows))
         prompts = [
             Prompt(row.request, hidden_TD[start:end], self._segments([row.snapshot_id], [1])[0].lora)
             if row.scored

@@ -1,0 +1,171 @@
+"""A stage's decoder layers where no gradient is wanted, with a quarter of the operations of megatron-core's modules.
+
+For the few rows of a decode step the matrix products are half of what a layer costs; the rest is the number of small
+operations and the Python between them. So each layer is one function here, on the modules' own weights: queries and
+keys are normed and rotated together, residuals are added inside the matrix products, and nothing is copied that can be
+viewed. Linears (with their LoRA and tensor parallelism), experts and attention are the modules themselves.
+
+Shapes: L this rank's tokens, T all tokens, D hidden, G this rank's key-value heads, P queries of each, K head_dim,
+F this rank's part of the MLP's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from .attention import PackedAttention, PackedContext
+from .layers import RMSNorm
+from .lora_linear import LoraLinear, Routing, Segment
+from .moe import MoeMlp
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attention_norm: RMSNorm
+    qkv: LoraLinear
+    groups: int
+    head_dim: int
+    qk_weight_hK: Tensor | None
+    """of the norm of queries and keys, [P + 1, K]; None without one"""
+    qk_eps: float
+    attention: PackedAttention
+    proj: LoraLinear
+    mlp_norm: RMSNorm
+    mlp: Any
+    """an MLP or MoeMlp"""
+
+
+class Wanted(NamedTuple):
+    """Some tokens of a forward, and which adapter each uses."""
+
+    rows_N: Tensor
+    """int64, ascending"""
+    segments: Sequence[Segment]
+    """must tile 0..N"""
+
+
+class InferenceLayers:
+    """Build it with `inference_layers`."""
+
+    def __init__(self, layers: list[_Layer], final_norm: RMSNorm | None, routing: Routing) -> None:
+        self._layers = layers
+        self._final_norm = final_norm
+        self._routing = routing
+
+    def __call__(self, x_LD: Tensor, context: PackedContext, wanted: Wanted | None = None) -> Tensor:
+        """[L, D] -> [L, D], normed on the last stage. Collectives: those of the linears and of MoeMlp, per layer.
+
+        wanted: what to return alone, where no rank has but a part of the tokens.
+        """
+        for layer in self._layers[:-1]:
+            x_LD = _rest(layer, x_LD, _attended(layer, x_LD, context))
+        layer = self._layers[-1]
+        out_TQ = _attended(layer, x_LD, context)
+        if wanted is None:
+            x_LD = _rest(layer, x_LD, out_TQ)
+        else:  # no other token meets these any more
+            with self._routing.use(wanted.segments, len(wanted.rows_N), self._routing.table):
+                x_LD = _rest(layer, x_LD[wanted.rows_N], out_TQ[wanted.rows_N])
+        return x_LD if self._final_norm is None else _norm(x_LD, self._final_norm)
+
+
+def inference_layers(decoder: Any, routing: Routing) -> InferenceLayers | None:
+    """For a megatron-core decoder whose linears are wrapped; None where any layer has something this file does not do.
+
+    Which of the two is used is decided here alone.
+    """
+    layers = []
+    for layer in decoder.layers:
+        attention = layer.self_attention
+        known = (
+            type(layer) is TransformerLayer
+            and type(attention) is SelfAttention
+            and type(attention.core_attention) is PackedAttention
+            and type(layer.mlp) in (MLP, MoeMlp)
+            and all(type(x) is LoraLinear for x in (attention.linear_qkv, attention.linear_proj))
+            and layer.config.activation_func is F.silu
+            and layer.config.gated_linear_unit
+            and not getattr(layer.config, "attention_output_gate", False)
+            and layer.config.activation_func_clamp_value is None
+            and layer.config.glu_linear_offset == 0.0
+        )
+        norms: Any = tuple(None if type(x) is IdentityOp else x for x in (attention.q_layernorm, attention.k_layernorm))
+        all_norms = (*(norm for norm in norms if norm is not None), layer.input_layernorm, layer.pre_mlp_layernorm)
+        if not known or any(type(norm) is not RMSNorm for norm in all_norms):
+            return None
+        layers.append(_layer(layer, *norms))
+    return InferenceLayers(layers, getattr(decoder, "final_layernorm", None), routing)
+
+
+def _layer(layer: Any, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> _Layer:
+    attention = layer.self_attention
+    groups = attention.num_query_groups_per_partition
+    qk_weight_hK = None
+    if q_norm is not None and k_norm is not None:
+        queries = attention.num_attention_heads_per_partition // groups
+        qk_weight_hK = torch.cat((q_norm.weight.detach().expand(queries, -1), k_norm.weight.detach()[None]))
+    return _Layer(
+        attention_norm=layer.input_layernorm,
+        qkv=attention.linear_qkv,
+        groups=groups,
+        head_dim=attention.hidden_size_per_attention_head,
+        qk_weight_hK=qk_weight_hK,
+        qk_eps=q_norm.eps if q_norm is not None else 0.0,
+        attention=attention.core_attention,
+        proj=attention.linear_proj,
+        mlp_norm=layer.pre_mlp_layernorm,
+        mlp=layer.mlp,
+    )
+
+
+def _norm(x_LD: Tensor, norm: RMSNorm) -> Tensor:
+    """What norm(x_LD) is, without the detour over float32 where there is none."""
+    if x_LD.dtype == torch.float32:
+        return F.rms_norm(x_LD, norm.weight.shape, norm.weight, norm.eps)  # type: ignore[arg-type]
+    return norm(x_LD)
+
+
+def _attended(layer: _Layer, x_LD: Tensor, context: PackedContext) -> Tensor:
+    """What attention gives, before its output projection: [T, G * P * K]."""
+    qkv_TO = layer.qkv.infer(_norm(x_LD, layer.attention_norm))
+    # megatron-core's order: of each group its queries, key, value.
+    qkv_TGhK = qkv_TO.view(qkv_TO.shape[0], layer.groups, -1, layer.head_dim)
+    qk_TGhK = qkv_TGhK[:, :, :-1]
+    if layer.qk_weight_hK is not None:
+        qk_TGhK = F.rms_norm(qk_TGhK.float(), (layer.head_dim,), None, layer.qk_eps).to(qkv_TO.dtype)
+        qk_TGhK = qk_TGhK * layer.qk_weight_hK
+    qk_TGhK = _rotate(qk_TGhK, context)
+    q_THK = qk_TGhK[:, :, :-1].flatten(1, 2)
+    return layer.attention.attend(q_THK, qk_TGhK[:, :, -1], qkv_TGhK[:, :, -1], context)
+
+
+def _rotate(x_TGhK: Tensor, context: PackedContext) -> Tensor:
+    """rope.rotate for heads in groups, without its copies."""
+    assert context.cos_T1K is not None and context.sin_T1K is not None
+    cos_T11K, sin_T11K = context.cos_T1K[:, None], context.sin_T1K[:, None]
+    half = x_TGhK.shape[-1] // 2
+    x = x_TGhK.float()
+    out = x * cos_T11K
+    out[..., :half].addcmul_(x[..., half:], sin_T11K[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin_T11K[..., half:])
+    return out.to(x_TGhK.dtype)
+
+
+def _rest(layer: _Layer, x_LD: Tensor, out_TQ: Tensor) -> Tensor:
+    """The layer after attention."""
+    x_LD = layer.proj.infer(out_TQ, x_LD)
+    normed_LD = _norm(x_LD, layer.mlp_norm)
+    if isinstance(layer.mlp, MoeMlp):
+        return x_LD + layer.mlp(normed_LD[:, None])[0][:, 0]
+    gate_TF, up_TF = layer.mlp.linear_fc1.infer(normed_LD).chunk(2, dim=-1)
+    return layer.mlp.linear_fc2.infer(F.silu(gate_TF).mul_(up_TF), x_LD)
