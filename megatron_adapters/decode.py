@@ -311,12 +311,13 @@ class Decoder:
         decode_text = self._decode_text() if request.stop_strings else None
         stop = StopRule(request.stop_token_ids, request.stop_strings, waiting.max_tokens, decode_text)
         sequences = []
-        while waiting.samples and (self._max_live is None or len(self._live) + len(sequences) < self._max_live):
+        while waiting.samples and (self._max_live is None or len(self._live) < self._max_live):
             lane = None
             if waiting.lane_tokens and (lane := self._cache.reserve(waiting.lane_tokens)) is None:
                 break
-            sequences.append(_Live(waiting.request_index, request, waiting.samples.popleft(), stop, lane))
-        self._live.extend(sequences)
+            sequence = _Live(waiting.request_index, request, waiting.samples.popleft(), stop, lane)
+            sequences.append(sequence)
+            self._live.append(sequence)  # at once: the next lane may find no memory, and this one must not stay taken
         return sequences
 
     def _prefill(self, started: list[tuple[PrefillRow, list[_Live], _Waiting]]) -> None:

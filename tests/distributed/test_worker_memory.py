@@ -79,6 +79,23 @@ def trained(worker: WorkerUnderTest, model: str) -> tuple[float, np.ndarray]:
     return stepped.header["metrics"]["grad_norm:mean"], probe.arrays["logprobs"]
 
 
+def samples_that_do_not_fit(worker: WorkerUnderTest) -> None:
+    """Drawn fewer at a time, and the same."""
+    worker.ok(worker.send("save_sampler_weights", model_id="calm:0", sampling_session_id="snap"))
+    prompt = {"prompt": (np.arange(600) % 200).astype(np.int32)}
+
+    def ask(room_bytes: int) -> Record:
+        worker.ok(worker.forward_backward("calm:0"))  # hands the cache's memory back
+        limit(worker, address_space(worker, "VmSize") + room_bytes)
+        return worker.ok(worker.sample("snap", num_samples=128, seed=5, arrays=prompt))
+
+    ample, little = ask(1 << 30), ask(48 << 20)
+    assert little.arrays["tokens"].tolist() == ample.arrays["tokens"].tolist()
+    np.testing.assert_allclose(little.arrays["logprobs"], ample.arrays["logprobs"], atol=1e-4)
+    assert "sampling ran out of memory; 64 sequences at a time are tried" in worker.stderr
+    assert worker.processes[0].poll() is None
+
+
 def test_a_batch_that_does_not_fit_is_cut_and_nobody_else_hears_of_it(worker: WorkerUnderTest) -> None:
     worker.start()
     models = {name: worker.ok(worker.create_model(f"{name}:0")) for name in ("ample", "large", "small", "calm", "long")}
@@ -109,6 +126,8 @@ def test_a_batch_that_does_not_fit_is_cut_and_nobody_else_hears_of_it(worker: Wo
         np.testing.assert_allclose(found[1], logprobs, atol=2e-6)
     worker.ok(worker.log.append([a_pass(worker, "long:0", SMALL)])[0])
     assert worker.processes[0].poll() is None, "the worker lives on"
+
+    samples_that_do_not_fit(worker)
 
     # Killed and redone, with all the memory of the machine: the recorded cut, so the same bits.
     [last] = together(worker, a_pass(worker, "large:0", SMALL, forward_only=True))
