@@ -99,9 +99,11 @@ def inference_layers(decoder: Any, routing: Routing) -> InferenceLayers | None:
             and layer.config.activation_func_clamp_value is None
             and layer.config.glu_linear_offset == 0.0
         )
+        if not known:
+            return None
         norms: Any = tuple(None if type(x) is IdentityOp else x for x in (attention.q_layernorm, attention.k_layernorm))
         all_norms = (*(norm for norm in norms if norm is not None), layer.input_layernorm, layer.pre_mlp_layernorm)
-        if not known or any(type(norm) is not RMSNorm for norm in all_norms):
+        if any(type(norm) is not RMSNorm for norm in all_norms):
             return None
         layers.append(_layer(layer, *norms))
     return InferenceLayers(layers, getattr(decoder, "final_layernorm", None), routing)
