@@ -33,6 +33,8 @@ HEAP_ON_CPU = 1.4
 """What tensors that come and go take in glibc's heap, as a multiple of their size: measured 1.28 to 1.56 on three
 models. With every block mapped by itself (MALLOC_MMAP_THRESHOLD_=65536, slower) the estimate without it is met within
 6 %."""
+HEAP_RECOMPUTING = 2.0
+"""The same where activations are computed again: measured 2.05. They come and go between inputs that stay."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def activation_bytes_per_token(sizes: ModelSizes, split: Split, job: Job) -> flo
         layers = sizes.num_layers * b * sizes.hidden_size / split.tp_size
     # Embedding and final norm on this rank's share of the tokens; the head's hidden states, and their gradient, on all.
     ends = (b + 4) * sizes.hidden_size / split.tp_size + 2 * b * sizes.hidden_size
-    return (layers + ends) * _heap(job)
+    return (layers + ends) * heap_factor(job)
 
 
 def attention_bytes(sizes: ModelSizes, split: Split, job: Job) -> float:
@@ -131,14 +133,14 @@ def workspace_bytes(sizes: ModelSizes, split: Split, job: Job, token_budget: int
     """The process, and what comes and goes while a micro-batch is computed."""
     b = job.bytes_per_number
     logits = min(LOGIT_CHUNK, token_budget * split.vocab_rows(sizes)) * (8 + b)
-    moving = max(logits, _layers_at_work(sizes, split, job) * token_budget) * _heap(job)
+    moving = max(logits, _layers_at_work(sizes, split, job) * token_budget) * heap_factor(job)
     return _process_bytes(job, alone=alone) + int(moving)
 
 
 def tokens_that_fit(sizes: ModelSizes, split: Split, job: Job, room: float, *, alone: bool) -> float:
     """The largest micro-batch whose activations and workspace take no more than `room` bytes; 0 if there is none."""
     left = room - _process_bytes(job, alone=alone)
-    kept, heap, vocab = activation_bytes_per_token(sizes, split, job), _heap(job), split.vocab_rows(sizes)
+    kept, heap, vocab = activation_bytes_per_token(sizes, split, job), heap_factor(job), split.vocab_rows(sizes)
     logit = (8 + job.bytes_per_number) * heap
     by_logits = left / (kept + vocab * logit)
     if by_logits * vocab > LOGIT_CHUNK:
@@ -157,8 +159,11 @@ def _process_bytes(job: Job, *, alone: bool) -> int:
     return int(process * GIB)
 
 
-def _heap(job: Job) -> float:
-    return 1.0 if job.on_gpu else HEAP_ON_CPU
+def heap_factor(job: Job) -> float:
+    """What the allocator makes of tensors that come and go."""
+    if job.on_gpu:
+        return 1.0
+    return HEAP_RECOMPUTING if job.recompute else HEAP_ON_CPU
 
 
 def cache_bytes_per_token(sizes: ModelSizes, split: Split, job: Job) -> int:

@@ -18,7 +18,7 @@ sys.path.append(str(HERE.parent / "models"))
 import random_models  # noqa: E402
 from published_configs import PUBLISHED  # noqa: E402
 
-from launch.memory_model import CPU_PROCESS_GIB, GIB, HEAP_ON_CPU, Job, memory  # noqa: E402
+from launch.memory_model import CPU_PROCESS_GIB, GIB, Job, heap_factor, memory  # noqa: E402
 from launch.model_sizes import Split, read_sizes  # noqa: E402
 from launch.plan import Machine, make_plan  # noqa: E402
 
@@ -140,7 +140,7 @@ def test_estimate_is_the_measured_peak(
     # Every block mapped by itself, so that the heap's habits are out of it: the tensors themselves.
     exact = json.loads(output_of("peak_memory.py", *arguments, MALLOC_MMAP_THRESHOLD_="65536"))
     moving = estimate.activations + estimate.workspace - CPU_PROCESS_GIB * GIB
-    tensors = estimate.weights + estimate.adapters + moving / HEAP_ON_CPU
+    tensors = estimate.weights + estimate.adapters + moving / heap_factor(job)
     grown = exact["peak"] - exact["imported"]
     print(f"{family}: tensors estimated {tensors / GIB:.3f} GiB, measured {grown / GIB:.3f} GiB")
     assert tensors == pytest.approx(grown, rel=0.10)
