@@ -224,13 +224,13 @@ def test_a_loss_on_the_server_equals_the_same_beside_the_loop(service, name):
     for key, value in metrics[0].items():
         assert value == pytest.approx(metrics[1][key], rel=1e-6, abs=1e-6), key
     for a, b in zip(*map(logprobs, outputs), strict=True):
-        np.testing.assert_allclose(a.reshape(b.shape), b, atol=1e-6)
+        np.testing.assert_allclose(a.reshape(b.shape), b, rtol=1e-6, atol=1e-6)
     norms = [client.optim_step(LR).result(WAIT_S).metrics["grad_norm:mean"] for client in (there, here)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 0
     probe = cross_entropy(np.ones(sum(LENGTHS)))
     after = [client.forward(probe, "cross_entropy").result(WAIT_S) for client in (there, here)]
     for a, b in zip(*map(logprobs, after), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6)
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_chunks_of_a_call_are_invisible(service):
