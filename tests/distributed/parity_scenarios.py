@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from jobs import Ground
-from parity_reference import ADAM, STEPS, Reference, sequences
+from parity_reference import ADAM, RANK, STEPS, Reference, sequences
 from torch import Tensor
 
 from megatron_adapters import adapter_files
-from megatron_adapters.engine import AdamParams, Datum, Engine
+from megatron_adapters.engine import AdamParams, Datum, Engine, LoraSpec
 from megatron_adapters.grad_sync import sum_gradients
 from megatron_adapters.lora_linear import Segment
 
@@ -35,6 +35,20 @@ def batch(seed: int = 7) -> list[Datum]:
 
 def without_weight(data: list[Datum]) -> list[Datum]:
     return [replace(d, inputs={**d.inputs, "weights": np.zeros_like(d.inputs["weights"])}) for d in data]
+
+
+def train_unlike(engine: Engine) -> list[str]:
+    """Three adapters of different rank and target set, each trained by a step. Returns their names."""
+    specs = {
+        "mix1": LoraSpec(RANK, seed=21),
+        "mix2": LoraSpec(3, seed=22, train_attn=False),
+        "mix3": LoraSpec(16, seed=23, train_unembed=False, train_mlp=False),
+    }
+    for name, spec in specs.items():
+        engine.create_adapter(name, spec)
+        engine.run_pass(name, batch(), cross_entropy, backward=True)
+        engine.optim_step(name, AdamParams(learning_rate=0.05))
+    return list(specs)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jobs import Ground
 from parity_reference import ADAM, RANK
-from parity_scenarios import Bench, Outcome, batch, cross_entropy, start, without_weight
+from parity_scenarios import Bench, Outcome, batch, cross_entropy, start, train_unlike, without_weight
 from torch import Tensor
 
 from megatron_adapters.engine import AdamParams, Datum, Engine, Layout, LoraSpec
@@ -169,15 +169,7 @@ def adapters_are_separate(bench: Bench) -> Outcome:
 def mixed_batch(bench: Bench) -> Outcome:
     """Adapters of different rank and target set, and the bare base, in one forward."""
     engine = bench.engine
-    specs = {
-        "mix1": LoraSpec(RANK, seed=21),
-        "mix2": LoraSpec(3, seed=22, train_attn=False),
-        "mix3": LoraSpec(16, seed=23, train_unembed=False, train_mlp=False),
-    }
-    for name, spec in specs.items():
-        engine.create_adapter(name, spec)
-        engine.run_pass(name, batch(), cross_entropy, backward=True)
-        engine.optim_step(name, AdamParams(learning_rate=0.05))
+    train_unlike(engine)
     loras = [engine.adapters["mix1"].lora, None, engine.adapters["mix2"].lora, engine.adapters["mix3"].lora]
     mixed = bench.logits([(lora, 0) for lora in loras])
     separate = [bench.logits_with(lora)[index] for index, lora in enumerate(loras)]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jobs import Ground
 from parity_reference import RANK, VOCAB
-from parity_scenarios import batch, cross_entropy
+from parity_scenarios import batch, cross_entropy, train_unlike
 
 from megatron_adapters.engine import AdamParams, Datum, Engine, LoraSpec, SampleRequest, SampleResult
 from megatron_adapters.sample_request import PromptTargets
@@ -84,15 +84,7 @@ def seeds(engine: Engine) -> Outcome:
 
 def mixed_weights(engine: Engine) -> Outcome:
     """Three adapters of different rank and targets and the bare base, in one batch and one at a time."""
-    specs = {
-        "mix1": LoraSpec(RANK, seed=21),
-        "mix2": LoraSpec(3, seed=22, train_attn=False),
-        "mix3": LoraSpec(16, seed=23, train_unembed=False, train_mlp=False),
-    }
-    for name, spec in specs.items():
-        engine.create_adapter(name, spec)
-        engine.run_pass(name, batch(), cross_entropy, backward=True)
-        engine.optim_step(name, AdamParams(learning_rate=0.05))
+    for name in train_unlike(engine):
         engine.snapshot(name, name)
     weights = ["mix3", None, "mix1", "mix2", None, "mix1"]
     requests = [ask(prompts()[1], name, seed=seed, max_tokens=6) for seed, name in enumerate(weights)]
