@@ -88,14 +88,17 @@ def test_training_cuts_in_while_all_ranks_sample(workers: dict[int, WorkerUnderT
     worker = workers[2]
     worker.ok(worker.create_model("p:0"))
     worker.ok(worker.send("open_sampler", sampling_session_id="base", source={"type": "base"}))
-    long = worker.sample("base", num_samples=4, max_tokens=300)
-    time.sleep(0.3)
+    long = worker.sample("base", num_samples=16, max_tokens=300)
+    deadline = time.monotonic() + 60
+    while not any(long in record.header.get("seqs", ()) for record in worker.records):
+        assert time.monotonic() < deadline, worker.stderr
+        worker.poll()
     joined = worker.sample("base", max_tokens=3)
     passes = [worker.forward_backward("p:0", 1), worker.optim_step("p:0")]
-    for seq in (joined, *passes):
+    for seq in (long, joined, *passes):
         worker.ok(seq)
-    assert long not in worker.results
-    worker.ok(long)
+    answered = [record.header["seq"] for record in worker.records if "ok" in record.header]
+    assert answered.index(long) > max(answered.index(seq) for seq in (joined, *passes))
 
 
 def test_idle_ranks_use_no_cpu(workers: dict[int, WorkerUnderTest]) -> None:
@@ -111,5 +114,5 @@ def test_idle_ranks_use_no_cpu(workers: dict[int, WorkerUnderTest]) -> None:
 
     before = cpu_s()
     time.sleep(3)
-    assert cpu_s() - before < 0.6, "two ranks, 3 s: a busy loop would take 6"
-    worker.ok(worker.optim_step("idle:0"), timeout_s=5)
+    assert cpu_s() - before < 2, "two ranks, 3 s: a busy loop would take 6"
+    worker.ok(worker.optim_step("idle:0"))

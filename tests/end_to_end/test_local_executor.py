@@ -91,7 +91,7 @@ def test_what_is_left_when_the_controller_is_killed_is_ended(submit_command: Sub
     job, folder = submit_command("sleep", "600")
     wait_event(folder, "loop_started")
     os.kill(int(job.job_id), 9)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while job_statuses([job])[job.job_id].state is JobState.RUNNING:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -206,5 +206,5 @@ def test_time_limit(submit_command: Submit) -> None:
     job, folder = submit_command("sleep", "600", time_limit_min=1)
     status = wait_end(job, timeout_s=120)
     assert status.state is JobState.TIMEOUT and "`time`" in status.reason
-    assert status.elapsed_s is not None and 59 < status.elapsed_s < 75
+    assert status.elapsed_s is not None and 59 < status.elapsed_s < 110
     assert read_json(folder.outcome)["reason"] == "time_limit"

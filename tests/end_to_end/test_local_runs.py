@@ -98,14 +98,14 @@ def sleeps() -> None:
 def test_a_value_comes_back_here_and_in_another_process() -> None:
     started = time.monotonic()
     run = submit(double, 20, base_model=TINY, offset=2, name="double")
-    assert time.monotonic() - started < 10, "submit waits for nothing"
+    assert time.monotonic() - started < 30, "submit waits for nothing"
     value = run.result(timeout=60)
     assert value["value"] == 42 and value["cwd"] == os.getcwd()
     assert value["url"].startswith("http://127.0.0.1:")
     assert run.logs() == "the loop's own words\n"
     code = (
         "import json, sys, tinker_hpc\nrun = tinker_hpc.Run(sys.argv[1])\n"
-        "print(json.dumps([run.result(timeout=30)['value'], run.done()]))"
+        "print(json.dumps([run.result(timeout=60)['value'], run.done()]))"
     )
     done = subprocess.run([sys.executable, "-c", code, run.id], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [42, True]
@@ -153,7 +153,7 @@ def test_cancel_ends_the_future_and_everything() -> None:
     run.cancel()
     assert process_tree.of_run(run.id) == []
     with pytest.raises(JobCancelledError, match="cancelled on request"):
-        run.result(timeout=30)
+        run.result(timeout=60)
     assert run.status().state is JobState.CANCELLED
     run.cancel()
 
@@ -173,7 +173,7 @@ def test_a_dead_job_ends_the_future() -> None:
                 continue
         time.sleep(0.05)
     with pytest.raises(JobFailedError, match="left no outcome"):
-        run.result(timeout=30)
+        run.result(timeout=60)
 
 
 def test_run_ends_as_the_program_did(tmp_path: Path) -> None:
@@ -201,11 +201,11 @@ def test_a_detached_run_is_followed_and_cancelled_by_others(tmp_path: Path) -> N
     assert follower.stdout is not None and follower.stdout.readline() == "one\n"
     cancelled = json.loads(cli("cancel", run_id, "--json").stdout)
     assert cancelled == {"id": run_id, "cancelled": True, "state": "CANCELLED"}
-    assert follower.wait(timeout=30) == 0
+    assert follower.wait(timeout=60) == 0
     follower.stdout.close()
     assert json.loads(cli("status", run_id, "--json").stdout)["state"] == "CANCELLED"
     with pytest.raises(JobCancelledError):
-        Run(run_id).result(timeout=10)
+        Run(run_id).result(timeout=60)
 
 
 def healthy(base_url: str) -> bool:

@@ -132,7 +132,7 @@ def queue(cluster: SlurmCluster) -> list[str]:
 
 def nothing_left(cluster: SlurmCluster, run: dict[str, Any]) -> None:
     """The last successor was taken back, and no job of the run is in the queue."""
-    until(lambda: run["run_id"] not in queue(cluster), timeout_s=20, what="the end of all jobs of the run")
+    until(lambda: run["run_id"] not in queue(cluster), timeout_s=60, what="the end of all jobs of the run")
 
 
 def preempt(cluster: SlurmCluster, node: str = "node1") -> None:

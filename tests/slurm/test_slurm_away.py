@@ -48,11 +48,11 @@ def away(cluster: SlurmCluster, unharmed: Numbers, *, seconds: float) -> None:
     cluster.script("daemon", "stop", "slurmdbd")
     try:
         answers = lambda: "UP" in cluster.script("exec", "scontrol", "ping", check=False).stdout  # noqa: E731
-        until(answers, timeout_s=30, what="slurmctld")
+        until(answers, timeout_s=60, what="slurmctld")
         recovery = Recovery(cluster, run, "job cancelled by root while slurmdbd is down")
         until(
             lambda: cluster.script("exec", "scancel", run["job_id"], check=False).returncode == 0,
-            timeout_s=30,
+            timeout_s=60,
             what="scancel",
         )
         recovery.wait()
@@ -69,14 +69,14 @@ def test_held_and_released_and_cancelled(cluster: SlurmCluster) -> None:
     scancelled = train(cluster, pause_s=5.0)
     run = train(cluster, pause_s=5.0)
     wait_for_steps(cluster, run, 1)
-    until(lambda: len(status_of(cluster, run)["job_ids"]) == 2, timeout_s=20, what="the successor")
+    until(lambda: len(status_of(cluster, run)["job_ids"]) == 2, timeout_s=60, what="the successor")
     successor = status_of(cluster, run)["job_ids"][1]
     cluster.slurm("scontrol", "hold", successor)
     recovery = Recovery(cluster, run, "cancelled by root, the successor held for some seconds")
     cluster.slurm("scancel", run["job_id"])
     waiting = until(
         lambda: (s := status_of(cluster, run))["state"] == "PENDING" and "JobHeld" in s["reason"] and s,
-        timeout_s=40,
+        timeout_s=60,
         what="the reason the run waits",
     )
     assert waiting["job_id"] == successor

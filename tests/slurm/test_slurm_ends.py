@@ -31,7 +31,7 @@ def test_cancel_while_it_waits(cluster: SlurmCluster) -> None:
     run = cluster.submit("true", cluster="later")
     waiting = until(
         lambda: (s := cluster.act("alice", "status", run["run_id"]))["reason"] == "BeginTime" and s,
-        timeout_s=10,
+        timeout_s=60,
         what="the reason it waits",
     )
     assert waiting["state"] == "PENDING" and waiting["estimated_start"] is not None
@@ -55,7 +55,7 @@ def test_cancel_while_it_runs(cluster: SlurmCluster) -> None:
     for node in ("node1", "node2"):
         until(
             lambda node=node: run["run_id"] not in cluster.script("sh", node, "ps", "-eo", "args").stdout,
-            timeout_s=20,
+            timeout_s=60,
             what=f"no process of the run on {node}",
         )
     # A second time is no error.

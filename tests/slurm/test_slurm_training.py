@@ -67,7 +67,7 @@ def test_a_run_cancelled_in_the_queue_takes_its_further_workers_along(cluster: S
     run = cluster.submit("true", cluster="later", further_base_models=[str(teacher)])
     assert len(cluster.slurm("squeue", "-h", "-o", "%j").split()) == 2
     cluster.act("alice", "cancel", run["run_id"])
-    until(lambda: not cluster.slurm("squeue", "-h", "-o", "%j").split(), timeout_s=30, what="an empty queue")
+    until(lambda: not cluster.slurm("squeue", "-h", "-o", "%j").split(), timeout_s=60, what="an empty queue")
 
 
 def test_fine_tuning_over_two_nodes(cluster: SlurmCluster) -> None:

@@ -33,7 +33,7 @@ def test_ends_are_known_without_accounting(bare_cluster: SlurmCluster) -> None:
     assert bare_cluster.act("alice", "result", bad["run_id"])["exit_code"] == 3
     ended = until(
         lambda: (s := bare_cluster.act("alice", "status", bad["run_id"]))["slurm_state"] == "FAILED" and s,
-        timeout_s=30,
+        timeout_s=60,
         what="the end of the failing job",
     )
     assert ended["elapsed_s"] is not None and ended["nodes"] == ["node1"]
