@@ -66,7 +66,8 @@ def logprobs(engine: Engine) -> Outcome:
         Datum(tokens[:-1], {"target_tokens": tokens[1:].astype(np.int64), "weights": np.ones(len(tokens) - 1, "f4")})
         for tokens in whole
     ]
-    trained = engine.run_pass("peft", data, cross_entropy, backward=False).logprobs
+    # With gradients: without, the trainer would run the sampler's layers.
+    trained = engine.run_pass("peft", data, cross_entropy, backward=True).logprobs
     return {"results": results, "training_logprobs": trained}
 
 
