@@ -1,7 +1,7 @@
 """One part of a lease split, a process on a node of its own; argv: loser, winner or reader, worker folder, go file.
 
 loser   takes the lease, publishes a; when told to, what it had checked its lease for before it lost it, then one more
-winner  takes the lease, publishes b
+winner  when told to, takes the lease, publishes b
 reader  prints the name of every result that counts, until it is told to stop
 """
 
@@ -32,6 +32,10 @@ if part == "reader":
         time.sleep(0.05)
     print("read all", flush=True)
     sys.exit()
+if part == "winner":
+    print("ready", flush=True)
+    while not go.exists():
+        time.sleep(0.05)
 lease = Lease.acquire(folder / "lease", {"host": part})
 log = ResultLog(folder, lease)
 name = "a" if part == "loser" else "b"

@@ -203,11 +203,14 @@ def test_two_workers_that_both_believe_they_own_the_lease(tmp_path: Path) -> Non
         def tell(node: nodes.Node) -> None:
             (node.view.parent / "go").touch()
 
-        for node in (loser, reader):
+        for node, words in ((loser, "published a"), (reader, "took a"), (winner, "ready")):
             node.processes.start("part", SPLIT, node.name, str(folder), str(node.view.parent / "go"))
-            said(node, "took a" if node is reader else "published a")
+            said(node, words)
+        # The reader looks all the time: it has just looked anew when it sees this one.
+        (folder / "lease" / "anew").touch()
+        serving.wait_for(lambda: "anew" in os.listdir(view / "lease"), PATIENCE_S, "the reader's next look")
         listed = os.listdir(view / "lease")
-        winner.processes.start("part", SPLIT, "winner", str(folder), "")
+        tell(winner)
         said(winner, "published b")
         assert "fence-00000002" in os.listdir(folder / "lease") and os.listdir(view / "lease") == listed, "it is late"
         tell(loser)

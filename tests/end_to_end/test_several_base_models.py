@@ -94,7 +94,7 @@ def test_student_and_teacher_in_one_run(data_root: Path, tmp_path: Path, teacher
     assert declared == ["Qwen/Qwen3-8B", str(teacher)]
     assert len(run.metrics()) == 1
     further = Run(f"{run.id}-w1")
-    assert within(30, lambda: further.status().finished)
+    assert within(90, lambda: further.status().finished)
     assert further.status().state is JobState.COMPLETED, "asked to close, not killed"
 
 
@@ -123,13 +123,13 @@ def sleeps() -> None:
 def test_workers_end_with_a_run_that_was_cancelled_or_killed(teacher: Path) -> None:
     cancelled, killed = (submit(sleeps, base_model=[str(TINY), str(teacher)]) for _ in range(2))
     further = [Run(f"{run.id}-w1") for run in (cancelled, killed)]
-    assert within(60, lambda: all(run.events() for run in (cancelled, killed, *further)))
+    assert within(120, lambda: all(run.events() for run in (cancelled, killed, *further)))
     cancelled.cancel()
-    assert within(30, lambda: further[0].status().finished and cancelled.status().finished)
+    assert within(90, lambda: further[0].status().finished and cancelled.status().finished)
     # The whole job at once, as a dead node would: nobody is left to write an outcome or to ask for a close.
     for pid in process_tree.of_run(killed.id):
         os.kill(pid, signal.SIGKILL)
-    assert within(30, lambda: further[1].status().finished)
+    assert within(90, lambda: further[1].status().finished)
     assert f"run {killed.id} ended" in further[1].status().reason
     assert not killed.folder.outcome.exists()
 
