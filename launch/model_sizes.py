@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinker_hpc.errors import ConfigError
+from tinker_hpc.quantised import fp8_block
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,9 @@ def read_sizes(config: Mapping[str, Any], where: str = "config.json") -> ModelSi
     """The sizes in a Hugging Face config.json.
 
     Args: where: names the file in errors.
-    Raises: ConfigError naming a field that is missing or not a positive number.
+    Raises: ConfigError naming a field that is missing or not a positive number, or a quantisation that is not read.
     """
+    fp8_block(config, where)  # whatever a model is stored in, it is loaded in bfloat16
     text: Mapping[str, Any] = config.get("text_config") or config
     model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tinker_hpc import quantised
 from tinker_hpc.errors import WeightsError
 
 from .expected_tensors import expected_shapes
@@ -29,33 +30,55 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 
 class Checkpoint:
-    """A folder with model.safetensors, or with shards and their index."""
+    """A folder with model.safetensors, or with shards and their index. Quantised tensors are read as float32."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fp8_block: quantised.Block | None = None) -> None:
+        """fp8_block: `Architecture.fp8_block`. Raises: WeightsError."""
         self.folder = folder
         self._files = {path.name: _open(path) for path in _safetensors_files(folder)}
         self._file_of = {name: file for file in self._files.values() for name in file.keys()}  # noqa: SIM118
+        self._fp8_block = fp8_block
+        views = {name: file.get_slice(name) for name, file in self._file_of.items()}
+        found = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
+        self._stored = quantised.as_the_model_has_them(found, fp8_block, str(folder))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
+        """As the model has them."""
+        return {name: stored.shape for name, stored in self._stored.items()}
 
     def entry(self, name: str, index: int) -> Tensor:
         """Entry `index` of the first dimension of tensor `name`; only that is read from disk."""
-        return self._file_of[name].get_slice(name)[index : index + 1][0]
+        stored = self._stored[name]
+        codes = self._view(stored.numbers)[index : index + 1][0]
+        if stored.scales is None:
+            return codes
+        scales = self._view(stored.scales)[index : index + 1][0]
+        return torch.from_numpy(quantised.mxfp4_values(codes.numpy(), scales.numpy())).t()
 
     def read(self, name: str, dim: int | None = None, part: int = 0, parts: int = 1) -> Tensor:
         """Tensor `name`, or slice `part` of `parts` along `dim`; only that slice is read from disk.
 
         The slices are equal, but for the last where `parts` does not divide the tensor.
         """
-        if dim is None or parts == 1:
+        stored = self._stored[name]
+        if stored.scales is None and (dim is None or parts == 1):
             return self._file_of[name].get_tensor(name)
-        view = self._file_of[name].get_slice(name)
-        whole = view.get_shape()[dim]
-        size = -(-whole // parts)
-        start, end = part * size, min((part + 1) * size, whole)
-        return view[start:end] if dim == 0 else view[:, start:end]
+        view = self._view(stored.numbers)
+        cut = [slice(0, size) for size in stored.shape]
+        if dim is not None:
+            size = -(-stored.shape[dim] // parts)
+            cut[dim] = slice(part * size, min((part + 1) * size, stored.shape[dim]))
+        if stored.scales is None:
+            return view[*cut]
+        assert self._fp8_block is not None and not stored.is_mxfp4, f"{name} is read by entry"
+        rows, columns = (quantised.touched(c.start, c.stop, n) for c, n in zip(cut, self._fp8_block, strict=True))
+        scales = self._view(stored.scales)[rows[0], columns[0]].float().numpy()
+        codes = view[*cut].view(torch.uint8).numpy()
+        return torch.from_numpy(quantised.fp8_values(codes, scales, self._fp8_block, (rows[1], columns[1])))
+
+    def _view(self, name: str) -> Any:
+        return self._file_of[name].get_slice(name)
 
 
 def check_tensors(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -91,7 +114,7 @@ def load_weights(model: Any, folder: Path, arch: Architecture, layout: Layout, p
     Raises: WeightsError, on every rank alike, before any tensor is touched.
     Collectives: none; every rank reads its own slices, one tensor at a time.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, arch.fp8_block)
     found = {name: shape for name, shape in checkpoint.shapes.items() if not name.endswith(IGNORED_SUFFIXES)}
     if arch.tied_embeddings:
         found.pop("lm_head.weight", None)  # some exports repeat the tied matrix

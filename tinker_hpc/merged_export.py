@@ -1,11 +1,12 @@
 """A base model and an adapter -> one Hugging Face model folder with the adapter added into the weights.
 
 W + (alpha / rank) * B A for every adapted matrix, in float32, then rounded to the dtype the base is stored in; every
-other tensor is copied byte for byte. Shards keep their names. A block of rows is in memory at a time, whatever the
-model's size, and neither torch nor a GPU is needed.
+other tensor is copied byte for byte. Shards keep their names. A block of rows, or an expert, is in memory at a time,
+whatever the model's size, and neither torch nor a GPU is needed. A base in FP8 or MXFP4 is merged into bfloat16, whole.
 
-Experts: each is a matrix of its own in the base, as transformers stores them; the adapter may hold them one by one
-(experts.7.gate_proj) or stacked (experts.w1: gate, w3: up, w2: down), where a stack of one is shared by all.
+Experts: each is a matrix of its own in the base, or (gpt-oss) a part of one tensor [experts, in, out] for all, gate and
+up taking turns in the last dimension; the adapter may hold them one by one (experts.7.gate_proj) or stacked
+(experts.w1: gate, w3: up, w2: down), where a stack of one is shared by all.
 """
 
 from __future__ import annotations
@@ -15,20 +16,27 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tinker_hpc.base_models import HUB_FILES
 from tinker_hpc.errors import ConfigError, DataRootError, WeightsError
-from tinker_hpc.safetensors_file import TensorFile, TensorInfo, as_bytes, write_tensors
+from tinker_hpc.model_tensors import INDEX, ModelTensors
+from tinker_hpc.safetensors_file import TensorFile, as_bytes, num_bytes, write_tensors
 
-INDEX = "model.safetensors.index.json"
 EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 _STACKS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _EXPERT = re.compile(r"(?P<block>.*\.experts)\.(?P<expert>\d+)\.(?P<name>gate_proj|up_proj|down_proj)")
+_FUSED = re.compile(r"(?P<block>.*\.experts)\.(?P<name>gate_up_proj|down_proj)")
+_FUSED_PARTS = {
+    "gate_up_proj": (("gate_proj", slice(0, None, 2)), ("up_proj", slice(1, None, 2))),
+    "down_proj": (("down_proj", slice(None)),),
+}
+"""which columns of a fused tensor are which matrix"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,15 @@ class _Factors:
     a: str
     b: str
     expert: int | None = None
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """A and B, and to what of the tensor their product is added: all of it, or columns of an entry, transposed."""
+
+    factors: _Factors
+    entry: int | None = None
+    columns: slice | None = None
 
 
 class AdapterFile:
@@ -116,18 +133,11 @@ def export_merged(base_folder: Path, adapter_folder: Path, target: Path) -> Path
 
 
 def _merge_into(folder: Path, base_folder: Path, adapter_folder: Path) -> None:
-    with ExitStack() as stack:
-        adapter = AdapterFile(adapter_folder)
-        stack.callback(adapter.close)
-        shards = [stack.enter_context(TensorFile(path)) for path in _shards(base_folder)]
-        names = {name for shard in shards for name in shard.tensors}
-        untied = UNEMBEDDING not in names and adapter.factors(UNEMBEDDING) is not None
-        sources = {name: name for name in names} | ({UNEMBEDDING: EMBEDDING} if untied else {})
-        for shard in shards:  # before anything is written
-            for name, source in sources.items():
-                if source in shard.tensors and (factors := adapter.factors(name)):
-                    adapter.check(factors, name, shard.tensors[source].shape)
-        if adapter.unused:
+    with closing(AdapterFile(adapter_folder)) as adapter, ModelTensors(base_folder) as base:
+        untied = UNEMBEDDING not in base.stored and adapter.factors(UNEMBEDDING) is not None
+        sources = {name: name for name in base.stored} | ({UNEMBEDDING: EMBEDDING} if untied else {})
+        patches = {name: _patches(adapter, name, base.shape(source)) for name, source in sources.items()}
+        if adapter.unused:  # before anything is written
             some = ", ".join(sorted(adapter.unused)[:4])
             raise WeightsError(
                 f"the adapter has matrices for which {base_folder} has none, {len(adapter.unused)} in all: {some}. "
@@ -135,52 +145,70 @@ def _merge_into(folder: Path, base_folder: Path, adapter_folder: Path) -> None:
             )
         where: dict[str, str] = {}
         total = 0
-        for shard in shards:
-            here = {name: source for name, source in sources.items() if source in shard.tensors}
+        for shard in base.shards:
+            here = {name: source for name, source in sources.items() if base.shard(source) is shard}
             entries = {}
-            for name in sorted(here, key=lambda n: (shard.tensors[here[n]].begin, n)):
-                info = shard.tensors[here[name]]
-                entries[name] = (info.dtype, info.shape, _pieces(shard, here[name], info, adapter, name))
+            for name in sorted(here, key=lambda n: (base.place(here[n]), n)):
+                dtype, shape = base.dtype(here[name]), base.shape(here[name])
+                entries[name] = (dtype, shape, _pieces(base, here[name], adapter, patches[name]))
                 where[name] = shard.path.name
-                total += info.end - info.begin
-            write_tensors(folder / shard.path.name, entries, shard.metadata or {"format": "pt"})
-    _copy_other_files(base_folder, folder, untied=untied)
+                total += num_bytes(dtype, shape)
+            if here:
+                write_tensors(folder / shard.path.name, entries, shard.metadata or {"format": "pt"})
+        changes = {"tie_word_embeddings": False} if untied else {}
+        _copy_other_files(base_folder, folder, changes, drop={"quantization_config"} if base.is_quantised else set())
     if (base_folder / INDEX).exists():
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _pieces(shard: TensorFile, source: str, info: TensorInfo, adapter: AdapterFile, name: str) -> Iterator[bytes]:
+def _patches(adapter: AdapterFile, name: str, shape: tuple[int, ...]) -> list[_Patch]:
+    """What the adapter adds to a tensor. Raises: WeightsError where it does not fit."""
+    fused = _FUSED.fullmatch(name)
+    if fused is None or len(shape) != 3:
+        factors = adapter.factors(name)
+        if factors is None:
+            return []
+        adapter.check(factors, name, shape)
+        return [_Patch(factors)]
+    patches = []
+    num_experts, d_in, width = shape
+    for expert in range(num_experts):
+        for part, columns in _FUSED_PARTS[fused["name"]]:
+            if factors := adapter.factors(f"{fused['block']}.{expert}.{part}.weight"):
+                adapter.check(factors, f"{part} of {name}", (len(range(width)[columns]), d_in))
+                patches.append(_Patch(factors, expert, columns))
+    return patches
+
+
+def _pieces(base: ModelTensors, source: str, adapter: AdapterFile, patches: list[_Patch]) -> Iterator[bytes]:
     """The bytes of one tensor of the merged model."""
-    factors = adapter.factors(name)
-    if factors is None:
-        yield from shard.blocks(source)
+    if not patches and base.stored[source].scales is None:
+        yield from base.shard(source).blocks(source)
         return
-    scaled_a, b = adapter.whole(factors)
-    for rows in shard.row_blocks(source):
-        values = shard.read(source, rows)
-        values += b[rows] @ scaled_a
-        yield as_bytes(values, info.dtype)
+    whole = adapter.whole(patches[0].factors) if patches and patches[0].entry is None else None
+    for rows in base.row_blocks(source):
+        values = base.read(source, rows)
+        if whole is not None:
+            scaled_a, b = whole
+            values += b[rows] @ scaled_a
+        for patch in patches:
+            if patch.entry is not None and rows.start <= patch.entry < rows.stop:
+                scaled_a, b = adapter.whole(patch.factors)
+                values[patch.entry - rows.start][:, patch.columns] += (b @ scaled_a).T
+        yield as_bytes(values, base.dtype(source))
 
 
-def _copy_other_files(base_folder: Path, folder: Path, *, untied: bool) -> None:
-    """Configuration and tokenizer."""
+def _copy_other_files(base_folder: Path, folder: Path, changes: dict[str, Any], drop: set[str]) -> None:
+    """Configuration and tokenizer; `changes` to config.json, and what is no longer true of it."""
     for pattern in HUB_FILES:
         for path in base_folder.glob(pattern):
             if path.suffix != ".safetensors" and path.name != INDEX:
                 shutil.copyfile(path, folder / path.name)
-    if untied:
+    if changes or drop:
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}, indent=2) + "\n")
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The files of the weights. Raises: WeightsError if there are none."""
-    if (folder / INDEX).exists():
-        return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    raise WeightsError(f"{folder} holds neither model.safetensors nor {INDEX}: there is nothing to merge into.")
+        kept = {key: value for key, value in config.items() if key not in drop}
+        (folder / "config.json").write_text(json.dumps(kept | changes, indent=2) + "\n")
 
 
 def _key(path: str, letter: str) -> str:

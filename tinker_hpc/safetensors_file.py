@@ -76,11 +76,19 @@ class TensorFile:
         if info.dtype not in FLOATS:
             raise WeightsError(
                 f"{name} in {self.path} is stored as {info.dtype}; expected one of {', '.join(FLOATS)}. "
-                "Give a model that is not quantised."
+                "Give a model that is stored otherwise."
             )
         first, last, _ = (rows or slice(None)).indices(info.shape[0])
-        data = self.read_bytes(info.begin + first * info.row_bytes, info.begin + last * info.row_bytes)
-        return as_float32(data, info.dtype).reshape(last - first, *info.shape[1:])
+        return as_float32(self._rows(info, first, last), info.dtype).reshape(last - first, *info.shape[1:])
+
+    def codes(self, name: str, rows: slice) -> np.ndarray:
+        """The bytes of these rows of a tensor with one for each number, uint8; only they are read."""
+        info = self.tensors[name]
+        first, last, _ = rows.indices(info.shape[0])
+        return np.frombuffer(self._rows(info, first, last), np.uint8).reshape(last - first, *info.shape[1:])
+
+    def _rows(self, info: TensorInfo, first: int, last: int) -> bytes:
+        return self.read_bytes(info.begin + first * info.row_bytes, info.begin + last * info.row_bytes)
 
     def read_bytes(self, begin: int, end: int) -> bytes:
         """Bytes of the tensors' part of the file. Raises: WeightsError if it is shorter."""
@@ -96,13 +104,6 @@ class TensorFile:
         for begin in range(info.begin, info.end, BLOCK_BYTES):
             yield self.read_bytes(begin, min(begin + BLOCK_BYTES, info.end))
 
-    def row_blocks(self, name: str) -> Iterator[slice]:
-        """Ranges of rows of about BLOCK_BYTES as float32."""
-        info = self.tensors[name]
-        step = max(1, BLOCK_BYTES * FLOATS.get(info.dtype, 4) // (4 * max(1, info.row_bytes)))
-        for first in range(0, info.shape[0], step):
-            yield slice(first, min(first + step, info.shape[0]))
-
 
 def write_tensors(
     path: Path, entries: Mapping[str, tuple[str, tuple[int, ...], Iterator[bytes]]], metadata: Mapping[str, str]
@@ -111,8 +112,7 @@ def write_tensors(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, (dtype, shape, _) in entries.items():
-        size = FLOATS.get(dtype) or _OTHER_SIZES[dtype]
-        end = position + size * int(np.prod(shape, dtype=np.int64))
+        end = position + num_bytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -126,6 +126,11 @@ def write_tensors(
 
 
 _OTHER_SIZES = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Of a tensor in a file."""
+    return (FLOATS.get(dtype) or _OTHER_SIZES[dtype]) * int(np.prod(shape, dtype=np.int64))
 
 
 def as_float32(data: bytes, dtype: str) -> np.ndarray:

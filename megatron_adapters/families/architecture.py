@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinker_hpc.errors import ConfigError
+from tinker_hpc.quantised import fp8_block
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose frequencies do not depend on the length of the sequence at hand."""
@@ -92,6 +93,8 @@ class Architecture:
     experts: Experts | None = None
     expert_layers: frozenset[int] = frozenset()
     """layers (from 0) whose MLP is a mixture of experts; the others are dense"""
+    fp8_block: tuple[int, int] | None = None
+    """rows and columns that share a factor, where a checkpoint holds matrices in FP8; see tinker_hpc/quantised.py"""
 
     @property
     def q_size(self) -> int:
@@ -140,6 +143,7 @@ def decoder(
         "qkv_bias": qkv_bias,
         "qk_norm": qk_norm,
         "eos_token_ids": as_ids(getattr(hf_config, "eos_token_id", None)),
+        "fp8_block": fp8_block(hf_config.to_dict(), f"config.json of this {hf_config.model_type} model"),
     }
     return Architecture(**(fields | more))
 
@@ -163,19 +167,8 @@ def _refuse_unsupported(hf_config: Any, knows: tuple[str, ...]) -> None:
         problems.append("use_sliding_window true")
     if rope.get("rope_type", "default") not in ROPE_TYPES:
         problems.append(f"rope_type {rope['rope_type']!r} (only {', '.join(ROPE_TYPES)})")
-    if quantization := getattr(hf_config, "quantization_config", None):
-        raise ConfigError(
-            f"this {hf_config.model_type} model is stored quantised ({_method(quantization)}), and only plain numbers "
-            "are read. Give a bfloat16 version of it, or make one: load it with transformers (for mxfp4 with "
-            "Mxfp4Config(dequantize=True)) and save_pretrained it into another folder."
-        )
     if problems:
         raise ConfigError(
             f"this {hf_config.model_type} model uses {'; '.join(problems)}, which is not implemented. "
             "Choose another base model."
         )
-
-
-def _method(quantization: Any) -> str:
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    return str(getattr(method, "value", method))

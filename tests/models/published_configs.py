@@ -121,6 +121,10 @@ def _gpt_oss(layers: int, experts: int) -> dict[str, Any]:
         },
         "eos_token_id": 200002,
         "torch_dtype": "bfloat16",
+        "quantization_config": {
+            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"],
+            "quant_method": "mxfp4",
+        },
     }
 
 
@@ -155,7 +159,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen3-32B": _qwen3(5120, 25600, 64, 64, 8),
     "Qwen3-30B-A3B": _qwen3_moe(2048, 6144, 48, 32, 768),
     "Qwen3-235B-A22B": _qwen3_moe(4096, 12288, 94, 64, 1536),
-    # Its published weights are stored in FP8 (quantization_config), which is not read; the sizes are these.
     "DeepSeek-V3": _deepseek_v3(
         7168,
         18432,
@@ -183,6 +186,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 4096,
         },
         num_nextn_predict_layers=1,
+        quantization_config={
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+        },
     ),
     "Moonlight-16B-A3B": _deepseek_v3(
         2048,

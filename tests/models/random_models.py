@@ -1,10 +1,10 @@
 """Random tiny Hugging Face folders of the families whose numbers must equal transformers: made in a second, any seed.
 
-    folder = random_models.make("llama", tmp_path)      # also "qwen2", "qwen3", "qwen3_moe"
+    folder = random_models.make("llama", tmp_path)      # also "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "deepseek_v3"
 
 Each keeps the trait that sets its family apart: Llama 3's scaled rope (with positions beyond the original context),
-Qwen2's q, k and v biases and tied embeddings, Qwen3's q and k norms and a head size that is not hidden / heads, and of
-Qwen3-MoE the experts.
+Qwen2's q, k and v biases and tied embeddings, Qwen3's q and k norms and a head size that is not hidden / heads, of
+Qwen3-MoE the experts, gpt-oss's sinks and windows, DeepSeek-V3's latent attention and groups of experts.
 Heads and widths divide by TP 4. Norms and biases are random too: left at their initial 1 and 0, a model that forgets
 them would pass. No tokenizer; `tiny-qwen3` next door is the trained model, with one.
 """
@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -47,6 +51,33 @@ EXPERTS: dict[str, Any] = {
     "norm_topk_prob": True,
     "decoder_sparse_step": 1,
 }
+GPT_OSS: dict[str, Any] = {
+    "intermediate_size": 96,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "sliding_window": 8,
+    "tie_word_embeddings": False,
+}
+DEEPSEEK: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 8,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_mtp_layers": 0,
+    "tie_word_embeddings": False,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -73,11 +104,17 @@ def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     elif family == "qwen3_moe":
         more = EXPERTS | {"tie_word_embeddings": False, "head_dim": 16, "num_hidden_layers": 4}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(fields | more | overrides)))
+    elif family == "gpt_oss":
+        model = GptOssForCausalLM(GptOssConfig(**(fields | GPT_OSS | overrides)))
+    elif family == "deepseek_v3":
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**(fields | DEEPSEEK | overrides)))
     else:
-        raise ValueError(f"unknown family {family!r}: expected llama, qwen2, qwen3 or qwen3_moe")
+        raise ValueError(f"unknown family {family!r}; the docstring names them")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("_bias"):
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+            elif parameter.ndim == 1 and "inv_freq" not in name:
                 center = 1.0 if "norm" in name else 0.0
                 parameter.copy_(center + 0.2 * torch.randn_like(parameter))
     return model.eval()

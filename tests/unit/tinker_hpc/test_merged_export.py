@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).parents[2] / "models"))
 
+import quantised_models
 import random_models
 
 from tinker_hpc import safetensors_file
@@ -166,6 +167,52 @@ def test_experts(stacked: bool, tmp_path: Path) -> None:
             expected = base[f"{block}.{e}.{name}.weight"] + 2.0 * b[min(e, len(b) - 1)] @ a[min(e, len(a) - 1)]
             assert torch.allclose(merged[f"{block}.{e}.{name}.weight"], expected, atol=1e-5)
     assert torch.equal(merged["model.layers.0.mlp.gate.weight"], base["model.layers.0.mlp.gate.weight"])
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_a_quantised_base_is_merged_into_bfloat16(family: str, tmp_path: Path) -> None:
+    """What transformers dequantises, plus alpha / rank * B A of each expert, rounded once; and nothing else changes."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+    plain, base = random_models.make(family, tmp_path), tmp_path / "base"
+    if family == "gpt_oss":
+        quantisation: Any = Mxfp4Config(dequantize=True)
+        quantised_models.write_mxfp4(plain, base)
+    else:
+        quantisation = FineGrainedFP8Config(dequantize=True, weight_block_size=(8, 8))
+        quantised_models.write_fp8(plain, base, (8, 8))
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=quantisation)
+    block = "model.layers.1.mlp.experts"
+    experts, hidden, ffn = 4, 64, theirs.get_parameter(f"{block}.down_proj").numel() // (4 * 64)
+    generator = torch.Generator().manual_seed(0)
+    factors, deltas = {}, {}
+    for name, (d_out, d_in) in {"w1": (ffn, hidden), "w3": (ffn, hidden), "w2": (hidden, ffn)}.items():
+        counts = (experts, 1) if name == "w2" else (1, experts)
+        a, b = (
+            torch.randn(count, *shape, generator=generator) * 0.1
+            for count, shape in zip(counts, ((RANK, d_in), (d_out, RANK)), strict=True)
+        )
+        factors |= {f"base_model.model.{block}.{name}.lora_{letter}.weight": x for letter, x in (("A", a), ("B", b))}
+        deltas[name] = (ALPHA / RANK * b.double() @ a.double()).expand(experts, -1, -1)
+    if family == "gpt_oss":  # [experts, in, out], gate and up taking turns
+        gate_up, down = torch.stack((deltas["w1"], deltas["w3"]), dim=2).flatten(1, 2).mT, deltas["w2"].mT
+    else:
+        gate_up, down = torch.cat((deltas["w1"], deltas["w3"]), dim=1), deltas["w2"]
+    added = {f"{block}.gate_up_proj": gate_up, f"{block}.down_proj": down}
+    (tmp_path / "adapter").mkdir()
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA}))
+
+    merged = export_merged(base, tmp_path / "adapter", tmp_path / "merged")
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+    ours = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    names = [name for name, _ in ours.named_parameters()]
+    assert names == [name for name, _ in theirs.named_parameters()] and set(added) < set(names)
+    for name, parameter in ours.named_parameters():
+        exact = theirs.get_parameter(name).double() + added.get(name, 0.0)
+        assert ((parameter.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all(), name
+    index = json.loads((merged / "model.safetensors.index.json").read_text())
+    assert not any("scale" in name or "_blocks" in name for name in index["weight_map"])
 
 
 def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
