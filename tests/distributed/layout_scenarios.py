@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,17 @@ import sampling_scenarios
 import torch
 from jobs import Ground
 from parity_reference import ADAM
-from parity_scenarios import Outcome, batch, cross_entropy, start
+from parity_scenarios import Bench, Outcome, batch, cross_entropy, start
 
 from megatron_adapters.engine import AdamParams, Engine
 
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+
+import quantised_models
+
 STEPS = 5
+FP8_BLOCK = (8, 8)
+"""transformers takes blocks that divide every matrix"""
 
 
 def greedy(ground: Ground) -> Outcome:
@@ -112,3 +120,21 @@ def in_bfloat16(ground: Ground) -> Outcome:
     grads = bench.grads("a")
     engine.optim_step("a", AdamParams(**ADAM))
     return {"loss": output.loss_sum, "grads": grads, "before": before, "after": bench.weights("a")}
+
+
+def quantised(ground: Ground) -> Outcome:
+    """The model as its publisher stores it."""
+    folder = ground.folder / f"stored-{os.environ['RANK']}"
+    if ground.family == "gpt_oss":
+        quantised_models.write_mxfp4(ground.reference.model_folder, folder)
+    else:
+        quantised_models.write_fp8(ground.reference.model_folder, folder, FP8_BLOCK)
+    bench = Bench(Engine.start(folder, ground.layout, token_budget=40), ground.folder, ground.references)
+    bench.engine.load_adapter("a", ground.reference.adapter_folder, optimizer=False)
+    trained = bench.engine.run_pass("a", batch(), cross_entropy, backward=True)
+    return {
+        "folder": folder,
+        "base_logits": bench.logits_with(None),
+        "loss": trained.loss_sum,
+        "grads": bench.grads("a"),
+    }

@@ -63,19 +63,10 @@ _EXPERTS: dict[str, Any] = {
 }
 # What no size of 2 divides: one key-value head, of which ranks hold copies; a padded vocabulary; unequal stages.
 _INDIVISIBLE: dict[str, Any] = {"num_key_value_heads": 1, "vocab_size": 131, "num_hidden_layers": 5}
-CONFIGS: dict[str, Any] = {
-    "llama": lambda: LlamaConfig(**_SIZES, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False),
-    "qwen2": lambda: Qwen2Config(**(_SIZES | _INDIVISIBLE), tie_word_embeddings=True),
-    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=False),
-    "qwen3_bf16": lambda: Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=True),
-    "qwen3_moe": lambda: Qwen3MoeConfig(**_SIZES, **_EXPERTS, norm_topk_prob=True, decoder_sparse_step=1),
-    # Weights that are not scaled to sum to 1, and A and B of its own for every expert.
-    "qwen3_moe_per_expert": lambda: Qwen3MoeConfig(**_SIZES, **_EXPERTS, norm_topk_prob=False, decoder_sparse_step=1),
-}
 # Sinks, a window shorter than the sequences in every second layer, biases everywhere, a clamp that bites; at 1.0 it
 # bites so often that rounding puts elements on its other side, whose derivatives then differ, within five steps.
 _GPT_OSS: dict[str, Any] = {
-    "intermediate_size": 48,
+    "intermediate_size": 96,  # of an expert; MXFP4 wants a multiple of 32
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
     "head_dim": 32,
@@ -109,17 +100,24 @@ _DEEPSEEK: dict[str, Any] = {
     "num_mtp_layers": 0,
     "rope_parameters": _GPT_OSS["rope_parameters"] | {"mscale": 1.0, "mscale_all_dim": 0.8},
 }
-MORE_CONFIGS: dict[str, Any] = {
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**_SIZES, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False),
+    "qwen2": lambda: Qwen2Config(**(_SIZES | _INDIVISIBLE), tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=False),
+    "qwen3_bf16": lambda: Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=True),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_SIZES, **_EXPERTS, norm_topk_prob=True, decoder_sparse_step=1),
+    # Weights that are not scaled to sum to 1, and A and B of its own for every expert.
+    "qwen3_moe_per_expert": lambda: Qwen3MoeConfig(**_SIZES, **_EXPERTS, norm_topk_prob=False, decoder_sparse_step=1),
     "gpt_oss": lambda: GptOssConfig(**(_SIZES | _GPT_OSS)),
     "deepseek_v3": lambda: DeepseekV3Config(**(_SIZES | _DEEPSEEK)),
 }
-"""Families whose experts peft adapts as parameters only (target_parameters): under fewer layouts, to save time."""
 LINEARS = {
     "gpt_oss": ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"],
     "deepseek_v3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *MLP_TARGETS, "lm_head"],
 }
-DENSE = tuple(name for name in CONFIGS if "moe" not in name)
-EXPERTS = (*(name for name in CONFIGS if "moe" in name), *MORE_CONFIGS)
+"""Of the families whose experts peft adapts as parameters only (target_parameters): what it adapts beside them."""
+EXPERTS = (*(name for name in CONFIGS if "moe" in name), *LINEARS)
+DENSE = tuple(name for name in CONFIGS if name not in EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -136,6 +134,8 @@ class Reference:
     family: str
     model_folder: Path
     adapter_folder: Path
+    base_logits: list[torch.Tensor]
+    """without the adapter"""
     logits: list[torch.Tensor]
     grads: dict[str, torch.Tensor]
     losses: list[float]
@@ -159,7 +159,7 @@ def build(family: str, folder: Path) -> Reference:
 
     model_folder, adapter_folder = folder / "model", folder / "adapter"
     _save_random_model(family, model_folder)
-    if family in MORE_CONFIGS:
+    if family in LINEARS:
         return _reference(family, folder, *_with_parameters(family, model_folder, adapter_folder))
     targets = [name for name in TARGETS if family in DENSE or name not in MLP_TARGETS]
     config = LoraConfig(r=RANK, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
@@ -179,17 +179,30 @@ def build(family: str, folder: Path) -> Reference:
 
 
 def _reference(family: str, folder: Path, model: Any, parameters: PeftParameters) -> Reference:
-    logits = [logits_of(model, sequence.tokens) for sequence in sequences()]
+    base = load_transformers(folder / "model")
+    base_logits, logits = ([logits_of(m, sequence.tokens) for sequence in sequences()] for m in (base, model))
     _loss(model).backward()
     grads = parameters.grads()
     losses, norms = _train(model, parameters)
-    return Reference(family, folder / "model", folder / "adapter", logits, grads, losses, norms)
+    return Reference(family, folder / "model", folder / "adapter", base_logits, logits, grads, losses, norms)
 
 
 def _with_parameters(family: str, model_folder: Path, adapter_folder: Path) -> tuple[Any, PeftParameters]:
     """peft on the attention's linears and on the experts' fused parameters; the same matrices, shared-outer, in
     `adapter_folder` by the names Tinker gives them.
     """
+    model, parameters = peft_on_parameters(family, model_folder)
+    generator = torch.Generator().manual_seed(11)
+    parameters.write({key: torch.randn(x.shape, generator=generator) * 0.05 for key, x in parameters.values().items()})
+    adapter_folder.mkdir()
+    save_file({key: x.contiguous() for key, x in parameters.values().items()}, adapter_folder / ADAPTER_FILE)
+    saved = {"peft_type": "LORA", "r": RANK, "lora_alpha": 32, "target_modules": [*LINEARS[family], *MLP_TARGETS]}
+    (adapter_folder / "adapter_config.json").write_text(json.dumps(saved))
+    return model, parameters
+
+
+def peft_on_parameters(family: str, model_folder: Path) -> tuple[Any, PeftParameters]:
+    """A PeftModel whose adapter is zero, and its matrices by canonical name."""
     from peft import LoraConfig, get_peft_model
     from peft.utils import transformers_weight_conversion
 
@@ -210,17 +223,9 @@ def _with_parameters(family: str, model_folder: Path, adapter_folder: Path) -> t
         warnings.simplefilter("ignore")
         model = get_peft_model(base, config)
     parameters = PeftParameters(model, base.config.num_local_experts, shared=True, interleaved=family == "gpt_oss")
-    generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in parameters.parameters.values():
             parameter.zero_()  # gate's and up's halves have nothing of each other
-        parameters.write(
-            {key: torch.randn(x.shape, generator=generator) * 0.05 for key, x in parameters.values().items()}
-        )
-    adapter_folder.mkdir()
-    save_file({key: x.contiguous() for key, x in parameters.values().items()}, adapter_folder / ADAPTER_FILE)
-    saved = {"peft_type": "LORA", "r": RANK, "lora_alpha": 32, "target_modules": [*LINEARS[family], *MLP_TARGETS]}
-    (adapter_folder / "adapter_config.json").write_text(json.dumps(saved))
     return model, parameters
 
 
@@ -238,8 +243,8 @@ def _with_experts(model_folder: Path, adapter_folder: Path, generator: torch.Gen
     return PeftModel.from_pretrained(base, str(adapter_folder), is_trainable=True)
 
 
-def load_transformers(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+def load_transformers(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options)
 
 
 def logits_of(model: Any, tokens: np.ndarray) -> torch.Tensor:
@@ -285,7 +290,7 @@ def _train(model: Any, parameters: PeftParameters) -> tuple[list[float], list[fl
 
 def _save_random_model(family: str, folder: Path) -> None:
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config((CONFIGS | MORE_CONFIGS)[family]())
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms are initialised to one and biases to zero, which would hide mistakes

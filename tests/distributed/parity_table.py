@@ -55,7 +55,9 @@ the bounds.
   tensor-parallel ones, TP2+EP4 is TP2×DP2 with the experts over all four, PP2+EP2 has two stages of EP2.
 - `qwen3_moe` has Tinker's shared-outer LoRA on its experts; `qwen3_moe_per_expert` A and B of its own for each expert,
   and router weights that are not scaled to sum to 1. `qwen3_bf16` is stored in bfloat16. `qwen2` has what no 2 divides:
-  one key-value head, of which ranks hold copies, an odd vocabulary and an odd number of layers.
+  one key-value head, of which ranks hold copies, an odd vocabulary and an odd number of layers. `gpt_oss` has sinks, a
+  window shorter than the sequences and a clamp that bites, `deepseek_v3` latent attention, groups of experts and a
+  shared one; peft adapts their experts as parameters.
 - logits: largest absolute difference, with a trained adapter (bound {BOUNDS.logits:.0e}). Gradients: largest difference
   over largest entry, of the worst LoRA matrix (bound {BOUNDS.gradients:.0e}). Loss: difference per token, the largest
   of five AdamW steps with clipping (bound {BOUNDS.losses:.0e}).

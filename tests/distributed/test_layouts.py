@@ -10,17 +10,27 @@ from typing import Any
 import pytest
 import torch
 from jobs import Job
-from parity_reference import LENGTHS, Reference, load_transformers
-from parity_table import JOBS
+from layout_scenarios import FP8_BLOCK
+from parity_reference import LENGTHS, Reference, load_transformers, logits_of, sequences
+from parity_table import BOUNDS, JOBS, largest_gap
 from sampling_scenarios import prompts
 from test_properties import assert_same_bits, relative_gap
 from test_sampling import generate, tokens_of
+from transformers import FineGrainedFP8Config, Mxfp4Config
 
 pytestmark = pytest.mark.distributed
 
 Outcomes = Callable[[Job], Any]
 
-SAMPLING = [Job(layout, "layout_scenarios:greedy", "qwen3_moe") for layout in ("EP2", "TP2+EP2", "PP2", "PP2+EP2")]
+SAMPLING = [
+    Job(layout, "layout_scenarios:greedy", family)
+    for family, layouts in {
+        "qwen3_moe": ("EP2", "TP2+EP2", "PP2", "PP2+EP2"),
+        "gpt_oss": ("TP2", "PP2", "TP2+EP2"),
+        "deepseek_v3": ("TP2", "PP2", "TP2+EP2"),
+    }.items()
+    for layout in layouts
+]
 SAVED = Job("TP2+EP2", "layout_scenarios:state", "qwen3_moe")
 RESUMED = [
     Job(layout, "layout_scenarios:next_losses", "qwen3_moe", given=SAVED) for layout in ("TP1", "PP2", "EP4", "PP2+EP2")
@@ -33,14 +43,30 @@ RECOMPUTED = [
     for layout, family in (("TP1", "qwen3"), ("TP1", "qwen3_moe"), ("EP2", "qwen3_moe"), ("PP2", "qwen3"))
 ]
 LONG = [Job("EP2", "layout_scenarios:long_datum", "qwen3_moe")]
-BFLOAT16 = [Job(layout, "layout_scenarios:in_bfloat16", "qwen3_moe") for layout in ("TP1", "TP2+EP2")]
+BFLOAT16 = [
+    Job(layout, "layout_scenarios:in_bfloat16", family)
+    for layout, family in (
+        ("TP1", "qwen3_moe"),
+        ("TP2+EP2", "qwen3_moe"),
+        ("TP2+EP2", "gpt_oss"),
+        ("TP2+EP2", "deepseek_v3"),
+    )
+]
+QUANTISED = [Job("TP2+EP2", "layout_scenarios:quantised", family) for family in ("gpt_oss", "deepseek_v3")]
+
+
+@pytest.fixture(scope="module")
+def generated(references: dict[str, Reference]) -> dict[str, list[list[int]]]:
+    """Greedy tokens of transformers' generate on each family's base, from prompts of up to 64 tokens."""
+    models = {family: load_transformers(references[family].model_folder) for family in {j.family for j in SAMPLING}}
+    return {family: [generate(model, prompt).tolist() for prompt in prompts()] for family, model in models.items()}
 
 
 @pytest.mark.parametrize("job", SAMPLING, ids=str)
-def test_greedy_tokens_are_those_of_generate(job: Job, outcome_of: Outcomes, references: dict[str, Reference]) -> None:
-    model = load_transformers(references[job.family].model_folder)
-    theirs = [generate(model, prompt).tolist() for prompt in prompts()]
-    results = outcome_of(job)
+def test_greedy_tokens_are_those_of_generate(
+    job: Job, outcome_of: Outcomes, generated: dict[str, list[list[int]]]
+) -> None:
+    theirs, results = generated[job.family], outcome_of(job)
     assert [tokens_of(result)[0] for result in results[None]] == theirs
     assert [tokens_of(result)[0] for result in results["peft"]] != theirs  # the adapter matters
 
@@ -127,3 +153,21 @@ def test_experts_train_in_bfloat16(job: Job, outcome_of: Outcomes, references: d
     for key, gradient in result["grads"].items():
         assert gradient.dtype == torch.float32 and gradient.isfinite().all() and gradient.any(), key
         assert not torch.equal(result["before"][key], result["after"][key]), key
+
+
+@pytest.mark.parametrize("job", QUANTISED, ids=str)
+def test_a_quantised_model_is_the_one_transformers_dequantises(
+    job: Job, outcome_of: Outcomes, references: dict[str, Reference]
+) -> None:
+    """MXFP4 and FP8 in blocks, each rank reading its slices; and such a model trains."""
+    result = outcome_of(job)
+    quantisation = (
+        Mxfp4Config(dequantize=True)
+        if job.family == "gpt_oss"
+        else FineGrainedFP8Config(dequantize=True, weight_block_size=FP8_BLOCK)
+    )
+    model = load_transformers(result["folder"], quantization_config=quantisation)
+    theirs = [logits_of(model, s.tokens) for s in sequences()]
+    assert largest_gap(result["base_logits"], theirs) <= BOUNDS.logits
+    assert largest_gap(references[job.family].base_logits, theirs) > 0.1, "quantising rounds"
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in result["grads"].values())

@@ -11,9 +11,21 @@ import numpy as np
 import pytest
 import torch
 from jobs import Job
-from parity_reference import CONFIGS, EXPERTS, LENGTHS, Reference, load_transformers, logits_of, sequences
+from parity_reference import (
+    CONFIGS,
+    EXPERTS,
+    LENGTHS,
+    LINEARS,
+    Reference,
+    load_transformers,
+    logits_of,
+    peft_on_parameters,
+    sequences,
+)
 from parity_table import BOUNDS, JOBS, Gaps, largest_gap, measure, read_table
+from safetensors.torch import load_file
 
+from tinker_hpc.merged_export import export_merged
 from tinker_hpc.peft_experts import expand_experts, has_stacked_experts
 
 pytestmark = pytest.mark.distributed
@@ -52,9 +64,7 @@ def test_logits(gaps: Gaps, parity: dict[str, Any], reference: Reference) -> Non
 
 
 def test_base_logits(parity: dict[str, Any], reference: Reference) -> None:
-    model = load_transformers(reference.model_folder)
-    gap = largest_gap(parity["base_logits"], [logits_of(model, s.tokens) for s in sequences()])
-    assert gap <= BOUNDS.logits
+    assert largest_gap(parity["base_logits"], reference.base_logits) <= BOUNDS.logits
 
 
 def test_target_logprobs(parity: dict[str, Any], reference: Reference) -> None:
@@ -92,16 +102,33 @@ def taken_apart(saved: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("job", [job for job in JOBS if job.layout in EXPORTING], ids=str)
-def test_peft_loads_what_we_export(parity: dict[str, Any], reference: Reference, tmp_path: Path) -> None:
-    """After five steps: peft on transformers, given our folder, computes our logits (unembedding included)."""
+def peft_with(saved: Path, reference: Reference, folder: Path) -> Any:
+    """transformers + peft with the adapter in `saved`. folder: for what is written on the way."""
+    if reference.family in LINEARS:  # no folder of peft's: its parameters, by name
+        model, parameters = peft_on_parameters(reference.family, reference.model_folder)
+        parameters.write(load_file(saved / "adapter_model.safetensors"))
+        return model
     from peft import PeftModel
 
-    folder = parity["export"]
     if reference.family in EXPERTS:
-        folder = taken_apart(folder, tmp_path)
-    model = PeftModel.from_pretrained(load_transformers(reference.model_folder), str(folder))
+        saved = taken_apart(saved, folder)
+    model = PeftModel.from_pretrained(load_transformers(reference.model_folder), str(saved))
     assert "lm_head" in model.peft_config["default"].target_modules
+    return model
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.layout in EXPORTING], ids=str)
+def test_peft_computes_with_what_we_save(parity: dict[str, Any], reference: Reference, tmp_path: Path) -> None:
+    """After five steps: peft on transformers, given our folder, computes our logits (unembedding included)."""
+    model = peft_with(parity["export"], reference, tmp_path)
     gap = largest_gap(parity["exported_logits"], [logits_of(model, s.tokens) for s in sequences()])
     assert largest_gap(parity["exported_logits"], reference.logits) > 1e-3  # training moved them
+    assert gap <= BOUNDS.logits
+
+
+@pytest.mark.parametrize("job", [j for j in JOBS if j.layout == "TP1" and j.family in EXPERTS], ids=str)
+def test_a_merged_model_needs_no_peft(parity: dict[str, Any], reference: Reference, tmp_path: Path) -> None:
+    """transformers alone, on what `tinker-hpc export --merged` writes, computes our logits."""
+    model = load_transformers(export_merged(reference.model_folder, parity["export"], tmp_path / "merged"))
+    gap = largest_gap(parity["exported_logits"], [logits_of(model, s.tokens) for s in sequences()])
     assert gap <= BOUNDS.logits

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from jobs import Job
-from parity_reference import MORE_CONFIGS, Reference
+from parity_reference import LINEARS, Reference
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.distributed
@@ -60,7 +60,7 @@ def test_samples_of_one_prompt_go_on_differently(job: Job, outcome_of: Outcomes)
 def test_float32_is_transformers(job: Job, outcome_of: Outcomes, references: dict[str, Reference]) -> None:
     outcome, reference = outcome_of(job)["float32"], references[job.family]
     models = {"base": load(reference, torch.float32)}
-    if job.family not in MORE_CONFIGS:
+    if job.family not in LINEARS:
         from peft import PeftModel
 
         with warnings.catch_warnings():
