@@ -8,12 +8,11 @@ anything is communicated, so a bad one raises everywhere and nobody waits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from tinker_hpc.errors import RequestError, ShapeError, WeightsError
+from tinker_hpc.errors import RequestError, ShapeError
 
 from . import adapter_files, runtime, training_state
 from .adapter_files import HostCopy
@@ -27,8 +26,8 @@ from .interface import AdamParams, Datum, Layout, LoraSpec, LossFn, ModelInfo, P
 from .model import Model
 from .optimizer import step_
 from .out_of_memory import give_memory_back
+from .parameter_count import check_count, check_counts
 from .pass_group import run_together
-from .placement import stage_layers
 from .projections import attention_names, parameters_per_rank, projections, target_names
 from .sample_request import SampledSequence, SampleRequest, SampleResult
 from .sampler import make_decoder
@@ -102,12 +101,14 @@ class Engine:
             token_budget: most tokens of a micro-batch, but for a single longer sequence.
             recompute: keep only each layer's input for the backward and compute the rest again: a third more time. Of
                 sequences longer than token_budget that is done in any case.
-        Raises: ConfigError for a model or layout that cannot run, WeightsError for a checkpoint that does not fit;
-            both before any communication or memory is spent.
+        Raises: ConfigError for a model or layout that cannot run, WeightsError for a checkpoint that does not fit or
+            adapters whose parameters are not as many as Tinker's table says (parameter_count.py); all before any
+            communication or memory is spent.
         Collectives: creation of the process groups.
         """
         arch, hf_config = read_architecture(base_model_folder)
         check_layout(arch, layout)
+        check_counts(arch, layout)
         ranks = runtime.start(layout, dtype)
         model = Model(ranks, arch, hf_config, base_model_folder, recompute=recompute)
         return cls(model, base_model_folder, token_budget)
@@ -138,7 +139,8 @@ class Engine:
             raise RequestError("train_attn, train_mlp and train_unembed are all false. Set at least one of them.")
         targets = target_names(**switches, attention=attention_names(self.model.arch))
         adapter = self._new_adapter(spec.rank, spec.alpha, targets, per_expert=spec.per_expert)
-        self._check_count(adapter, spec, targets, switches)
+        built = (self.runtime.place.pp_rank, adapter.num_parameters)
+        check_count(self.model.arch, self.runtime.layout, spec.rank, switches, per_expert=spec.per_expert, built=built)
         adapter.initialize(spec.seed)
         self._keep(adapter_id, adapter)
         return spec.rank * parameters_per_rank(self.model.arch, **switches, per_expert=spec.per_expert)
@@ -331,24 +333,6 @@ class Engine:
             place=self.runtime.place,
             device=self.runtime.device,
         )
-
-    def _check_count(
-        self, adapter: Adapter, spec: LoraSpec, targets: tuple[str, ...], switches: dict[str, bool]
-    ) -> None:
-        """The matrices of all stages, this one's as they were built, against the closed formula."""
-        arch, layout = self.model.arch, self.runtime.layout
-        found = adapter.num_parameters
-        for pp_rank in range(layout.pp_size):
-            if pp_rank != self.runtime.place.pp_rank:
-                layers = stage_layers(arch.num_layers, layout, pp_rank)
-                elsewhere = projections(arch, targets, per_expert=spec.per_expert, layers=layers)
-                found += sum(prod(p.shape_a(spec.rank)) + prod(p.shape_b(spec.rank)) for p in elsewhere)
-        expected = spec.rank * parameters_per_rank(arch, **switches, per_expert=spec.per_expert)
-        if found != expected:
-            raise WeightsError(
-                f"an adapter of rank {spec.rank} has {found} trainable parameters, the formula says {expected}. This "
-                "is a bug of tinker_hpc; please report the base model and layout."
-            )
 
     def _keep(self, adapter_id: str, adapter: Adapter) -> None:
         self.adapters[adapter_id] = adapter
