@@ -95,6 +95,13 @@ class ModelSizes:
         lookup = 0 if self.tied_embeddings else self.vocab_size * self.hidden_size
         return self.num_parameters - lookup - self.num_expert_layers * idle
 
+    @property
+    def flops_per_trained_token(self) -> int:
+        """4 N, N the active parameters without norms: 2 N forward and 2 N backward, since the base has no weight
+        gradients. Attention's own products and LoRA's are not in it. What MFU is counted with.
+        """
+        return 4 * (self.num_active_parameters - base_parameters(self, Split())["norms"])
+
 
 @dataclass(frozen=True)
 class Split:

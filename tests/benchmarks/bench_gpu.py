@@ -7,8 +7,8 @@
 training  forward, backward, clipping and AdamW on `batch` sequences; rank-32 LoRA on all linears and the unembedding
 sampling  `num_prompts` different prompts, one sample of `new_tokens` each, with logprobs
 MFU       4 * N * tokens / seconds / peak, N the weights that take part in a token's matrix products (no embedding
-          lookup, no idle experts); 2 N forward and 2 N backward, since the base has no weight gradients. Attention's
-          own products are left out, so the true utilisation is a little higher.
+          lookup, no norms, no idle experts); 2 N forward and 2 N backward, since the base has no weight gradients.
+          Attention's own products are left out, so the true utilisation is a little higher.
 
 The weights files are sparse (zeros that take no room on the disk); after loading, every weight is drawn anew, so that
 experts are chosen as evenly as random weights choose. transformers runs where its side fits the GPU; `--ours` leaves it
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> Path:
         config = Config(options.model, 2, 16, 4, 4, 8, 4)
         repeats, warmup = 1, 0
     sizes = read_sizes(config_json)
-    flops = 4 * sizes.num_active_parameters
+    flops = sizes.flops_per_trained_token
     facts = {"flops_per_trained_token": flops, "num_active_parameters": sizes.num_active_parameters}
     outcome = Outcome(f"gpu_{options.model}", asdict(config) | facts, warmup, repeats)
     with tempfile.TemporaryDirectory() as temporary:
@@ -248,6 +248,7 @@ def main(argv: list[str] | None = None) -> Path:
             for name, values in found.items()
         }
         outcome.add("training", "mfu_percent_of_4N", shares)
+    print(f"MFU counts {flops:,} FLOPs a trained token: 4 N, N = {flops // 4:,}")
     for case, metrics in outcome.metrics.items():
         for metric, sides in metrics.items():
             for name, row in sides.items():

@@ -42,7 +42,7 @@ def test_load_and_memory(tmp_path: Path) -> None:
 def test_gpu_shapes_made_tiny(model: str, tmp_path: Path) -> None:
     record = quick("bench_gpu.py", tmp_path, "--model", model)
     assert set(record["metrics"]) == {"training", "sampling"}
-    assert record["config"]["flops_per_trained_token"] == 4 * record["config"]["num_active_parameters"]
+    assert 3.9 < record["config"]["flops_per_trained_token"] / record["config"]["num_active_parameters"] < 4
     for metrics in record["metrics"].values():
         assert metrics["tokens_per_s"]["ratio_tinker_hpc_to_transformers_peft"]["median"] > 0
 

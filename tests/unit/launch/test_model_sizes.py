@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 sys.path.append(str(Path(__file__).parents[2] / "models"))
 
@@ -63,6 +67,25 @@ def test_active_parameters() -> None:
     assert read_sizes(PUBLISHED["gpt-oss-120b"]).num_active_parameters / 1e9 == pytest.approx(5.13, rel=0.01)
     tied = read_sizes(PUBLISHED["Llama-3.2-1B"])
     assert tied.num_active_parameters == tied.num_parameters
+
+
+SMALL: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": False}
+SMALL_EXPERTS = SMALL | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
+@pytest.mark.parametrize("config", [Qwen3Config(**SMALL), Qwen3MoeConfig(**SMALL_EXPERTS)], ids=["dense", "experts"])
+def test_flops_of_a_trained_token_are_those_torch_counts(config: Any) -> None:
+    """Of transformers' own model, frozen, forward and backward: the products of matrices."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", experts_implementation="eager")
+    hidden = torch.randn(1, 48, config.hidden_size, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        model.requires_grad_(False)(inputs_embeds=hidden, use_cache=False).logits.sum().backward()
+    sizes = read_sizes(config.to_dict())
+    assert 48 * sizes.flops_per_trained_token == counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    # By hand, for the dense one: q and o, k and v, the MLP; the unembedding.
+    if not sizes.num_experts:
+        assert sizes.flops_per_trained_token == 4 * (2 * 64 * (2 * 128 + 2 * 64 + 3 * 96) + 256 * 64)
 
 
 @pytest.mark.parametrize("name", list(PER_RANK))
