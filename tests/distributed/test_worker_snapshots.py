@@ -52,10 +52,7 @@ def ask_to_end(worker: WorkerUnderTest) -> None:
     and end by the signal."""
     assert not snapshots(worker)
     under_way = worker.sample("base", seed=7, num_samples=8, max_tokens=100)
-    deadline = time.monotonic() + 60
-    while not any(under_way in record.header.get("seqs", ()) for record in worker.records):
-        assert time.monotonic() < deadline, worker.stderr
-        worker.poll()
+    worker.wait_for_batch_of(under_way)
     for process in worker.processes:
         process.terminate()
     assert {process.wait(60) for process in worker.processes} == {-signal.SIGTERM}, worker.stderr
@@ -143,6 +140,8 @@ def interrupted(
     worker._declare()
     worker.processes.clear()
     worker.start()
+    if asked:
+        worker.ok(worker.log.last)  # what was being sampled, by itself again
     returned, tensors = second_half(worker, path / "saved")
     assert starts(worker)[-1]["snapshot"] is not None
     return worker, returned, tensors

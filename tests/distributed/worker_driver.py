@@ -145,6 +145,14 @@ class WorkerUnderTest:
         assert result.header["ok"], result.header
         return result
 
+    def wait_for_batch_of(self, seq: int) -> None:
+        """Until the worker says that it has begun with a request."""
+        deadline = time.monotonic() + 60
+        while not any(seq in record.header.get("seqs", ()) for record in self.records):
+            assert time.monotonic() < deadline, self.stderr
+            self.poll()
+            time.sleep(0.005)
+
     def wait_for_exit(self, timeout_s: float = 120.0) -> list[int]:
         return [process.wait(timeout_s) for process in self.processes]
 
