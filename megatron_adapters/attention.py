@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -122,20 +122,33 @@ def packed_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: Packe
         return ruled_attention(q_THK, k_TGK, v_TGK, context.bounds, rule)
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
         return _varlen_attention(q_THK, k_TGK, v_TGK, context, scale)
-    return _attention_by_sequence(q_THK, k_TGK, v_TGK, context.bounds, scale)
+    return _attention_of_runs(q_THK, k_TGK, v_TGK, context.bounds, scale)
 
 
-def _attention_by_sequence(
+def _attention_of_runs(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, bounds: tuple[int, ...], scale: float | None
 ) -> Tensor:
-    """One SDPA call a sequence: any device and dtype, memory linear in the tokens where SDPA's kernel is."""
+    """One SDPA call for neighbours of equal length: any device and dtype, memory linear where SDPA's kernel is.
+
+    Split, not sliced: the gradient of a slice is as large as the whole, so that many sequences would cost the square of
+    their number.
+    """
     grouped = q_THK.shape[1] != k_TGK.shape[1]
+    runs = _equal_runs(bounds)
+    tokens = [count * length for count, length in runs]
+    cut = [x.split(tokens) if len(runs) > 1 else (x,) for x in (q_THK, k_TGK, v_TGK)]
     outputs = []
-    for start, end in pairwise(bounds):
-        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (q_THK, k_TGK, v_TGK))
+    for run, *qkv in zip(runs, *cut, strict=True):
+        q, k, v = (x.unflatten(0, run).transpose(1, 2) for x in qkv)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(runs) == 1 else torch.cat(outputs)
+
+
+def _equal_runs(bounds: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Neighbours of equal length: how many, and the length of each. Pure."""
+    lengths = (end - start for start, end in pairwise(bounds))
+    return [(len(list(run)), length) for length, run in groupby(lengths)]
 
 
 def _varlen_attention(

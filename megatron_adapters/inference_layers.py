@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
@@ -24,9 +23,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from .attention import PackedAttention, PackedContext
-from .layers import RMSNorm
 from .lora_linear import LoraLinear, Routing, Segment
 from .moe import MoeMlp
+from .rms_norm import RMSNorm, rms_norm
+from .rope import rotate
+from .swiglu import SwiGlu, swiglu
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class InferenceLayers:
         else:  # no other token meets these any more
             with self._routing.use(wanted.segments, len(wanted.rows_N), self._routing.table):
                 x_LD = _rest(layer, x_LD[wanted.rows_N], out_TQ[wanted.rows_N])
-        return x_LD if self._final_norm is None else _norm(x_LD, self._final_norm)
+        return x_LD if self._final_norm is None else self._final_norm(x_LD)
 
 
 def inference_layers(decoder: Any, routing: Routing) -> InferenceLayers | None:
@@ -91,13 +92,9 @@ def inference_layers(decoder: Any, routing: Routing) -> InferenceLayers | None:
             type(layer) is TransformerLayer
             and type(attention) is SelfAttention
             and type(attention.core_attention) is PackedAttention
-            and type(layer.mlp) in (MLP, MoeMlp)
+            and (type(layer.mlp) is MoeMlp or _is_swiglu(layer.mlp))
             and all(type(x) is LoraLinear for x in (attention.linear_qkv, attention.linear_proj))
-            and layer.config.activation_func is F.silu
-            and layer.config.gated_linear_unit
             and not getattr(layer.config, "attention_output_gate", False)
-            and layer.config.activation_func_clamp_value is None
-            and layer.config.glu_linear_offset == 0.0
         )
         if not known:
             return None
@@ -107,6 +104,10 @@ def inference_layers(decoder: Any, routing: Routing) -> InferenceLayers | None:
             return None
         layers.append(_layer(layer, *norms))
     return InferenceLayers(layers, getattr(decoder, "final_layernorm", None), routing)
+
+
+def _is_swiglu(mlp: Any) -> bool:
+    return type(mlp) is MLP and type(mlp.activation_func) is SwiGlu
 
 
 def _layer(layer: Any, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> _Layer:
@@ -130,44 +131,24 @@ def _layer(layer: Any, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> _Layer
     )
 
 
-def _norm(x_LD: Tensor, norm: RMSNorm) -> Tensor:
-    """What norm(x_LD) is, without the detour over float32 where there is none."""
-    if x_LD.dtype == torch.float32:
-        return F.rms_norm(x_LD, norm.weight.shape, norm.weight, norm.eps)  # type: ignore[arg-type]
-    return norm(x_LD)
-
-
 def _attended(layer: _Layer, x_LD: Tensor, context: PackedContext) -> Tensor:
     """What attention gives, before its output projection: [T, G * P * K]."""
-    qkv_TO = layer.qkv.infer(_norm(x_LD, layer.attention_norm))
+    qkv_TO = layer.qkv.infer(layer.attention_norm(x_LD))
     # megatron-core's order: of each group its queries, key, value.
     qkv_TGhK = qkv_TO.view(qkv_TO.shape[0], layer.groups, -1, layer.head_dim)
     qk_TGhK = qkv_TGhK[:, :, :-1]
     if layer.qk_weight_hK is not None:
-        qk_TGhK = F.rms_norm(qk_TGhK.float(), (layer.head_dim,), None, layer.qk_eps).to(qkv_TO.dtype)
-        qk_TGhK = qk_TGhK * layer.qk_weight_hK
-    qk_TGhK = _rotate(qk_TGhK, context)
+        qk_TGhK = rms_norm(qk_TGhK, layer.qk_weight_hK, layer.qk_eps)
+    assert context.cos_T1K is not None and context.sin_T1K is not None
+    qk_TGhK = rotate(qk_TGhK, context.cos_T1K[:, None], context.sin_T1K[:, None])
     q_THK = qk_TGhK[:, :, :-1].flatten(1, 2)
     return layer.attention.attend(q_THK, qk_TGhK[:, :, -1], qkv_TGhK[:, :, -1], context)
-
-
-def _rotate(x_TGhK: Tensor, context: PackedContext) -> Tensor:
-    """rope.rotate for heads in groups, without its copies."""
-    assert context.cos_T1K is not None and context.sin_T1K is not None
-    cos_T11K, sin_T11K = context.cos_T1K[:, None], context.sin_T1K[:, None]
-    half = x_TGhK.shape[-1] // 2
-    x = x_TGhK.float()
-    out = x * cos_T11K
-    out[..., :half].addcmul_(x[..., half:], sin_T11K[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin_T11K[..., half:])
-    return out.to(x_TGhK.dtype)
 
 
 def _rest(layer: _Layer, x_LD: Tensor, out_TQ: Tensor) -> Tensor:
     """The layer after attention."""
     x_LD = layer.proj.infer(out_TQ, x_LD)
-    normed_LD = _norm(x_LD, layer.mlp_norm)
+    normed_LD = layer.mlp_norm(x_LD)
     if isinstance(layer.mlp, MoeMlp):
         return x_LD + layer.mlp(normed_LD[:, None])[0][:, 0]
-    gate_TF, up_TF = layer.mlp.linear_fc1.infer(normed_LD).chunk(2, dim=-1)
-    return layer.mlp.linear_fc2.infer(F.silu(gate_TF).mul_(up_TF), x_LD)
+    return layer.mlp.linear_fc2.infer(swiglu(layer.mlp.linear_fc1.infer(normed_LD)), x_LD)

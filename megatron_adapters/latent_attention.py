@@ -21,7 +21,7 @@ from .attention import PackedAttention, PackedContext
 from .families import Architecture
 from .families.architecture import Latent
 from .frozen_linear import frozen_linear
-from .layers import RMSNorm
+from .rms_norm import RMSNorm
 from .rope import rotate
 
 NORM_EPS = 1e-6

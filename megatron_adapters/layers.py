@@ -1,4 +1,4 @@
-"""The megatron-core layer specification: stock blocks, with our own norm and attention.
+"""The megatron-core layer specification: stock blocks, with our own norm, activation and attention.
 
 Stock megatron-core without TransformerEngine cannot do this: its norm refuses sequence parallelism, its attention
 refuses packing and materialises the scores.
@@ -16,27 +16,12 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
 
 from .attention import PackedAttention
 from .families import Architecture
 from .interface import Layout
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm as transformers computes it: float32 inside, cast, then the weight.
-
-    Zhang & Sennrich 2019, arXiv:1910.07467. The weight is frozen, so it needs no gradient sum under sequence
-    parallelism.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype), requires_grad=False)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
+from .rms_norm import RMSNorm
+from .swiglu import SwiGlu
 
 
 def transformer_config(arch: Architecture, layout: Layout, dtype: torch.dtype, *, on_cpu: bool) -> TransformerConfig:
@@ -59,6 +44,7 @@ def transformer_config(arch: Architecture, layout: Layout, dtype: torch.dtype, *
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
+        use_te_activation_func=True,  # despite its name: hands the activation gate and up together (swiglu.py)
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -85,6 +71,7 @@ def block_spec(
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.mlp.submodules.activation_func = SwiGlu
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:

@@ -38,6 +38,7 @@ from .projections import attention_widths, layer_path, shared_expert_path
 from .rope import RotaryTable
 from .runtime import Runtime
 from .stage_head import shared_head
+from .swiglu import SwiGlu
 from .weights import load_weights
 
 Table = Sequence[LoraWeights | None] | None
@@ -101,7 +102,7 @@ def _experts(config: Any, arch: Architecture, layer: int, layout: Layout, *, on_
     )
     shared = None
     if arch.experts.shared_ffn_size:
-        linears: Any = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        linears: Any = MLPSubmodules(ColumnParallelLinear, SwiGlu, RowParallelLinear)
         # Its own argument for the width reaches the first of the two linears alone (megatron-core 0.16.1).
         narrow = copy.copy(config)
         narrow.ffn_hidden_size = arch.experts.shared_ffn_size

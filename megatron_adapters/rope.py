@@ -28,11 +28,40 @@ class RotaryTable:
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 
 
-def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
-    """Rotate x [tokens, heads, head_dim], "half" layout (first and second half form the pairs); dtype of x."""
-    x = x_THK.float()
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos_T1K + torch.cat((-second, first), dim=-1) * sin_T1K).to(x_THK.dtype)
+def rotate(x_K: Tensor, cos_K: Tensor, sin_K: Tensor) -> Tensor:
+    """Rotate the last dimension of x, "half" layout (first and second half form the pairs); dtype of x, float32 inside.
+
+    Args:
+        x_K: [..., K], for instance [tokens, heads, head_dim].
+        cos_K, sin_K: of `cos_sin`, in a shape that is broadcast to x. Their halves are equal.
+    """
+    if torch.is_grad_enabled() and x_K.requires_grad:
+        return _Rotate.apply(x_K, cos_K, sin_K)  # type: ignore[no-any-return]
+    return _rotated(x_K, cos_K, sin_K, backwards=False)
+
+
+def _rotated(x_K: Tensor, cos_K: Tensor, sin_K: Tensor, *, backwards: bool) -> Tensor:
+    """The same roundings as (x * cos) + (rotate_half(x) * sin), with a third of its fresh memory."""
+    half = x_K.shape[-1] // 2
+    x = x_K.float()
+    out = x * cos_K
+    first, second = x[..., half:] * sin_K[..., :half], x[..., :half] * sin_K[..., half:]
+    out[..., :half].sub_(first, alpha=-1 if backwards else 1)
+    out[..., half:].add_(second, alpha=-1 if backwards else 1)
+    return out.to(x_K.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back (times the same scaling)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_K: Tensor, cos_K: Tensor, sin_K: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_K, sin_K)
+        return _rotated(x_K, cos_K, sin_K, backwards=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return _rotated(grad_outputs[0], *ctx.saved_tensors, backwards=True), None, None
 
 
 def _frequencies(hf_config: Any, head_dim: int) -> tuple[Tensor, float]:
