@@ -1,16 +1,20 @@
 """x W^T with a frozen W, and its gradient by x alone.
 
-On a CPU in float32 the product is oneDNN's instead of the BLAS torch was built with: on an AMD EPYC with AVX-512 its
-1024 x 512 x 3072 took 31.1 ms against MKL's 35.8 ms, 1024 x 1536 x 512 26.3 ms against 31.2 ms (one thread, best of
-60), and a training step of a 12 x 512 model 7 % less. Where no gradient is wanted the weight is also laid out once as
-oneDNN reads it fastest: all linears of that model, for the 32 rows of a decode step, took 32.5 ms against 46.1 ms.
-That copy doubles the memory of the frozen linears, on CPUs only. Everywhere else it is F.linear.
+On a CPU in float32 the product is oneDNN's instead of the BLAS torch was built with, where that is the faster one. On
+an AMD EPYC with AVX-512 its 1024 x 512 x 3072 took 31.1 ms against MKL's 35.8 ms, 1024 x 1536 x 512 26.3 ms against
+31.2 ms (one thread, best of 60). On an Intel Xeon (Sapphire Rapids) MKL has 16.8 ms against 18.2 ms, and 8.0 ms against
+9.5 ms for the gradient of the second, so MKL trains there.
+
+Where no gradient is wanted the weight is also laid out once as oneDNN reads it fastest: all linears of a 12 x 512
+model, for the 32 rows of a decode step, took 32.5 ms against 46.1 ms (EPYC). That copy doubles the memory of the frozen
+linears, on CPUs only. Everywhere else it is F.linear.
 
 Shapes: I inputs, O outputs; leading dimensions are free.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +26,8 @@ _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.b
 _onednn_reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 _REORDERED = "_in_onednn_layout"
 """Attribute of a frozen weight: its copy in oneDNN's layout. It goes with the weight."""
+_CPU = Path("/proc/cpuinfo")
+_TRAINS_BY_ONEDNN = not (_CPU.exists() and "GenuineIntel" in _CPU.read_text())
 _ROWS_OF_A_STEP = 32  # the layout is chosen for about this many rows; any number is right
 
 
@@ -35,18 +41,29 @@ def frozen_linear(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, 
     if not _by_onednn(x_I):
         out_O = F.linear(x_I, weight_OI, bias_O)
         return out_O if plus_O is None else out_O.add_(plus_O)
-    if needs_grad and x_I.requires_grad:
-        return _FrozenLinear.apply(x_I, weight_OI, bias_O)  # type: ignore[no-any-return]
-    weight_OI = weight_OI if needs_grad else _reorder(weight_OI)
+    if needs_grad:
+        if x_I.requires_grad and _TRAINS_BY_ONEDNN:
+            return _FrozenLinear.apply(x_I, weight_OI, bias_O)  # type: ignore[no-any-return]
+        return frozen_product(x_I, weight_OI, bias_O)
+    weight_OI = _reorder(weight_OI)
     if plus_O is None:
         return _product(x_I, weight_OI, bias_O)
     assert _onednn_linear is not None
     return _onednn_linear.binary(x_I.contiguous(), plus_O.contiguous(), weight_OI, bias_O, "add")
 
 
+def frozen_product(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """What frozen_linear computes where a gradient is wanted, for functions that write their own backward."""
+    if _TRAINS_BY_ONEDNN and _by_onednn(x_I):
+        return _product(x_I, weight_OI, bias_O)
+    return F.linear(x_I, weight_OI, bias_O)
+
+
 def frozen_linear_grad(grad_O: Tensor, weight_OI: Tensor) -> Tensor:
     """The gradient by x: grad W, [..., I]."""
-    return _product(grad_O, weight_OI.t(), None) if _by_onednn(grad_O) else grad_O @ weight_OI
+    if _TRAINS_BY_ONEDNN and _by_onednn(grad_O):
+        return _product(grad_O, weight_OI.t(), None)
+    return grad_O @ weight_OI
 
 
 def _by_onednn(x: Tensor) -> bool:
@@ -71,7 +88,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_I: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.weight_OI = weight_OI  # frozen, so it needs no watching by save_for_backward
-        return _product(x_I, weight_OI, bias_O)
+        return frozen_product(x_I, weight_OI, bias_O)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:

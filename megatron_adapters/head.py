@@ -170,10 +170,11 @@ class _TargetLogprobs(torch.autograd.Function):
                 here = slice(chunk.start, chunk.end)
                 if kept is None:
                     logits_CV = _chunk_logits(hidden_TD, head.weight_VD, chunk, matrices)
-                    softmax_CV = logits_CV.sub_(log_normalizer_T[here, None]).exp_()
-                else:
-                    softmax_CV = next(kept) * (local_largest_T - log_normalizer_T)[here, None].exp()
-                logit_grad_CV = softmax_CV.mul_(-grad_T[here, None])
+                    logit_grad_CV = logits_CV.sub_(log_normalizer_T[here, None]).exp_().mul_(-grad_T[here, None])
+                else:  # new memory: a loss may be differentiated twice
+                    logit_grad_CV = (
+                        next(kept) * ((local_largest_T - log_normalizer_T)[here].exp_().mul_(-grad_T[here])[:, None])
+                    )
                 logit_grad_CV.scatter_add_(1, local_TK[here], grad_TK[here] * inside_TK[here])
                 _backward_chunk(
                     logit_grad_CV.to(hidden_TD.dtype),

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from . import lora_inference
 from .adapters import LoraPair, LoraWeights
 from .frozen_linear import frozen_linear
+from .lora_training import Frozen, adapted_linear
 
 
 class Segment(NamedTuple):
@@ -163,8 +164,12 @@ class LoraLinear(nn.Module):
         """
         if not torch.is_grad_enabled():
             return self.infer(x[:, 0])[:, None], None
-        out, bias = self._base(x)
-        if not self.routing.adapts(self.paths):
+        adapts = self.routing.adapts(self.paths)
+        if self.tp_group.size() == 1:
+            return self._alone(x, adapts=adapts)
+        base: Any = self.base
+        out, bias = base(x)
+        if not adapts:
             return out, bias
         down = self.routing.all if self.row else self.routing.local
         up = self.routing.all if self.column else self.routing.local
@@ -182,13 +187,14 @@ class LoraLinear(nn.Module):
             delta = delta + h_W[:0].sum()
         return out + delta[:, None], bias
 
-    def _base(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The frozen linear: output, and the bias where it is left to be added later."""
+    def _alone(self, x: Tensor, *, adapts: bool) -> tuple[Tensor, Tensor | None]:
+        """forward without tensor parallelism."""
         base: Any = self.base
-        if self.tp_group.size() > 1:
-            return base(x)
         now, later = (None, base.bias) if base.skip_bias_add else (base.bias, None)
-        return frozen_linear(x, base.weight, now), later
+        if not adapts:
+            return frozen_linear(x, base.weight, now), later
+        out = adapted_linear(x[:, 0], Frozen(base.weight, now), self.routing.all, self.paths, self.split)
+        return out[:, None], later
 
     def infer(self, x_LI: Tensor, plus_LO: Tensor | None = None) -> Tensor:
         """The whole output without gradients, bias included: [L, I] -> [T, O / tp_size] (column), [T, I / tp_size] ->

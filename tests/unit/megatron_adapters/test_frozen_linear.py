@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from megatron_adapters import frozen_linear as module
 from megatron_adapters.frozen_linear import frozen_linear, frozen_linear_grad
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["onednn", "blas"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of the two trains depends on the machine."""
+    monkeypatch.setattr(module, "_TRAINS_BY_ONEDNN", request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

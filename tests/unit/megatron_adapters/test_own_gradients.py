@@ -1,0 +1,106 @@
+"""Functions that write their own backward, beside finite differences in float64 and autograd of the plain formula."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_adapters.adapters import LoraPair, LoraWeights
+from megatron_adapters.attention import PackedContext, packed_attention
+from megatron_adapters.lora_linear import Segment
+from megatron_adapters.lora_training import Frozen, adapted_linear
+from megatron_adapters.rms_norm import rms_norm
+from megatron_adapters.rope import rotate
+from megatron_adapters.swiglu import swiglu
+
+
+def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def test_norm_and_activation_by_finite_differences() -> None:
+    x, weight = _random(5, 3, 8).requires_grad_(), _random(3, 8, seed=1)
+    assert torch.autograd.gradcheck(partial(rms_norm, weight_D=weight, eps=1e-6), (x,))
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6), F.rms_norm(x, (8,), None, 1e-6) * weight)
+    assert torch.autograd.gradcheck(swiglu, (x,))
+    torch.testing.assert_close(swiglu(x), F.silu(x[..., :4]) * x[..., 4:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_with_and_without_gradients(dtype: torch.dtype) -> None:
+    """Bit for bit, in the dtype of x, and a gradient of that dtype."""
+    x, weight = _random(5, 8, dtype=torch.float32).to(dtype), _random(8, seed=1).to(dtype)
+    angles = _random(5, 4, seed=2, dtype=torch.float32).repeat(1, 2)
+    for function in (
+        partial(rms_norm, weight_D=weight, eps=1e-6),
+        swiglu,
+        partial(rotate, cos_K=angles.cos(), sin_K=angles.sin()),
+    ):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        assert torch.equal(out, function(x)) and out.dtype == dtype
+        out.sum().backward()
+        assert leaf.grad is not None and leaf.grad.dtype == dtype
+
+
+def test_rotation_is_undone_by_its_gradient() -> None:
+    x, upstream = (_random(6, 2, 8, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    angles = _random(6, 1, 4, seed=2, dtype=torch.float32).repeat(1, 1, 2)
+    cos, sin = angles.cos() * 1.5, angles.sin() * 1.5  # scaled, as with YaRN
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    rotate(ours, cos, sin).backward(upstream)
+    first, second = theirs.chunk(2, dim=-1)
+    (theirs * cos + torch.cat((-second, first), dim=-1) * sin).backward(upstream)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_adapted_linear_by_finite_differences() -> None:
+    """Grouped outputs as q, k and v have them; two adapters of unlike rank and targets, one twice; a base-only part."""
+    inputs, groups, sizes = 6, 2, (8, 4, 4)
+    x, weight, bias = _random(9, inputs).requires_grad_(), _random(16, inputs, seed=1), _random(16, seed=2)
+
+    def split(out: Tensor) -> list[Tensor]:
+        return list(out.view(len(out), groups, -1).split([size // groups for size in sizes], dim=-1))
+
+    def pair(place: int, rank: int) -> LoraPair:
+        a, b = _random(rank, inputs, seed=3 + place), _random(sizes[place], rank, seed=13 + place)
+        return LoraPair(a.requires_grad_(), b.requires_grad_())
+
+    one = LoraWeights(2, 3.0, (), {"q": pair(0, 2), "k": pair(1, 2), "v": pair(2, 2)})
+    other = LoraWeights(1, 5.0, (), {"v": pair(2, 1), "elsewhere": pair(0, 1)})
+    segments = [Segment(one, 0, 2), Segment(None, 2, 4), Segment(other, 4, 7), Segment(one, 7, 9)]
+
+    def ours(x: Tensor, *_: Tensor) -> Tensor:
+        return adapted_linear(x, Frozen(weight, bias), segments, ("q", "k", "v"), split)
+
+    trained = [matrix for lora, paths in ((one, "qkv"), (other, "v")) for path in paths for matrix in lora.pairs[path]]
+    assert torch.autograd.gradcheck(ours, (x, *trained))
+    with torch.no_grad():
+        expected = F.linear(x, weight, bias)
+        for lora, start, end in segments:
+            for part, path in zip(split(expected[start:end]), ("q", "k", "v"), strict=True):
+                if lora is not None and path in lora.pairs:
+                    a, b = lora.pairs[path]
+                    part.add_((lora.scaling * x[start:end] @ a.t() @ b.t()).view_as(part))
+    torch.testing.assert_close(ours(x), expected)
+    ours(x.detach()).sum().backward()  # the first layer: its input wants no gradient
+
+
+@pytest.mark.parametrize("bounds", [(0, 4, 8, 12), (0, 3, 6, 12), (0, 12), (0, 5, 6, 7, 12)], ids=str)
+def test_neighbours_of_equal_length_attend_as_each_alone(bounds: tuple[int, ...]) -> None:
+    """Bit for bit, the gradients too."""
+    q, k, v = (_random(12, heads, 8, seed=heads, dtype=torch.float32).requires_grad_() for heads in (4, 2, 2))
+    upstream = _random(12, 4, 8, seed=9, dtype=torch.float32)
+    out = packed_attention(q, k, v, PackedContext(bounds=bounds))
+    grads = torch.autograd.grad(out, (q, k, v), upstream)
+    for start, end in pairwise(bounds):
+        alone = [x.detach()[start:end].clone().requires_grad_() for x in (q, k, v)]
+        part = packed_attention(alone[0], alone[1], alone[2], PackedContext(bounds=(0, end - start)))
+        assert torch.equal(part, out[start:end])
+        for whole, own in zip(grads, torch.autograd.grad(part, alone, upstream[start:end]), strict=True):
+            assert torch.equal(whole[start:end], own)
