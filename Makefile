@@ -6,6 +6,9 @@ STAMP  := $(VENV)/.installed
 # tinker-cookbook needs an older transformers than the worker; loop and worker need not share an environment.
 COOKBOOK := .venv-cookbook
 COOKBOOK_STAMP := $(COOKBOOK)/.installed
+# SkyRL's JAX server, to be measured beside; never part of a test.
+SKYRL := .venv-skyrl
+SKYRL_STAMP := $(SKYRL)/.installed
 PYTEST := $(BIN)/python -m pytest
 
 # One thread a process: several ranks share the cores, and oversubscription makes gloo tests crawl.
@@ -14,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lint unit distributed memory slurm slurm-long end-to-end cookbook cookbook-env bench
+.PHONY: help env demo test check lint unit distributed memory slurm slurm-long end-to-end cookbook cookbook-env bench skyrl-env
 
 help:
 	@echo "make demo        fine-tune a small model on this machine, no Slurm needed (about two minutes)"
@@ -27,6 +30,7 @@ help:
 	@echo "make end-to-end  whole loops: submit, train, sample, save, resume"
 	@echo "make cookbook    tinker-cookbook's recipes, unmodified, in an environment of their own (make cookbook-env)"
 	@echo "make bench       the benchmarks, long form; writes tests/benchmarks/results"
+	@echo "make skyrl-env   SkyRL's JAX server in an environment of its own, for tests/benchmarks/bench_skyrl.py"
 
 env: $(STAMP)
 
@@ -88,3 +92,11 @@ slurm-long: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run_all.py
+
+skyrl-env: $(SKYRL_STAMP)
+
+$(SKYRL_STAMP): tests/benchmarks/skyrl/requirements.txt
+	$(PYTHON) -m venv $(SKYRL)
+	$(SKYRL)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(SKYRL)/bin/pip install --quiet --disable-pip-version-check -r tests/benchmarks/skyrl/requirements.txt
+	touch $(SKYRL_STAMP)

@@ -4,7 +4,8 @@
     python tests/benchmarks/run_all.py --quick    # one step of small models; writes nothing into results/
 
 One thread a process, unless OMP_NUM_THREADS says otherwise, so that the numbers of two machines mean the same thing.
-bench_gpu.py is not among them: it needs a GPU, and says so (`python tests/benchmarks/bench_gpu.py --help`).
+Not among them: bench_gpu.py, which needs a GPU, and bench_skyrl.py, which needs an environment of its own (--help says
+how to run each), and bench_fault_tolerance_cost.py, which takes a quarter of an hour.
 """
 
 from __future__ import annotations
