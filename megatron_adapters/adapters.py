@@ -117,7 +117,9 @@ def shard_layout(wanted: Iterable[Projection], rank: int, layout: Layout) -> lis
             axis, split_dim = _split(projection, letter, shape, layout)
             parts = {None: 1, "tp": layout.tp_size, "kv": projection.heads or 1, "ep": layout.ep_size}[axis]
             matrices.append((peft_key(projection.path, letter), projection.path, shape, axis, split_dim, parts))
-    matrices.sort(key=lambda matrix: (None, "kv", "tp", "ep").index(matrix[3]))  # stable
+    # All A of an axis before its B, and stable otherwise: the A of projections that share an input are neighbours, so
+    # that they are one matrix without a copy (lora_training.py).
+    matrices.sort(key=lambda matrix: ((None, "kv", "tp", "ep").index(matrix[3]), "lora_B" in matrix[0]))
     shards, offset = [], 0
     for key, path, shape, axis, split_dim, parts in matrices:
         local = tuple(-(-n // parts) if dim == split_dim else n for dim, n in enumerate(shape))

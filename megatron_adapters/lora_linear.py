@@ -22,17 +22,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor, nn
 
-from . import lora_inference
+from . import lora_inference, lora_training
 from .adapters import LoraPair, LoraWeights
 from .frozen_linear import frozen_linear
-from .lora_training import Frozen, adapted_linear
 
 
 class Segment(NamedTuple):
@@ -127,11 +125,10 @@ class LoraLinear(nn.Module):
 
     Args:
         base: called as base(x) -> (output, bias).
-        paths: Hugging Face paths of the fused projections, in the order `merge` expects.
+        paths: Hugging Face paths of the fused projections, in the order of `split`.
         sharding: "column", "row" or "whole".
-        out_sizes: this rank's output width of each projection.
-        merge: arranges the projections' outputs [T, O_p] in the base's fused layout [T, O].
-        split: its inverse as views: the part of each projection in [T, O], as [T, O_p] or [T, groups, O_p / groups].
+        split: the part of each projection in the base's fused layout [T, O], as views: [T, O_p] or
+            [T, groups, O_p / groups].
     """
 
     def __init__(
@@ -140,8 +137,6 @@ class LoraLinear(nn.Module):
         paths: Sequence[str],
         *,
         sharding: str,
-        out_sizes: Sequence[int],
-        merge: Callable[[list[Tensor]], Tensor],
         split: Callable[[Tensor], list[Tensor]],
         routing: Routing,
         tp_group: dist.ProcessGroup,
@@ -150,8 +145,6 @@ class LoraLinear(nn.Module):
         self.base = base
         self.paths = tuple(paths)
         self.column, self.row = sharding == "column", sharding == "row"
-        self.out_sizes = tuple(out_sizes)
-        self.merge = merge
         self.split = split
         self.routing = routing
         self.tp_group = tp_group
@@ -174,18 +167,15 @@ class LoraLinear(nn.Module):
         down = self.routing.all if self.row else self.routing.local
         up = self.routing.all if self.column else self.routing.local
         width = max(segment.width(self.paths) for segment in self.routing.all)
-        h_W = project_down(x[:, 0], down, self.paths, width)
+        h_W = lora_training.project_down(x[:, 0], lora_training.parts_of(down, self.paths), width)
         if not h_W.requires_grad:  # zeros, where no local token's adapter has these projections: see below
             h_W.requires_grad_()
         if self.column:
             h_W = gather_from_sequence_parallel_region(h_W, tensor_parallel_output_grad=True, group=self.tp_group)
         elif self.row:
             h_W = reduce_scatter_to_sequence_parallel_region(h_W, group=self.tp_group)
-        delta = self.merge(project_up(h_W, up, self.paths, self.out_sizes))
-        if not delta.requires_grad:
-            # The mirror image in backward is a collective too: every TP rank must come to it, whoever's tokens it has.
-            delta = delta + h_W[:0].sum()
-        return out + delta[:, None], bias
+        # The mirror image in backward is a collective too: every TP rank comes to it, whoever's tokens it has.
+        return lora_training.add_up(out, h_W, self.split, lora_training.parts_of(up, self.paths)), bias
 
     def _alone(self, x: Tensor, *, adapts: bool) -> tuple[Tensor, Tensor | None]:
         """forward without tensor parallelism."""
@@ -193,7 +183,8 @@ class LoraLinear(nn.Module):
         now, later = (None, base.bias) if base.skip_bias_add else (base.bias, None)
         if not adapts:
             return frozen_linear(x, base.weight, now), later
-        out = adapted_linear(x[:, 0], Frozen(base.weight, now), self.routing.all, self.paths, self.split)
+        frozen = lora_training.Frozen(base.weight, now)
+        out = lora_training.adapted_linear(x[:, 0], frozen, self.routing.all, self.paths, self.split)
         return out[:, None], later
 
     def infer(self, x_LI: Tensor, plus_LO: Tensor | None = None) -> Tensor:
@@ -224,43 +215,3 @@ class LoraLinear(nn.Module):
             h_W = reduce_scatter_to_sequence_parallel_region(h_W, group=self.tp_group)
         lora_inference.add_up_(self.split(out), h_W, up, self.paths)
         return out
-
-
-def project_down(x_LI: Tensor, segments: Sequence[Segment], paths: Sequence[str], width: int) -> Tensor:
-    """(alpha / rank) * x A^T of every path, side by side, zero-padded to `width`: [L, W].
-
-    The scaling is applied here, to `rank` columns, and not to the wide output.
-    """
-    pieces = []
-    for segment in segments:
-        matrices = [pair.a for pair in segment.pairs(paths) if pair is not None]
-        length = segment.end - segment.start
-        if not matrices or segment.lora is None:
-            pieces.append(x_LI.new_zeros(length, width))
-            continue
-        a = (matrices[0] if len(matrices) == 1 else torch.cat(matrices)).to(x_LI.dtype)
-        h = F.linear(x_LI[segment.start : segment.end], a) * segment.lora.scaling
-        pieces.append(h if h.shape[1] == width else F.pad(h, (0, width - h.shape[1])))
-    return _joined(pieces)
-
-
-def project_up(
-    h_W: Tensor, segments: Sequence[Segment], paths: Sequence[str], out_sizes: Sequence[int]
-) -> list[Tensor]:
-    """h B^T for every path: a list of [tokens, O_p]; zeros where a segment does not adapt that path."""
-    pieces: list[list[Tensor]] = [[] for _ in paths]
-    for segment in segments:
-        h = h_W[segment.start : segment.end]
-        column = 0
-        for index, pair in enumerate(segment.pairs(paths)):
-            if pair is None or segment.lora is None:
-                pieces[index].append(h.new_zeros(h.shape[0], out_sizes[index]))
-                continue
-            part = h[:, column : column + segment.lora.rank]
-            column += segment.lora.rank
-            pieces[index].append(F.linear(part, pair.b.to(h.dtype)))
-    return [_joined(path_pieces) for path_pieces in pieces]
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

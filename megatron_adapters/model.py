@@ -32,9 +32,10 @@ from .latent_attention import LatentAttention, latent_linears
 from .layers import block_spec, transformer_config
 from .links import Links
 from .lora_linear import LoraLinear, Routing, Segment
+from .lora_training import Split
 from .moe import MoeMlp, Router
 from .placement import FIRST_RANK, Place, kv_heads_of_rank, stage_layers, vocab_rows_of_rank
-from .projections import attention_widths, layer_path, shared_expert_path
+from .projections import layer_path, shared_expert_path
 from .rope import RotaryTable
 from .runtime import Runtime
 from .stage_head import shared_head
@@ -42,9 +43,6 @@ from .swiglu import SwiGlu
 from .weights import load_weights
 
 Table = Sequence[LoraWeights | None] | None
-Merge = Callable[[list[Tensor]], Tensor]
-Split = Callable[[Tensor], list[Tensor]]
-"""Between the outputs of several projections and their fused layout; see LoraLinear."""
 
 
 def build_gpt(
@@ -234,55 +232,42 @@ class _Fused(NamedTuple):
     linear: str
     names: tuple[str, ...]
     sharding: str
-    out_sizes: tuple[int, ...]
-    merge: Merge
     split: Split
 
 
 def _wrap_linears(gpt: nn.Module, arch: Architecture, runtime: Runtime, routing: Routing) -> None:
     tp_size = runtime.layout.tp_size
     groups = kv_heads_of_rank(arch.num_kv_heads, tp_size)
-    q, kv, ffn, hidden = arch.q_size // tp_size, groups * arch.head_dim, arch.ffn_size // tp_size, arch.hidden_size
+    q, kv, ffn = arch.q_size // tp_size, groups * arch.head_dim, arch.ffn_size // tp_size
 
-    def merge_qkv(deltas: list[Tensor]) -> Tensor:
-        """[T, q], [T, kv], [T, kv] -> megatron-core's order: per group its queries, key, value."""
-        return torch.cat([x.view(x.shape[0], groups, -1) for x in deltas], dim=-1).flatten(1)
-
-    def merge_side_by_side(deltas: list[Tensor]) -> Tensor:
-        return deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=-1)
-
+    # megatron-core's order: per group its queries, key, value.
     def split_qkv(out_TO: Tensor) -> list[Tensor]:
         return list(out_TO.view(out_TO.shape[0], groups, -1).split((q // groups, kv // groups, kv // groups), dim=-1))
 
     def whole(out_TO: Tensor) -> list[Tensor]:
         return [out_TO]
 
-    def one(linear: str, name: str, sharding: str, out_size: int) -> _Fused:
-        return _Fused(linear, (name,), sharding, (out_size,), merge_side_by_side, whole)
+    def one(linear: str, name: str, sharding: str) -> _Fused:
+        return _Fused(linear, (name,), sharding, whole)
 
     def mlp_linears(width: int) -> list[_Fused]:
         def halves(out_TO: Tensor) -> list[Tensor]:
             return list(out_TO.split(width, dim=-1))
 
-        gate_up = _Fused("linear_fc1", ("gate_proj", "up_proj"), "column", (width, width), merge_side_by_side, halves)
-        return [gate_up, one("linear_fc2", "down_proj", "row", hidden)]
+        gate_up = _Fused("linear_fc1", ("gate_proj", "up_proj"), "column", halves)
+        return [gate_up, one("linear_fc2", "down_proj", "row")]
 
-    attention = [_Fused("linear_qkv", ("q_proj", "k_proj", "v_proj"), "column", (q, kv, kv), merge_qkv, split_qkv)]
+    attention = [_Fused("linear_qkv", ("q_proj", "k_proj", "v_proj"), "column", split_qkv)]
     if arch.latent is not None:
-        attention = [
-            one(linear, name, sharding, attention_widths(arch)[name][1] // (tp_size if sharding == "column" else 1))
-            for linear, name, sharding in latent_linears(arch.latent)
-        ]
-    attention.append(one("linear_proj", "o_proj", "row", hidden))
+        attention = [one(*linear) for linear in latent_linears(arch.latent)]
+    attention.append(one("linear_proj", "o_proj", "row"))
 
     def wrap(owner: nn.Module, linears: list[_Fused], path: Callable[[str], str]) -> None:
-        for linear, names, sharding, out_sizes, merge, split in linears:
+        for linear, names, sharding, split in linears:
             wrapped = LoraLinear(
                 getattr(owner, linear),
                 [path(name) for name in names],
                 sharding=sharding,
-                out_sizes=out_sizes,
-                merge=merge,
                 split=split,
                 routing=routing,
                 tp_group=runtime.tp_group,

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_adapters.adapters import LoraPair, LoraWeights
 from megatron_adapters.attention import PackedContext, packed_attention
 from megatron_adapters.lora_linear import Segment
-from megatron_adapters.lora_training import Frozen, adapted_linear
+from megatron_adapters.lora_training import Frozen, adapted_linear, as_one, stacked
 from megatron_adapters.rms_norm import rms_norm
 from megatron_adapters.rope import rotate
 from megatron_adapters.swiglu import swiglu
@@ -75,20 +75,46 @@ def test_adapted_linear_by_finite_differences() -> None:
     other = LoraWeights(1, 5.0, (), {"v": pair(2, 1), "elsewhere": pair(0, 1)})
     segments = [Segment(one, 0, 2), Segment(None, 2, 4), Segment(other, 4, 7), Segment(one, 7, 9)]
 
-    def ours(x: Tensor, *_: Tensor) -> Tensor:
+    def ours(x: Tensor) -> Tensor:
         return adapted_linear(x, Frozen(weight, bias), segments, ("q", "k", "v"), split)
 
-    trained = [matrix for lora, paths in ((one, "qkv"), (other, "v")) for path in paths for matrix in lora.pairs[path]]
-    assert torch.autograd.gradcheck(ours, (x, *trained))
-    with torch.no_grad():
-        expected = F.linear(x, weight, bias)
+    def plain(x: Tensor) -> Tensor:
+        rows = []
         for lora, start, end in segments:
-            for part, path in zip(split(expected[start:end]), ("q", "k", "v"), strict=True):
+            updates = [torch.zeros(end - start, groups, size // groups, dtype=x.dtype) for size in sizes]
+            for place, path in enumerate(("q", "k", "v")):
                 if lora is not None and path in lora.pairs:
                     a, b = lora.pairs[path]
-                    part.add_((lora.scaling * x[start:end] @ a.t() @ b.t()).view_as(part))
-    torch.testing.assert_close(ours(x), expected)
-    ours(x.detach()).sum().backward()  # the first layer: its input wants no gradient
+                    updates[place] = (lora.scaling * x[start:end] @ a.t() @ b.t()).view_as(updates[place])
+            rows.append(torch.cat(updates, dim=-1).flatten(1))
+        return F.linear(x, weight, bias) + torch.cat(rows)
+
+    assert torch.autograd.gradcheck(ours, (x,))
+    torch.testing.assert_close(ours(x), plain(x))
+    trained = [matrix for lora, paths in ((one, "qkv"), (other, "v")) for path in paths for matrix in lora.pairs[path]]
+    upstream = _random(9, 16, seed=30)
+    expected = torch.autograd.grad(plain(x), trained, upstream)
+    for matrix in trained:
+        matrix.grad = None
+    for times in (1, 2):  # the second time it is added to the first
+        ours(x.detach()).backward(upstream)  # as in the first layer: its input wants no gradient
+        for matrix, gradient in zip(trained, expected, strict=True):
+            torch.testing.assert_close(matrix.grad, times * gradient)
+
+
+@pytest.mark.parametrize("in_one_buffer", [True, False])
+def test_neighbouring_matrices_are_one_without_a_copy(in_one_buffer: bool) -> None:
+    flat = _random(4 * 6)
+    matrices = [flat[:12].view(2, 6), flat[12:18].view(1, 6), flat[18:].view(1, 6)]
+    if not in_one_buffer:
+        matrices[1] = matrices[1].clone()
+    whole = as_one(matrices)
+    assert (whole is not None) == in_one_buffer
+    assert torch.equal(stacked(matrices), torch.cat(matrices))
+    if whole is not None:
+        whole[2] = 7.0
+        assert (matrices[1] == 7.0).all()
+    assert as_one([matrices[1], matrices[0]]) is None, "in the other order they are no matrix"
 
 
 @pytest.mark.parametrize("bounds", [(0, 4, 8, 12), (0, 3, 6, 12), (0, 12), (0, 5, 6, 7, 12)], ids=str)
