@@ -119,15 +119,15 @@ def fp8_values(codes_RC: np.ndarray, scales: np.ndarray, block: Block, first: tu
     rows, columns = (
         (start + np.arange(size)) // n for start, size, n in zip(first, codes_RC.shape, block, strict=True)
     )
-    values *= scales[rows[:, None], columns[None]]
+    for block_row, scales_C in enumerate(scales[:, columns]):
+        values[slice(*np.searchsorted(rows, (block_row, block_row + 1)))] *= scales_C
     return values
 
 
 def mxfp4_values(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """float32 [..., G * 32] of uint8 blocks [..., G, 16] and scales [..., G]; every one is exact in bfloat16 too."""
-    values = _E2M1_PAIRS[blocks]  # [..., G, 16, 2]
-    exponents = scales.astype(np.int32) - 127
-    values = np.ldexp(values, exponents[..., None, None])
+    values = _E2M1_PAIRS[blocks].view(np.float32).reshape(*blocks.shape, 2)
+    values *= np.ldexp(np.float32(1.0), scales.astype(np.int32) - 127)[..., None, None]
     return values.reshape(*blocks.shape[:-2], -1)
 
 
@@ -151,5 +151,5 @@ def _e4m3() -> np.ndarray:
 _E4M3 = _e4m3()
 _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 _E2M1 = np.concatenate([_E2M1, -_E2M1])
-_E2M1_PAIRS = np.stack([_E2M1[np.arange(256) & 15], _E2M1[np.arange(256) >> 4]], axis=-1)
-"""both numbers in a byte"""
+_E2M1_PAIRS = np.stack([_E2M1[np.arange(256) & 15], _E2M1[np.arange(256) >> 4]], axis=-1).view(np.uint64)[:, 0]
+"""both numbers in a byte, as one of 64 bits: one look-up instead of two"""

@@ -31,9 +31,14 @@ SAMPLING = [
     }.items()
     for layout in layouts
 ]
-SAVED = Job("TP2+EP2", "layout_scenarios:state", "qwen3_moe")
 RESUMED = [
-    Job(layout, "layout_scenarios:next_losses", "qwen3_moe", given=SAVED) for layout in ("TP1", "PP2", "EP4", "PP2+EP2")
+    Job(layout, "layout_scenarios:next_losses", family, given=Job("TP2+EP2", "layout_scenarios:state", family))
+    for family, layouts in {
+        "qwen3_moe": ("TP1", "PP2", "EP4", "PP2+EP2"),
+        "gpt_oss": ("PP2",),
+        "deepseek_v3": ("PP2",),
+    }.items()
+    for layout in layouts
 ]
 # The same ranks with the experts on one, two or all of them.
 DEGREES = [("DP2", "EP2"), ("TP2", "TP2+EP2"), ("TP2×DP2", "TP2+EP4"), ("EP2", "EP4")]
@@ -52,7 +57,10 @@ BFLOAT16 = [
         ("TP2+EP2", "deepseek_v3"),
     )
 ]
-QUANTISED = [Job("TP2+EP2", "layout_scenarios:quantised", family) for family in ("gpt_oss", "deepseek_v3")]
+QUANTISED = [
+    Job(layout, "layout_scenarios:quantised", family)
+    for layout, family in (("TP2+EP2", "gpt_oss"), ("TP2+EP2", "deepseek_v3"), ("TP2", "qwen3"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +82,8 @@ def test_greedy_tokens_are_those_of_generate(
 @pytest.mark.parametrize("job", RESUMED, ids=str)
 def test_a_state_of_tp2_ep2_goes_on_elsewhere(job: Job, outcome_of: Outcomes) -> None:
     """The next five losses are those of the training that went on where it was."""
-    expected = outcome_of(SAVED)["next_losses"]
+    assert job.given is not None
+    expected = outcome_of(job.given)["next_losses"]
     assert expected[-1] < expected[0]
     gap = max(abs(a - b) for a, b in zip(outcome_of(job), expected, strict=True)) / sum(LENGTHS)
     print(f"\nPARITY state of TP2+EP2 under {job.layout}: loss per token {gap:.1e}")
