@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinker_hpc.errors import WeightsError
+from tinker_hpc.peft_export import BASE_EXPERTS, FUSED
 
 from .adapter_tensors import AdapterTensors
 from .adapters import Adapter, LoraPair, LoraWeights, Shard, peft_key, shard_layout
@@ -74,11 +75,14 @@ class HostCopy:
     step: int
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """of passes since the last optimizer step (training_state.py); empty if there were none"""
+    fused_experts: bool = False
+    """of the base (`Experts.fused`), said in the file for whoever exports it"""
 
     def write(self, folder: Path) -> None:
         """Write the files; no collective. Raises: OSError."""
         folder.mkdir(parents=True, exist_ok=True)
-        _write(self.weights, folder / WEIGHTS_FILE, {"format": "pt"})
+        about_base = {BASE_EXPERTS: FUSED} if self.fused_experts else {}
+        _write(self.weights, folder / WEIGHTS_FILE, {"format": "pt", **about_base})
         (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
         if self.moments:
             _write(self.moments, folder / OPTIMIZER_FILE, {"format": "pt", "step": str(self.step)})
@@ -108,7 +112,9 @@ def collect(adapter: Adapter, runtime: Runtime, arch: Architecture, *, optimizer
     if optimizer:
         for name, flat in (("exp_avg", adapter.exp_avg), ("exp_avg_sq", adapter.exp_avg_sq)):
             moments |= {f"{key}.{name}": x for key, x in gather(lora, flat, runtime, arch).items()}
-    return HostCopy(peft_config(lora.rank, lora.alpha, lora.targets, base_model), weights, moments, adapter.step)
+    config = peft_config(lora.rank, lora.alpha, lora.targets, base_model)
+    fused = arch.experts is not None and arch.experts.fused
+    return HostCopy(config, weights, moments, adapter.step, fused_experts=fused)
 
 
 def save(

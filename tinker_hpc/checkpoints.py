@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tinker_hpc.errors import ConfigError, DataRootError
-from tinker_hpc.peft_experts import expand_experts, has_stacked_experts
+from tinker_hpc.peft_export import PEFT_FILES, export_adapter
 from tinker_hpc.run_folder import RunFolder, checkpoint_folder, read_json
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-PEFT_FILES = ("adapter_config.json", WEIGHTS_FILE)
 _PATH = re.compile(r"tinker://(?P<model_id>[^/]+)/(?P<kind>weights|sampler_weights|external_weights)/(?P<name>[^/]+)")
 
 
@@ -100,8 +98,6 @@ def find_checkpoint(data_root: Path, path: str) -> Checkpoint:
 def export_peft(checkpoint: Checkpoint, target: Path) -> Path:
     """Copy a checkpoint's adapter to `target`, a new folder that peft, transformers and vLLM load as it is.
 
-    Experts are stored stacked, and become a pair of matrices each.
-
     Raises: ConfigError if `target` exists; DataRootError if it cannot be written.
     """
     if target.exists():
@@ -112,11 +108,7 @@ def export_peft(checkpoint: Checkpoint, target: Path) -> Path:
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
-        for name in PEFT_FILES:
-            if name == WEIGHTS_FILE and has_stacked_experts(checkpoint.folder / name):
-                expand_experts(checkpoint.folder / name, unfinished / name)
-            else:
-                shutil.copyfile(checkpoint.folder / name, unfinished / name)
+        export_adapter(checkpoint.folder, unfinished)
         unfinished.rename(target)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -113,21 +113,21 @@ def trained(service: serving.Service) -> tuple[list[float], list[Any], Checkpoin
 
 
 def reference(service: serving.Service, checkpoint: Checkpoint, family: str, folder: Path) -> Any:
-    """transformers with the trained adapter: by peft where peft reads the family's experts, else merged."""
+    """transformers with the trained adapter: by peft, or merged where peft does not load the family."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     def load(model: str | Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
 
-    if family != "qwen3_moe":
+    if family == "deepseek_v3":
         return load(export_merged(Path(service.base_model), checkpoint.folder, folder / "merged"))
     exported = export_peft(checkpoint, folder / "peft")
-    with safe_open(exported / "adapter_model.safetensors", "pt") as file:
-        a, b = (
-            file.get_tensor(f"base_model.model.model.layers.0.mlp.experts.{e}.up_proj.lora_A.weight") for e in (0, 1)
-        )
-    assert not torch.equal(a, b), "a matrix of its own for each expert"
+    if family in RUNS["per_expert"]:
+        block = "base_model.model.model.layers.0.mlp.experts"
+        with safe_open(exported / "adapter_model.safetensors", "pt") as file:
+            a, b = (file.get_tensor(f"{block}.{expert}.up_proj.lora_A.weight") for expert in (0, 1))
+        assert not torch.equal(a, b), "a matrix of its own for each expert"
     return PeftModel.from_pretrained(load(service.base_model), str(exported)).eval()
 
 

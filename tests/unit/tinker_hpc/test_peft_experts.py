@@ -1,7 +1,9 @@
-"""Stacked experts taken apart: names, bytes, and a factor that all experts share. peft itself: tests/distributed."""
+"""Stacked experts as peft takes them: names, bytes, and factors that all share. More of peft: tests/distributed."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+sys.path.append(str(Path(__file__).parents[2] / "models"))
+
+import random_models
+
 from tinker_hpc.errors import ConfigError
+from tinker_hpc.merged_export import export_merged
 from tinker_hpc.peft_experts import expand_experts, has_stacked_experts
+from tinker_hpc.peft_export import BASE_EXPERTS, FUSED, export_adapter
 
 LAYER = "base_model.model.model.layers.0."
 
@@ -55,3 +63,40 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"half")
     with pytest.raises(ConfigError, match="not a safetensors file"):
         has_stacked_experts(tmp_path / "a.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers", "ignore:::torch")
+@pytest.mark.parametrize("shared", [True, False])
+def test_peft_loads_fused_experts(shared: bool, tmp_path: Path) -> None:
+    """gpt-oss: peft with the export computes what transformers does with the merged model; experts alone adapted."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    rank, experts, hidden, ffn = 3, 4, 64, 96
+    base = random_models.make("gpt_oss", tmp_path)
+    saved, exported = tmp_path / "saved", tmp_path / "exported"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(2):
+        for name, (d_out, d_in) in {"w1": (ffn, hidden), "w3": (ffn, hidden), "w2": (hidden, ffn)}.items():
+            for letter, shape in (("A", (rank, d_in)), ("B", (d_out, rank))):
+                count = 1 if shared and (letter == "B") == (name == "w2") else experts
+                key = f"base_model.model.model.layers.{layer}.mlp.experts.{name}.lora_{letter}.weight"
+                tensors[key] = torch.randn(count, *shape, generator=generator) * 0.1
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 32, "target_modules": ["down_proj", "gate_proj", "up_proj"]}
+    for folder in (saved, exported):
+        folder.mkdir()
+    save_file(tensors, saved / "adapter_model.safetensors", metadata={"format": "pt", BASE_EXPERTS: FUSED})
+    (saved / "adapter_config.json").write_text(json.dumps(config))
+    export_adapter(saved, exported)
+
+    tokens = torch.arange(3, 30)[None]
+    merged, plain = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (export_merged(base, saved, tmp_path / "merged"), base)
+    )
+    with torch.no_grad():
+        expected, without = merged(tokens).logits, plain(tokens).logits
+        ours = PeftModel.from_pretrained(plain, str(exported)).eval()(tokens).logits
+    assert (expected - without).abs().max() > 0.1
+    assert (ours - expected).abs().max() < 2e-5 * expected.abs().max()
