@@ -43,6 +43,8 @@ class Outcome:
         (first, ours), *others = sides.items()
         entry: dict[str, Any] = {side: spread(values) for side, values in sides.items()}
         for side, theirs in others:
+            if not all(theirs):  # a difference may be none at all
+                continue
             pairs = zip(ours, theirs, strict=True)
             entry[f"ratio_{first}_to_{side}"] = spread([mine / other for mine, other in pairs])
         self.metrics.setdefault(case, {})[metric] = entry

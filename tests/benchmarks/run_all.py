@@ -23,6 +23,7 @@ import table
 HERE = Path(__file__).parent
 REPEATS = {
     "throughput": 5,
+    "sampler_gap": 1,
     "many_adapters": 5,
     "load_and_memory": 3,
     "request_latency": 100,

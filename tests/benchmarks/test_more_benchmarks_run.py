@@ -38,6 +38,12 @@ def test_load_and_memory(tmp_path: Path) -> None:
         assert metrics[metric]["tinker_hpc"]["median"] > 0 < metrics[metric]["transformers_peft"]["median"]
 
 
+def test_sampler_gap(tmp_path: Path) -> None:
+    metrics = quick("bench_sampler_gap.py", tmp_path)["metrics"]
+    for dtype, bound in {"float32": 1e-4, "bfloat16": 0.5}.items():
+        assert 0 <= metrics[dtype]["mean_nats"]["tinker_hpc"]["median"] < bound
+
+
 @pytest.mark.parametrize("model", ["Qwen3-8B", "Qwen3-30B-A3B"])
 def test_gpu_shapes_made_tiny(model: str, tmp_path: Path) -> None:
     record = quick("bench_gpu.py", tmp_path, "--model", model)
