@@ -29,12 +29,12 @@ MARGIN = 0.1
 """Of a GPU's memory, left free: blocks the allocator cannot reuse, and what an estimate within 15 % may miss."""
 CPU_PROCESS_GIB = 0.37
 """Python with torch, megatron-core and transformers loaded: measured 0.368 to 0.379."""
-HEAP_ON_CPU = 1.4
-"""What tensors that come and go take in glibc's heap, as a multiple of their size: measured 1.28 to 1.56 on three
+HEAP_ON_CPU = 1.2
+"""What tensors that come and go take in glibc's heap, as a multiple of their size: measured 1.07 and 1.23 on two
 models. With every block mapped by itself (MALLOC_MMAP_THRESHOLD_=65536, slower) the estimate without it is met within
-6 %."""
-HEAP_RECOMPUTING = 2.0
-"""The same where activations are computed again: measured 2.05. They come and go between inputs that stay."""
+5 %."""
+HEAP_RECOMPUTING = 1.8
+"""The same where activations are computed again: measured 1.79. They come and go between inputs that stay."""
 
 
 @dataclass(frozen=True)
@@ -98,23 +98,23 @@ def attention_bytes(sizes: ModelSizes, split: Split, job: Job) -> float:
     """Of one token in one layer: both norms and the attention."""
     b, tp = job.bytes_per_number, split.tp_size
     hidden, q, kv = sizes.hidden_size, sizes.q_size, split.kv_heads(sizes) * sizes.head_dim * tp
-    norms = 2 * (4 + b) * hidden / tp  # float32 input, and the output as the input of A
+    norms = (2 * 2 * b * hidden + 2 * 4) / tp  # input, output as the input of A, and one number in float32
     qkv = b * (q + 2 * kv)  # one fused tensor; v is a view of it
     if sizes.latent is not None:  # the vectors that heads are made of and their norms; keys are put together anew
         qkv += (b + 4) * (sizes.latent.q_rank + sizes.latent.kv_rank)
-    qk_norm = 0 if not sizes.qk_norm else b * q if b == 4 else 4 * (q + kv)  # float32 inputs
+    qk_norm = b * q if sizes.qk_norm else 0  # queries as a tensor of their own; keys are a view
     rotated = b * (q + kv)
     if sizes.sinks:  # queries, and keys and values repeated for each of them, all a little wider
         rotated += 3 * b * q * (1 + 8 / sizes.head_dim)
-    out = b * q * (1 if job.on_gpu else 2) + 4 * sizes.num_heads  # on a CPU sequences are put together by a copy
-    lora = 4 * b * job.lora_rank + 3 * b * job.lora_rank
+    out = b * q * (1 if job.on_gpu else 2) + 4 * sizes.num_heads  # on a CPU unequal ones are put together by a copy
+    lora = 4 * b * job.lora_rank
     return norms + (qkv + qk_norm + rotated + out) / tp + lora
 
 
 def mlp_bytes(sizes: ModelSizes, split: Split, job: Job) -> float:
-    """Of one token in one layer: gate and up, silu(gate), up again (megatron-core adds an offset of 0), the product."""
+    """Of one token in one layer: gate and up, and silu(gate) * up (megatron_adapters/swiglu.py)."""
     b = job.bytes_per_number
-    return 5 * b * sizes.ffn_size / split.tp_size + 3 * b * job.lora_rank
+    return 3 * b * sizes.ffn_size / split.tp_size + 3 * b * job.lora_rank
 
 
 def expert_bytes(sizes: ModelSizes, split: Split, job: Job) -> float:
@@ -124,8 +124,8 @@ def expert_bytes(sizes: ModelSizes, split: Split, job: Job) -> float:
     """
     b = job.bytes_per_number
     router = 4 * 3 * sizes.num_experts
-    kept = 8 if sizes.expert_bias else 5  # gpt-oss clamps gate and up; counted by reading experts.py
-    inner = b * (2 * sizes.hidden_size + kept * sizes.expert_ffn_size + 6 * job.lora_rank)
+    kept = 7 if sizes.expert_bias else 4  # gpt-oss clamps gate and up; counted by reading experts.py
+    inner = b * (2 * sizes.hidden_size + kept * sizes.expert_ffn_size + 3 * job.lora_rank)
     return (router + sizes.experts_per_token * inner) / split.tp_size
 
 

@@ -53,9 +53,9 @@ def layout(made: Plan) -> tuple[int, int, int, int]:
         ("Qwen3-235B-A22B", Machine(2, 8, 80), (4, 16, 1, 4)),
         ("Qwen3-235B-A22B", Machine(4, 8, 80), (4, 16, 1, 8)),
         ("Llama-3.1-70B", Machine(1, 4, 80), (4, 1, 1, 1)),
-        ("Llama-3.1-70B", Machine(1, 8, 80), (8, 1, 1, 1)),
+        ("Llama-3.1-70B", Machine(1, 8, 80), (4, 1, 1, 2)),
         ("Qwen3-30B-A3B", Machine(1, 1, 141), (1, 1, 1, 1)),
-        ("Qwen3-30B-A3B", Machine(1, 4, 80), (1, 4, 1, 4)),
+        ("Qwen3-30B-A3B", Machine(1, 4, 80), (1, 2, 1, 4)),
         ("Qwen3-8B", Machine(1, 4, 80), (1, 1, 1, 4)),
         ("Llama-3.2-1B", Machine(1, 1, 24), (1, 1, 1, 1)),
         ("Llama-3.1-70B", Machine(2, 4, 40), (4, 1, 2, 1)),
@@ -115,11 +115,11 @@ def test_unknown_memory_is_endless_memory() -> None:
 
 
 def test_more_adapters_leave_less_room() -> None:
-    one = plan("Qwen3-8B", Machine(1, 1, 80))
-    eight = plan("Qwen3-8B", Machine(1, 1, 80), num_adapters=8)
+    one = plan("Qwen3-8B", Machine(1, 1, 60))
+    eight = plan("Qwen3-8B", Machine(1, 1, 60), num_adapters=8)
     assert eight.memory.adapters == 8 * one.memory.adapters
     assert eight.token_budget < one.token_budget
-    assert plan("Qwen3-8B", Machine(1, 1, 80), lora_rank=8).memory.adapters * 4 == one.memory.adapters
+    assert plan("Qwen3-8B", Machine(1, 1, 60), lora_rank=8).memory.adapters * 4 == one.memory.adapters
 
 
 def test_activations_that_do_not_fit_are_computed_again() -> None:
@@ -134,7 +134,7 @@ def test_activations_that_do_not_fit_are_computed_again() -> None:
         for recompute in (False, True)
     )
     ends = (2 + 4) * 4096 + 2 * 2 * 4096  # embedding, final norm, the head's hidden states
-    assert again == pytest.approx(32 * 4096 * 2 + ends) and kept > 20 * again  # of the layers, the input alone
+    assert again == pytest.approx(32 * 4096 * 2 + ends) and kept > 15 * again  # of the layers, the input alone
 
 
 @settings(deadline=None)
@@ -159,9 +159,9 @@ def test_lora_per_expert_is_planned_for() -> None:
 
 
 def test_activations_of_an_8b_layer() -> None:
-    """0.3 MB a token and layer at hidden 4096 is what the engine's default budget was chosen for."""
+    """0.15 MB a token and layer at hidden 4096, of which half is the MLP's."""
     per_layer = activation_bytes_per_token(sizes("Qwen3-8B"), Split(), JOB) / 36
-    assert 0.2e6 < per_layer < 0.3e6
+    assert per_layer == pytest.approx(0.15e6, rel=0.05)
     assert cache_bytes_per_token(sizes("Qwen3-8B"), Split(), JOB) == 36 * 2 * 8 * 128 * 2
 
 

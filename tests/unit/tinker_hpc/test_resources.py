@@ -87,7 +87,7 @@ def published(name: str) -> BaseModel:
         ("Qwen3-8B", 4, ClusterProfile("c", gpu_type="a100", gpu_memory_gib=80), (1, 4)),
         ("Qwen3-8B", 4, ClusterProfile("c", gpu_type="a100"), (2, 2)),  # 40 GiB, the smaller of the two
         ("Qwen3-8B", 4, ClusterProfile("c"), (2, 2)),  # nothing known: assumed to be small
-        ("Qwen3-32B", 8, ClusterProfile("c", gpu_memory_gib=80), (4, 2)),
+        ("Qwen3-32B", 8, ClusterProfile("c", gpu_memory_gib=80), (2, 4)),
         ("Llama-3.1-70B", 4, ClusterProfile("c", gpu_memory_gib=80), (4, 1)),
     ],
 )
