@@ -75,7 +75,7 @@ def gradient_norm(adapter: Adapter, runtime: Runtime) -> float:
     Collectives: one all-reduce of a scalar over the TP, EP and pipeline groups each.
     """
     parts = (adapter.replicated, adapter.over_kv, adapter.over_tp, adapter.over_ep)
-    squares = torch.stack([torch.linalg.vector_norm(adapter.grads[x], dtype=torch.float64) ** 2 for x in parts])
+    squares = torch.stack([_sum_of_squares(adapter.grads[part]) for part in parts])
     squares[1] /= adapter.kv_copies
     if runtime.layout.tp_size > 1:
         dist.all_reduce(squares[1:3], group=runtime.tp_group)
@@ -85,3 +85,13 @@ def gradient_norm(adapter: Adapter, runtime: Runtime) -> float:
     if runtime.layout.pp_size > 1:
         dist.all_reduce(total, group=runtime.forward_group)
     return math.sqrt(total.item())
+
+
+def _sum_of_squares(vector: torch.Tensor) -> torch.Tensor:
+    """A float64 scalar. On a CPU float32 inside pieces of 65,536: off by 1e-7 at most where it was tried, and a norm in
+    float64 copies the whole vector (105 ms instead of 24 ms for 26 million entries).
+    """
+    if vector.device.type != "cpu":
+        return torch.linalg.vector_norm(vector, dtype=torch.float64) ** 2
+    pieces = [torch.dot(piece, piece) for piece in vector.split(2**16)]
+    return torch.stack(pieces).double().sum()
