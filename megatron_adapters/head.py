@@ -14,7 +14,8 @@ Shapes: T tokens, K targets a token, D hidden, V this rank's vocabulary rows, R 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,8 +71,9 @@ class LmHead:
         """
         check_tiling(segments, hidden_ND.shape[0])
         pieces, matrices = _pieces(segments)
-        parts = [_chunk_logits(hidden_ND, self.weight_VD, piece, matrices) for piece in pieces]
-        local_NV = torch.cat(parts) if parts else torch.zeros(0, self.weight_VD.shape[0], device=hidden_ND.device)
+        if not len(hidden_ND):
+            return torch.zeros(0, self.vocab_size, device=hidden_ND.device)
+        local_NV = _chunk_logits(hidden_ND, self.weight_VD, _Chunk(0, len(hidden_ND), pieces), matrices)
         if self.tp_group.size() == 1:
             return local_NV
         rows = vocab_rows_of_rank(self.vocab_size, self.tp_group.size())
@@ -91,10 +93,28 @@ class _Piece:
     pair: int | None
     scaling: float
 
-    def chunks(self, vocab: int) -> Iterator[_Piece]:
-        step = max(1, CHUNK_ELEMENTS // vocab)
-        for start in range(self.start, self.end, step):
-            yield _Piece(start, min(start + step, self.end), self.pair, self.scaling)
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Tokens start..end, and the parts of segments among them: the base's logits are computed for all of them at once,
+    however many adapters they have.
+    """
+
+    start: int
+    end: int
+    pieces: Sequence[_Piece]
+
+
+def _chunks(pieces: Sequence[_Piece], num_tokens: int, vocab: int) -> Iterator[_Chunk]:
+    """All tokens, in chunks as equal as can be of at most CHUNK_ELEMENTS logits."""
+    count = -(-num_tokens // max(1, CHUNK_ELEMENTS // vocab))
+    for start, end in pairwise(num_tokens * place // count for place in range(count + 1)):
+        inside = [
+            replace(piece, start=max(piece.start, start), end=min(piece.end, end))
+            for piece in pieces
+            if piece.start < end and piece.end > start
+        ]
+        yield _Chunk(start, end, inside)
 
 
 def _pieces(segments: Sequence[Segment]) -> tuple[list[_Piece], list[Tensor]]:
@@ -113,13 +133,15 @@ def _pieces(segments: Sequence[Segment]) -> tuple[list[_Piece], list[Tensor]]:
     return pieces, matrices
 
 
-def _chunk_logits(hidden_TD: Tensor, weight_VD: Tensor, piece: _Piece, matrices: Sequence[Tensor]) -> Tensor:
+def _chunk_logits(hidden_TD: Tensor, weight_VD: Tensor, chunk: _Chunk, matrices: Sequence[Tensor]) -> Tensor:
     """This rank's logits of one chunk, float32 [C, V]."""
-    h_CD = hidden_TD[piece.start : piece.end]
-    logits_CV = frozen_linear(h_CD, weight_VD)
-    if piece.pair is not None:
-        a_RD, b_VR = (x.to(h_CD.dtype) for x in matrices[piece.pair : piece.pair + 2])
-        logits_CV = logits_CV.addmm_(h_CD @ a_RD.t() * piece.scaling, b_VR.t())
+    logits_CV = frozen_linear(hidden_TD[chunk.start : chunk.end], weight_VD)
+    for piece in chunk.pieces:
+        if piece.pair is not None:
+            h_ND = hidden_TD[piece.start : piece.end]
+            a_RD, b_VR = (x.to(h_ND.dtype) for x in matrices[piece.pair : piece.pair + 2])
+            rows = logits_CV[piece.start - chunk.start : piece.end - chunk.start]
+            rows.addmm_(h_ND @ a_RD.t() * piece.scaling, b_VR.t())
     return logits_CV.to(_wide(logits_CV.dtype))
 
 
@@ -137,15 +159,14 @@ class _TargetLogprobs(torch.autograd.Function):
         sums_TK = torch.zeros(num_tokens, 1 + targets_TK.shape[1], **wide)
         local_TK, inside_TK = _local_targets(targets_TK, head)
         kept: list[Tensor] | None = [] if num_tokens * vocab <= CHUNK_ELEMENTS and any(ctx.needs_input_grad) else None
-        for piece in pieces:
-            for chunk in piece.chunks(vocab):
-                here = slice(chunk.start, chunk.end)
-                logits_CV = _chunk_logits(hidden_TD, head.weight_VD, chunk, matrices)
-                largest_T[here] = logits_CV.amax(dim=-1)
-                sums_TK[here, 1:] = logits_CV.gather(1, local_TK[here]) * inside_TK[here]
-                sums_TK[here, 0] = logits_CV.sub_(largest_T[here, None]).exp_().sum(dim=-1)
-                if kept is not None:
-                    kept.append(logits_CV)
+        for chunk in _chunks(pieces, num_tokens, vocab):
+            here = slice(chunk.start, chunk.end)
+            logits_CV = _chunk_logits(hidden_TD, head.weight_VD, chunk, matrices)
+            largest_T[here] = logits_CV.amax(dim=-1)
+            sums_TK[here, 1:] = logits_CV.gather(1, local_TK[here]) * inside_TK[here]
+            sums_TK[here, 0] = logits_CV.sub_(largest_T[here, None]).exp_().sum(dim=-1)
+            if kept is not None:
+                kept.append(logits_CV)
         local_largest_T = largest_T.clone()
         if head.tp_group.size() > 1:
             dist.all_reduce(largest_T, dist.ReduceOp.MAX, group=head.tp_group)
@@ -165,26 +186,25 @@ class _TargetLogprobs(torch.autograd.Function):
         hidden_grad_TD = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
         matrix_grads = [torch.zeros_like(x, dtype=_wide(x.dtype)) for x in matrices]
         kept = None if ctx.kept is None else iter(ctx.kept)
-        for piece in ctx.pieces:
-            for chunk in piece.chunks(head.weight_VD.shape[0]):
-                here = slice(chunk.start, chunk.end)
-                if kept is None:
-                    logits_CV = _chunk_logits(hidden_TD, head.weight_VD, chunk, matrices)
-                    logit_grad_CV = logits_CV.sub_(log_normalizer_T[here, None]).exp_().mul_(-grad_T[here, None])
-                else:  # new memory: a loss may be differentiated twice
-                    logit_grad_CV = (
-                        next(kept) * ((local_largest_T - log_normalizer_T)[here].exp_().mul_(-grad_T[here])[:, None])
-                    )
-                logit_grad_CV.scatter_add_(1, local_TK[here], grad_TK[here] * inside_TK[here])
-                _backward_chunk(
-                    logit_grad_CV.to(hidden_TD.dtype),
-                    hidden_TD,
-                    head,
-                    chunk,
-                    matrices,
-                    hidden_grad_TD=hidden_grad_TD,
-                    matrix_grads=matrix_grads,
+        for chunk in _chunks(ctx.pieces, len(hidden_TD), head.weight_VD.shape[0]):
+            here = slice(chunk.start, chunk.end)
+            if kept is None:
+                logits_CV = _chunk_logits(hidden_TD, head.weight_VD, chunk, matrices)
+                logit_grad_CV = logits_CV.sub_(log_normalizer_T[here, None]).exp_().mul_(-grad_T[here, None])
+            else:  # new memory: a loss may be differentiated twice
+                logit_grad_CV = (
+                    next(kept) * ((local_largest_T - log_normalizer_T)[here].exp_().mul_(-grad_T[here])[:, None])
                 )
+            logit_grad_CV.scatter_add_(1, local_TK[here], grad_TK[here] * inside_TK[here])
+            _backward_chunk(
+                logit_grad_CV.to(hidden_TD.dtype),
+                hidden_TD,
+                head,
+                chunk,
+                matrices,
+                hidden_grad_TD=hidden_grad_TD,
+                matrix_grads=matrix_grads,
+            )
         grads = (grad.to(x.dtype) for grad, x in zip(matrix_grads, matrices, strict=True))
         return hidden_grad_TD, None, None, None, *grads
 
@@ -193,26 +213,27 @@ def _backward_chunk(
     logit_grad_CV: Tensor,
     hidden_TD: Tensor,
     head: LmHead,
-    chunk: _Piece,
+    chunk: _Chunk,
     matrices: Sequence[Tensor],
     *,
     hidden_grad_TD: Tensor | None,
     matrix_grads: Sequence[Tensor],
 ) -> None:
     """Add one chunk's part to the gradients, in place (those of A and B in float32)."""
-    here = slice(chunk.start, chunk.end)
     if hidden_grad_TD is not None:
-        hidden_grad_TD[here] = frozen_linear_grad(logit_grad_CV, head.weight_VD)
-    if chunk.pair is None:
-        return
-    h_CD = hidden_TD[here]
-    a_RD, b_VR = (x.to(h_CD.dtype) for x in matrices[chunk.pair : chunk.pair + 2])
-    down_CR = h_CD @ a_RD.t() * chunk.scaling
-    down_grad_CR = logit_grad_CV @ b_VR * chunk.scaling
-    matrix_grads[chunk.pair].add_(down_grad_CR.t() @ h_CD)
-    matrix_grads[chunk.pair + 1].add_(logit_grad_CV.t() @ down_CR)
-    if hidden_grad_TD is not None:
-        hidden_grad_TD[here] += down_grad_CR @ a_RD
+        hidden_grad_TD[chunk.start : chunk.end] = frozen_linear_grad(logit_grad_CV, head.weight_VD)
+    for piece in chunk.pieces:
+        if piece.pair is None:
+            continue
+        here = slice(piece.start, piece.end)
+        h_ND, grad_NV = hidden_TD[here], logit_grad_CV[piece.start - chunk.start : piece.end - chunk.start]
+        a_RD, b_VR = (x.to(h_ND.dtype) for x in matrices[piece.pair : piece.pair + 2])
+        down_NR = h_ND @ a_RD.t() * piece.scaling
+        down_grad_NR = grad_NV @ b_VR * piece.scaling
+        matrix_grads[piece.pair].add_(down_grad_NR.t() @ h_ND)
+        matrix_grads[piece.pair + 1].add_(grad_NV.t() @ down_NR)
+        if hidden_grad_TD is not None:
+            hidden_grad_TD[here] += down_grad_NR @ a_RD
 
 
 def _local_targets(targets_TK: Tensor, head: LmHead) -> tuple[Tensor, Tensor]:
