@@ -17,6 +17,7 @@ import pytest
 import torch
 from jobs import Job
 from parity_reference import LINEARS, Reference
+from test_sampling import tokens_of
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.distributed
@@ -88,6 +89,16 @@ def test_bfloat16_rounds_as_transformers_does(job: Job, outcome_of: Outcomes, re
     print(f"\nTWO FORWARDS {job} in bfloat16: transformers {theirs:.1e}, {medians}")
     assert theirs > 1e-4  # bfloat16 indeed
     assert all(1e-4 < median <= BFLOAT16_BOUND * theirs for median in medians.values()), (theirs, medians)
+
+
+@pytest.mark.parametrize("job", [Job("TP1", "two_forward_scenarios:little_cache", "qwen3")], ids=str)
+def test_samples_that_find_no_room_wait(job: Job, outcome_of: Callable[[Job], Any]) -> None:
+    """They never fail, and are the same tokens."""
+    roomy, narrow = outcome_of(job)
+    assert [tokens_of(result) for result in narrow] == [tokens_of(result) for result in roomy]
+    for one, other in zip(narrow, roomy, strict=True):
+        for mine, theirs in zip(one.sequences, other.sequences, strict=True):
+            np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=FLOAT32_BOUND, rtol=0)
 
 
 def load(reference: Reference, dtype: torch.dtype) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from jobs import Ground
@@ -10,7 +11,9 @@ from parity_reference import RANK, VOCAB
 from parity_scenarios import cross_entropy, start, train_unlike
 from sampling_scenarios import ask
 
-from megatron_adapters.engine import Datum, Engine, LoraSpec, SampledSequence
+from megatron_adapters import sampler
+from megatron_adapters.engine import Datum, Engine, LoraSpec, SampledSequence, SampleResult
+from megatron_adapters.kv_cache import KvCache, KvShape
 
 Outcome = dict[str, Any]
 
@@ -28,6 +31,20 @@ def prompts() -> list[np.ndarray]:
 
 def both(ground: Ground) -> dict[str, Outcome]:
     return {dtype: _both(ground, dtype) for dtype in ("float32", "bfloat16")}
+
+
+def little_cache(ground: Ground) -> list[list[SampleResult]]:
+    """The same requests with all the room there is, and with room for three of their sequences at a time."""
+    requests = [ask(prompt, None, num_samples=4, seed=seed) for seed, prompt in enumerate(prompts())]
+    results = []
+    for most_tokens in (10**6, 3 * 64):
+
+        def cache(shape: KvShape, budget: int, *more: int, most_tokens: int = most_tokens) -> KvCache:
+            return KvCache(shape, min(budget, most_tokens), *more)
+
+        with mock.patch.object(sampler, "KvCache", cache):
+            results.append(start(ground).engine.sample(requests))
+    return results
 
 
 def _both(ground: Ground, dtype: str) -> Outcome:
