@@ -26,8 +26,8 @@ SAMPLING = [
     Job(layout, "layout_scenarios:greedy", family)
     for family, layouts in {
         "qwen3_moe": ("EP2", "TP2+EP2", "PP2", "PP2+EP2"),
-        "gpt_oss": ("TP2", "PP2", "TP2+EP2"),
-        "deepseek_v3": ("TP2", "PP2", "TP2+EP2"),
+        "gpt_oss": ("PP2", "TP2+EP2"),
+        "deepseek_v3": ("PP2", "TP2+EP2"),
     }.items()
     for layout in layouts
 ]
