@@ -10,7 +10,6 @@ loss, and a second forward with the backward. Beside them the published loss `pp
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -24,6 +23,9 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "contract"), str(HERE.parent.parent)]
+
+import record  # noqa: E402
+
 WAIT_S = 300
 RANKS = {"logprobs": 1, "q": 1, "advantages": 1, "mask": 1}
 
@@ -56,11 +58,7 @@ def milliseconds(action: Callable[[], Any]) -> float:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one pass of each, no warm-up, small data")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--results", type=Path, help="folder to write to, instead of results/")
+    parser = record.parser(__doc__, quick="one pass of each, no warm-up, small data", repeats=20, warmup=3)
     options = parser.parse_args(argv)
     repeats, warmup = (1, 0) if options.quick else (options.repeats, options.warmup)
     os.environ.update(TINKER_TELEMETRY="0", no_proxy="127.0.0.1", NO_PROXY="127.0.0.1", HF_HUB_OFFLINE="1")
@@ -68,11 +66,10 @@ def main(argv: list[str] | None = None) -> Path:
     import custom_losses
     import serving
     import tinker
-    from record import RESULTS, Outcome
 
     sizes = {"4 x 16": (4, 16)} if options.quick else {"16 x 64": (16, 64), "64 x 128": (64, 128)}
     config = {"model": "tests/models/tiny-qwen3", "lora_rank": 8, "ranks": 1, "loss": "clipped_with_entropy"}
-    outcome = Outcome("custom_loss", config, warmup, repeats)
+    outcome = record.Outcome("custom_loss", config, warmup, repeats)
     with tempfile.TemporaryDirectory() as temporary, serving.processes_in(Path(temporary)) as processes:
         run, worker = serving.new_run(Path(temporary) / "root")
         service = serving.start_gateway(processes, run)
@@ -97,11 +94,7 @@ def main(argv: list[str] | None = None) -> Path:
                     if number >= warmup:
                         times[side].append(took)
             outcome.add(f"{name} tokens", "pass_ms", times)
-    for case, metrics in outcome.metrics.items():
-        for metric, sides in metrics.items():
-            for side, row in sides.items():
-                print(f"{case:20} {metric:10} {side:40} {row['median']:8g}  ({row['p10']:g} to {row['p90']:g})")
-    return outcome.write(options.results or RESULTS)
+    return outcome.finish(options.results)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ replay          a loop of 1,000 steps started again from its beginning, beside r
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -28,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,7 @@ HERE = Path(__file__).parent
 FOLDERS = [HERE, HERE.parent / "models", HERE.parent / "distributed", HERE.parent / "contract", HERE.parent.parent]
 sys.path[:0] = [str(folder) for folder in FOLDERS]
 
+import record  # noqa: E402
 from benchmark_model import SMALL, ModelConfig  # noqa: E402
 
 
@@ -199,20 +198,13 @@ def replay(folder: Path, steps: int) -> tuple[float, float]:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small model, two steps")
-    parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--results", type=Path, help="folder to write to, instead of results/")
+    parser = record.parser(__doc__, quick="a small model, two steps", repeats=40, warmup=2)
     options = parser.parse_args(argv)
     config = QUICK if options.quick else Config()
     repeats, warmup = (2, 0) if options.quick else (options.repeats, options.warmup)
-    warnings.simplefilter("ignore")  # megatron-core warns about optional packages
     os.environ.update(HF_HUB_OFFLINE="1", TINKER_TELEMETRY="0", no_proxy="127.0.0.1", NO_PROXY="127.0.0.1")
 
-    from record import RESULTS, Outcome
-
-    outcome = Outcome("fault_tolerance_cost", asdict(config) | {"dtype": "float32"}, warmup, repeats)
+    outcome = record.Outcome("fault_tolerance_cost", asdict(config) | {"dtype": "float32"}, warmup, repeats)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model_folder = config.make(folder, initializer_range=0.05)
@@ -241,11 +233,7 @@ def main(argv: list[str] | None = None) -> Path:
     outcome.add(
         f"replay of {config.replayed_steps} steps", "loop_s", {"replayed": [replayed_s], "recorded": [recorded_s]}
     )
-    for case, metrics in outcome.metrics.items():
-        for metric, rows in metrics.items():
-            for side, row in rows.items():
-                print(f"{case:22} {metric:26} {side:28} {row['median']:10g}  ({row['p10']:g} to {row['p90']:g})")
-    return outcome.write(options.results or RESULTS)
+    return outcome.finish(options.results)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,11 @@ out.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import struct
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +31,8 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent.parent)]
+
+import record  # noqa: E402
 
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362}
 """Dense bf16, from the vendor's data sheets, by a word of the device's name; the first that matches."""
@@ -199,20 +198,13 @@ def measure(side: Any, config: Config, vocab_size: int, warmup: int, repeats: in
 
 
 def main(argv: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__, quick="tiny shapes, one step, no warm-up", repeats=5, warmup=2)
     parser.add_argument("--model", default="Qwen3-8B", help="a name of tests/models/published_configs.py")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, one step, no warm-up")
     parser.add_argument("--ours", action="store_true", help="leave transformers + peft out")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--results", type=Path, help="folder to write to, instead of results/")
     options = parser.parse_args(argv)
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
     import torch
     from published_configs import PUBLISHED
-    from record import RESULTS, Outcome
 
     from launch.model_sizes import read_sizes
 
@@ -227,7 +219,7 @@ def main(argv: list[str] | None = None) -> Path:
     sizes = read_sizes(config_json)
     flops = sizes.flops_per_trained_token
     facts = {"flops_per_trained_token": flops, "num_active_parameters": sizes.num_active_parameters}
-    outcome = Outcome(f"gpu_{options.model}", asdict(config) | facts, warmup, repeats)
+    outcome = record.Outcome(f"gpu_{options.model}", asdict(config) | facts, warmup, repeats)
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_model(config_json, Path(temporary) / "model")
         found = {}
@@ -249,11 +241,7 @@ def main(argv: list[str] | None = None) -> Path:
         }
         outcome.add("training", "mfu_percent_of_4N", shares)
     print(f"MFU counts {flops:,} FLOPs a trained token: 4 N, N = {flops // 4:,}")
-    for case, metrics in outcome.metrics.items():
-        for metric, sides in metrics.items():
-            for name, row in sides.items():
-                print(f"{case:9} {metric:18} {name:38} {row['median']:10g}")
-    return outcome.write(options.results or RESULTS)
+    return outcome.finish(options.results)
 
 
 if __name__ == "__main__":

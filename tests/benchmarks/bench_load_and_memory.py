@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent / "distributed"), str(HERE.parent.parent)]
 
+import record  # noqa: E402
 from benchmark_model import SMALL, ModelConfig  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -107,24 +106,17 @@ def measure(side: str, folder: Path, config: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> Path | None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small model, once")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--results", type=Path, help="folder to write to, instead of results/")
+    parser = record.parser(__doc__, quick="a small model, once", repeats=5)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     config = QUICK if options.quick else Config()
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.side:
         measure(options.side, options.model, config)
         return None
 
-    from record import RESULTS, Outcome
-
     repeats = 1 if options.quick else options.repeats
-    outcome = Outcome("load_and_memory", asdict(config), 0, repeats)
+    outcome = record.Outcome("load_and_memory", asdict(config), 0, repeats)
     found: dict[str, dict[str, list[float]]] = {"load_s": {}, "peak_memory_gib": {}}
     with tempfile.TemporaryDirectory() as folder:
         model_folder = config.make(Path(folder))
@@ -139,9 +131,7 @@ def main(argv: list[str] | None = None) -> Path | None:
                     found[metric].setdefault(side, []).append(value)
     for metric, sides in found.items():
         outcome.add("one process", metric, sides)
-        for side, row in outcome.metrics["one process"][metric].items():
-            print(f"{metric:18} {side:38} {row['median']:10g}  ({row['p10']:g} to {row['p90']:g})")
-    return outcome.write(options.results or RESULTS)
+    return outcome.finish(options.results)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,8 @@ one by one   the same eight adapters, a pass after the other
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import tempfile
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent.parent)]
 
+import record  # noqa: E402
 from benchmark_model import SMALL, ModelConfig  # noqa: E402
 
 
@@ -83,21 +81,14 @@ def cross_entropy(logprobs_T: Any, inputs: Any, segment_ids_T: Any) -> Any:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one step of a small model, no warm-up")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--results", type=Path, help="folder to write to, instead of results/")
+    parser = record.parser(__doc__, quick="one step of a small model, no warm-up", repeats=9, warmup=2)
     options = parser.parse_args(argv)
     config = QUICK if options.quick else Config()
     repeats, warmup = (1, 0) if options.quick else (options.repeats, options.warmup)
-    warnings.simplefilter("ignore")  # megatron-core warns about optional packages
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
     from bench_throughput import timed
-    from record import RESULTS, Outcome
 
-    outcome = Outcome("many_adapters", asdict(config) | {"dtype": "float32"}, warmup, repeats)
+    outcome = record.Outcome("many_adapters", asdict(config) | {"dtype": "float32"}, warmup, repeats)
     with tempfile.TemporaryDirectory() as folder:
         model_folder = config.make(Path(folder), initializer_range=0.05)
         sides = Sides(model_folder, config)
@@ -109,9 +100,7 @@ def main(argv: list[str] | None = None) -> Path:
                     rates[side].append(sides.num_tokens / seconds)
         outcome.add("training step, eight adapters", "tokens_per_s", rates)
         sides.engine.stop()
-    for side, row in outcome.metrics["training step, eight adapters"]["tokens_per_s"].items():
-        print(f"{side:28} {row['median']:10g}  ({row['p10']:g} to {row['p90']:g})")
-    return outcome.write(options.results or RESULTS)
+    return outcome.finish(options.results)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ disk              one file of 1 kB written and fsynced, and its folder fsynced: 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -23,6 +22,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "contract"), str(HERE.parent.parent)]
+
+import record  # noqa: E402
+
 WAIT_S = 120
 
 
@@ -74,11 +76,7 @@ def compute_ms(worker: Any, first: int) -> list[float]:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round trip, no warm-up, no large calls")
-    parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--warmup", type=int, default=10)
-    parser.add_argument("--results", type=Path, help="folder to write to, instead of results/")
+    parser = record.parser(__doc__, quick="one round trip, no warm-up, no large calls", repeats=100, warmup=10)
     parser.add_argument(
         "--root", type=Path, help="make the data root below this folder, e.g. to measure another filesystem"
     )
@@ -88,7 +86,6 @@ def main(argv: list[str] | None = None) -> Path:
 
     import serving
     import tinker
-    from record import RESULTS, Outcome
 
     config = {
         "model": "tests/models/tiny-qwen3",
@@ -97,7 +94,7 @@ def main(argv: list[str] | None = None) -> Path:
         "transport": "loopback",
         "bell": "unix socket",
     }
-    outcome = Outcome("request_latency", config, warmup, repeats)
+    outcome = record.Outcome("request_latency", config, warmup, repeats)
     with tempfile.TemporaryDirectory(dir=options.root) as temporary:
         folder = Path(temporary)
         (folder / "probe").mkdir()
@@ -138,11 +135,7 @@ def main(argv: list[str] | None = None) -> Path:
             params, prompt = tinker.SamplingParams(max_tokens=4), tinker.ModelInput.from_ints([5, 6])
             times = [milliseconds(lambda: sampler.sample(prompt, 1, params).result(WAIT_S)) for _ in range(repeats)]
             outcome.add("without a model, one sample", "round_trip_ms", {"tinker_hpc": times})
-    for case, metrics in outcome.metrics.items():
-        for metric, sides in metrics.items():
-            for side, row in sides.items():
-                print(f"{case:34} {metric:20} {side:28} {row['median']:8g}  ({row['p10']:g} to {row['p90']:g})")
-    return outcome.write(options.results or RESULTS)
+    return outcome.finish(options.results)
 
 
 if __name__ == "__main__":

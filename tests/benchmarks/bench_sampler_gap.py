@@ -10,11 +10,8 @@ Nats of |trainer - sampler|, over all sampled tokens; what is better is smaller.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import tempfile
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +21,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent.parent)]
 
 import bench_throughput  # noqa: E402
+import record  # noqa: E402
 from bench_throughput import QUICK, Config, Theirs  # noqa: E402
 
 
@@ -64,19 +62,12 @@ def their_gaps(theirs: Theirs, prompts: list[np.ndarray], config: Config) -> np.
 
 
 def main(argv: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small model")
-    parser.add_argument("--repeats", type=int, default=1, help="more prompts: the numbers are over all")
-    parser.add_argument("--results", type=Path, help="folder to write to, instead of results/")
+    parser = record.parser(__doc__, quick="a small model", repeats=1)
     options = parser.parse_args(argv)
     config = QUICK if options.quick else Config()
     bench_throughput.CONFIG = config
-    warnings.simplefilter("ignore")  # megatron-core and peft warn about optional packages
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    from record import RESULTS, Outcome
-
-    outcome = Outcome("sampler_gap", asdict(config), 0, options.repeats)
+    outcome = record.Outcome("sampler_gap", asdict(config), 0, options.repeats)
     with tempfile.TemporaryDirectory() as temporary:
         model, adapter = config.make(Path(temporary), initializer_range=0.05), Path(temporary) / "adapter"
         theirs = Theirs(model, adapter)
@@ -92,11 +83,7 @@ def main(argv: list[str] | None = None) -> Path:
             for metric, figure in {"mean_nats": np.mean, "largest_nats": np.max}.items():
                 found = {side: [float(figure(np.abs(np.concatenate(gap))))] for side, gap in gaps.items()}
                 outcome.add(dtype, metric, found)
-    for dtype, metrics in outcome.metrics.items():
-        for metric, sides in metrics.items():
-            for side, row in sides.items():
-                print(f"{dtype:9} {metric:13} {side:38} {row['median']:10g}")
-    return outcome.write(options.results or RESULTS)
+    return outcome.finish(options.results)
 
 
 if __name__ == "__main__":

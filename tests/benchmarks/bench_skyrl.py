@@ -11,7 +11,6 @@ SkyRL's side; it is left out of the rates and reported by itself. Not part of ma
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -29,6 +28,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent / "contract"), str(ROOT)]
 
+import record  # noqa: E402
 from benchmark_model import SMALL, ModelConfig  # noqa: E402
 
 SKYRL_PYTHON = ROOT / ".venv-skyrl" / "bin" / "python"
@@ -125,10 +125,7 @@ def their_server(folder: Path, model: Path, lora_rank: int) -> Iterator[tuple[st
 
 
 def main(argv: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small model, one call after the first")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--results", type=Path, help="folder to write to, instead of results/")
+    parser = record.parser(__doc__, quick="a small model, one call after the first", repeats=3)
     options = parser.parse_args(argv)
     if not SKYRL_PYTHON.exists():
         raise SystemExit(f"{SKYRL_PYTHON} is not there. Make SkyRL's environment first: make skyrl-env")
@@ -136,10 +133,9 @@ def main(argv: list[str] | None = None) -> Path:
     os.environ.update(TINKER_TELEMETRY="0", no_proxy="127.0.0.1", NO_PROXY="127.0.0.1", HF_HUB_OFFLINE="1")
 
     from bench_throughput import check_same_loss
-    from record import RESULTS, Outcome
 
     facts = {"dtype": "float32", "threads": os.cpu_count(), "skyrl": "0.3.0", "backend": "jax, CPU"}
-    outcome = Outcome("skyrl", asdict(config) | facts, 1, repeats)
+    outcome = record.Outcome("skyrl", asdict(config) | facts, 1, repeats)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         model = config.make(folder, initializer_range=0.05)
@@ -164,11 +160,7 @@ def main(argv: list[str] | None = None) -> Path:
                     rates[name].append(answer["tokens"] / answer["seconds"])
             outcome.add(case, "tokens_per_s", rates)
             outcome.add(case, "first_call_s", {name: [answer["seconds"]] for name, answer in first.items()})
-    for case, metrics in outcome.metrics.items():
-        for metric, rows in metrics.items():
-            for side, row in rows.items():
-                print(f"{case:18} {metric:13} {side:32} {row['median']:10g}  ({row['p10']:g} to {row['p90']:g})")
-    return outcome.write(options.results or RESULTS)
+    return outcome.finish(options.results)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,9 @@ sampling, prompts 32 different prompts, one sample of 64 tokens each, with logpr
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +25,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent.parent)]
 
+import record  # noqa: E402
 from benchmark_model import SMALL, ModelConfig  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -165,22 +163,14 @@ def interleaved(
 
 
 def main(argv: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one step of a small model, no warm-up")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=1)
+    parser = record.parser(__doc__, quick="one step of a small model, no warm-up", repeats=7, warmup=1)
     parser.add_argument("--only", choices=["training", "sampling"], help="one half; for profiling")
-    parser.add_argument("--results", type=Path, help="folder to write to, instead of results/")
     options = parser.parse_args(argv)
     global CONFIG  # noqa: PLW0603
     CONFIG = QUICK if options.quick else Config()
     repeats, warmup = (1, 0) if options.quick else (options.repeats, options.warmup)
-    warnings.simplefilter("ignore")  # megatron-core and peft warn about optional packages
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    from record import RESULTS, Outcome
-
-    outcome = Outcome("throughput", asdict(CONFIG) | {"dtype": "float32"}, warmup, repeats)
+    outcome = record.Outcome("throughput", asdict(CONFIG) | {"dtype": "float32"}, warmup, repeats)
     with tempfile.TemporaryDirectory() as folder:
         model_folder = CONFIG.make(Path(folder), initializer_range=0.05)
         theirs = Theirs(model_folder, Path(folder) / "adapter")
@@ -213,10 +203,7 @@ def main(argv: list[str] | None = None) -> Path:
                 )  # fmt: skip
                 outcome.add(case, "tokens_per_s", rates)
         ours.engine.stop()
-    for case, metrics in outcome.metrics.items():
-        for side, row in metrics["tokens_per_s"].items():
-            print(f"{case:18} {side:38} {row['median']:10g}  ({row['p10']:g} to {row['p90']:g})")
-    return outcome.write(options.results or RESULTS)
+    return outcome.finish(options.results)
 
 
 def check_same_loss(ours: float, theirs: float) -> None:

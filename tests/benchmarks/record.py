@@ -1,8 +1,9 @@
 """One benchmark's outcome as a JSON file: enough to know what was measured, on what, and how well.
 
+    options = parser(__doc__, quick="a small model", repeats=5, warmup=1).parse_args()
     outcome = Outcome("throughput", config={...}, warmup=1, repeats=5)
     outcome.add("training", "tokens_per_s", {"tinker_hpc": [...], "transformers_peft": [...]})
-    outcome.write()                                   # results/throughput-cpu-2026-11-24.json
+    outcome.finish(options.results)                   # results/throughput-cpu-2026-11-24.json, and all numbers printed
 
 Times are taken interleaved (a, b, a, b, ...), so that whatever else the machine does meets both sides; a ratio is the
 median of the ratios of such pairs. table.py turns all files into results/README.md.
@@ -10,6 +11,7 @@ median of the ratios of such pairs. table.py turns all files into results/README
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -17,6 +19,7 @@ import os
 import platform
 import statistics
 import subprocess
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +28,21 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PACKAGES = ("torch", "megatron-core", "transformers", "peft", "tinker")
+
+
+def parser(doc: str | None, *, quick: str, repeats: int, warmup: int | None = None) -> argparse.ArgumentParser:
+    """The options that every benchmark has; a benchmark without `warmup` has none. From here on nothing is looked up on
+    a hub, and megatron-core and peft do not warn about optional packages.
+    """
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--quick", action="store_true", help=quick)
+    options.add_argument("--repeats", type=int, default=repeats)
+    if warmup is not None:
+        options.add_argument("--warmup", type=int, default=warmup)
+    options.add_argument("--results", type=Path, help="folder to write to, instead of results/")
+    return options
 
 
 @dataclass
@@ -48,6 +66,15 @@ class Outcome:
             pairs = zip(ours, theirs, strict=True)
             entry[f"ratio_{first}_to_{side}"] = spread([mine / other for mine, other in pairs])
         self.metrics.setdefault(case, {})[metric] = entry
+
+    def finish(self, folder: Path | None) -> Path:
+        """Print every number and write the record, into results/ if not elsewhere."""
+        for case, metrics in self.metrics.items():
+            for metric, sides in metrics.items():
+                for side, row in sides.items():
+                    what = f"{case:34} {metric:20} {side:38}"
+                    print(f"{what} {row['median']:10g}  ({row['p10']:g} to {row['p90']:g})")
+        return self.write(folder or RESULTS)
 
     def write(self, folder: Path = RESULTS) -> Path:
         """Write results/<what>-<device>-<date>.json; a second run of a day replaces the first."""
