@@ -72,6 +72,29 @@ class _GroupStep:
     """L: tokens to read."""
     is_batch: bool
     """The lanes are the rows of the pass, in their order."""
+    mask_N11L: Tensor
+    """0 where a lane holds a token, -inf beyond."""
+
+    def attend(self, layer: int, query_NQD: Tensor, key_NHD: Tensor, value_NHD: Tensor, rule: Rule) -> Tensor:
+        """Store the new keys and values of a layer (from 0), attend to all cached ones: [N, Q, D]."""
+        num_lanes, num_heads, head_dim = query_NQD.shape
+        keys_RHCD, values_RHCD = self.group.keys_RHCD[layer], self.group.values_RHCD[layer]
+        keys_RHCD[self.lane_rows_N, :, self.positions_N] = key_NHD
+        values_RHCD[self.lane_rows_N, :, self.positions_N] = value_NHD
+        keys_NHLD, values_NHLD = (x[:num_lanes, :, : self.used] for x in (keys_RHCD, values_RHCD))
+        query_NHGD = query_NQD.view(num_lanes, key_NHD.shape[1], -1, head_dim)
+        if rule.is_plain:
+            # CUDA's kernels want the mask as large as the scores.
+            mask_N1GL = self.mask_N11L.expand(-1, -1, query_NHGD.shape[2], -1)
+            out_NHGD = F.scaled_dot_product_attention(
+                query_NHGD, keys_NHLD, values_NHLD, attn_mask=mask_N1GL, scale=rule.scale
+            )
+        else:
+            mask_NL = self.mask_N11L[:, 0, 0]
+            out_NHGD = ruled_decode(
+                query_NHGD, keys_NHLD, values_NHLD, mask_NL=mask_NL, positions_N=self.positions_N, rule=rule
+            )
+        return out_NHGD.reshape(num_lanes, num_heads, -1)
 
 
 class DecodeAttention:
@@ -90,7 +113,7 @@ class DecodeAttention:
             batch_rows_N = torch.tensor([row for _, row in rows], device=device)
             lane_rows_N = torch.arange(len(rows), device=device)
             is_batch = [row for _, row in rows] == list(range(len(lanes)))
-            self._steps.append(_GroupStep(group, batch_rows_N, lane_rows_N, batch_rows_N, 0, is_batch))
+            self._steps.append(_GroupStep(group, batch_rows_N, lane_rows_N, batch_rows_N, 0, is_batch, group.mask_RC))
 
     def begin(self, positions: Sequence[int]) -> None:
         """Start a step: `positions[i]` is the position of row i's new token, from 0."""
@@ -100,6 +123,7 @@ class DecodeAttention:
             whole = _LENGTH_STEP[step.group.shape.device.type]
             step.used = min(step.group.lane_tokens, -(-(max(here) + 1) // whole) * whole)
             step.group.mask_RC[step.lane_rows_N, step.positions_N] = 0
+            step.mask_N11L = step.group.mask_RC[: len(here), None, None, : step.used]
 
     def attend(
         self,
@@ -118,42 +142,14 @@ class DecodeAttention:
         Args: layer_number: from 1. query_TQD, key_THD, value_THD: this rank's heads. context: not read.
         Returns: [T, Q, D], dtype of the query.
         """
-        layer = layer_number - 1
-        num_tokens, num_heads, head_dim = query_TQD.shape
-        num_kv_heads = key_THD.shape[1]
-        value_dim = value_THD.shape[-1]
+        num_tokens, num_heads, _ = query_TQD.shape
+        first = self._steps[0] if self._steps else None
+        if first is not None and first.is_batch and num_tokens == len(self._lanes):
+            return first.attend(layer_number - 1, query_TQD, key_THD, value_THD, rule)
         new = query_TQD.new_zeros if num_tokens > len(self._lanes) else query_TQD.new_empty
-        out_TQD = new(num_tokens, num_heads, value_dim)
+        out_TQD = new(num_tokens, num_heads, value_THD.shape[-1])
         for step in self._steps:
-            keys_RHCD, values_RHCD = step.group.keys_RHCD[layer], step.group.values_RHCD[layer]
-            num_lanes = len(step.lane_rows_N)
             # A view where rows and lanes are the same, else copies.
-            rows = slice(num_lanes) if step.is_batch else step.batch_rows_N
-            keys_RHCD[step.lane_rows_N, :, step.positions_N] = key_THD[rows]
-            values_RHCD[step.lane_rows_N, :, step.positions_N] = value_THD[rows]
-            query_NHGD = query_TQD[rows].view(num_lanes, num_kv_heads, -1, head_dim)
-            if not rule.is_plain:
-                out_NHGD = ruled_decode(
-                    query_NHGD,
-                    keys_RHCD[:num_lanes, :, : step.used],
-                    values_RHCD[:num_lanes, :, : step.used],
-                    mask_NL=step.group.mask_RC[:num_lanes, : step.used],
-                    positions_N=step.positions_N,
-                    rule=rule,
-                )
-                out_TQD[rows] = out_NHGD.reshape(num_lanes, num_heads, value_dim)
-                continue
-            out_NHGD = F.scaled_dot_product_attention(
-                query_NHGD,
-                keys_RHCD[:num_lanes, :, : step.used],
-                values_RHCD[:num_lanes, :, : step.used],
-                attn_mask=step.group.mask_RC[:num_lanes, None, None, : step.used].expand(
-                    num_lanes, 1, query_NHGD.shape[2], step.used
-                ),
-                scale=rule.scale,
-            )
-            out_NQD = out_NHGD.reshape(num_lanes, num_heads, value_dim)
-            if step.is_batch and num_tokens == num_lanes:
-                return out_NQD
-            out_TQD[rows] = out_NQD
+            rows = slice(len(self._lanes)) if step.is_batch else step.batch_rows_N
+            out_TQD[rows] = step.attend(layer_number - 1, query_TQD[rows], key_THD[rows], value_THD[rows], rule)
         return out_TQD

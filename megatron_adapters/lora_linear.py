@@ -146,6 +146,8 @@ class LoraLinear(nn.Module):
         self.paths = tuple(paths)
         self.column, self.row = sharding == "column", sharding == "row"
         self.split = split
+        frozen: Any = base
+        self._fused = lora_inference.Fused(self.paths, split, frozen.weight.shape[0])
         self.routing = routing
         self.tp_group = tp_group
 
@@ -203,15 +205,15 @@ class LoraLinear(nn.Module):
         if not self.routing.adapts(self.paths):
             return out
         if alone:
-            lora_inference.add_update_(self.split(out), x_LI, self.routing.all, self.paths)
+            lora_inference.add_update_(out, x_LI, self.routing.all, self._fused)
             return out
         down = self.routing.all if self.row else self.routing.local
         up = self.routing.all if self.column else self.routing.local
         width = max(segment.width(self.paths) for segment in self.routing.all)
-        h_W = lora_inference.project_down(x_LI, down, self.paths, width)
+        h_W = lora_inference.project_down(x_LI, down, self._fused, width)
         if self.column:
             h_W = gather_from_sequence_parallel_region(h_W, group=self.tp_group)
         elif self.row:
             h_W = reduce_scatter_to_sequence_parallel_region(h_W, group=self.tp_group)
-        lora_inference.add_up_(self.split(out), h_W, up, self.paths)
+        lora_inference.add_up_(out, h_W, up, self._fused)
         return out

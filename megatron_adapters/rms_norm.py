@@ -7,6 +7,7 @@ written here with as few new tensors as there can be.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,7 +43,12 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def _inverse_rms(x_D: Tensor, eps: float) -> Tensor:
     """float32 [..., 1]."""
     norm_1 = torch.linalg.vector_norm(x_D, dim=-1, keepdim=True, dtype=_wide(x_D.dtype))
-    return norm_1.square_().div_(x_D.shape[-1]).add_(eps).rsqrt_()
+    return torch.addcmul(_scalar(eps, norm_1.dtype, norm_1.device), norm_1, norm_1, value=1 / x_D.shape[-1]).rsqrt_()
+
+
+@cache
+def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)
 
 
 def _normed(x_D: Tensor, weight_D: Tensor, inverse_1: Tensor) -> Tensor:
@@ -50,7 +56,7 @@ def _normed(x_D: Tensor, weight_D: Tensor, inverse_1: Tensor) -> Tensor:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _RmsNorm(torch.autograd.Function):
