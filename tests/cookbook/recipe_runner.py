@@ -69,6 +69,8 @@ class Line:
     arguments: str
     metric: str
     num_steps: int = 1
+    or_one_more: bool = False
+    """Off policy, groups too old by then are dropped: whether enough are left for the last step is decided by time."""
     model: str = STUDENT
 
     def __str__(self) -> str:

@@ -28,7 +28,7 @@ LINES = [
     Line("rl_loop", "rl_loop", "batch_size=4 group_size=4 max_tokens=8 max_steps=2", "reward/total", 2),
     Line("rl_basic", "rl_basic", "max_tokens=4 max_steps=1", REWARD),
     Line("math_rl sync", "math_rl.train", f"{MATH} max_steps=2", REWARD, 2),
-    Line("math_rl async", "math_rl.train", f"{MATH} max_steps=3 max_steps_off_policy=1", REWARD, 2),
+    Line("math_rl async", "math_rl.train", f"{MATH} max_steps=3 max_steps_off_policy=1", REWARD, 2, or_one_more=True),
     Line(
         "math_rl streamed",
         "math_rl.train",
@@ -99,7 +99,7 @@ def test_recipe(served: Place, line: Line) -> None:
     start(served, line)
     name = line.name.replace(" ", "-")
     rows = [row for row in served.metrics(name) if line.metric in row]
-    assert len(rows) == line.num_steps, f"{line.metric} in {served.metrics(name)}"
+    assert len(rows) - line.num_steps in range(1 + line.or_one_more), f"{line.metric} in {served.metrics(name)}"
     assert all(math.isfinite(row[line.metric]) for row in rows)
     saved = [json.loads(text) for text in (served.log_path(name) / "checkpoints.jsonl").read_text().splitlines()]
     assert saved[-1]["name"] == "final"
