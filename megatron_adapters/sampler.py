@@ -1,4 +1,4 @@
-"""Step 6 of a request, sampling. Before: engine.py. After: decode.py.
+"""Step 6 of a request, sampling. Before: engine.py. After: decode.py, then own_sequences.py.
 
 Puts the decode loop together for one engine: the model, a cache planned into the free memory, the tokenizer.
 """

@@ -1,0 +1,285 @@
+"""The sequences that one rank samples: started where there is room, advanced together, ended one by one.
+
+Prompts are computed packed, several at once; then all live sequences, whatever their adapter, advance by one token a
+step. A sequence that ends leaves its lane to the next that waits, in order of arrival. Sequences with the same weights
+are neighbours in a batch, so that each adapter is applied once to one contiguous part. What happened is told to
+decode.py as events.
+
+Shapes: B sequences of a step (or of a prefill), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .cached_attention import DecodeAttention, mark_filled
+from .kv_cache import KvCache, Lane
+from .philox import uniform_numbers
+from .sample_ranks import SampleRanks
+from .sample_request import PromptScores, SampledSequence, SampleRequest, StopReason, TokenLogprobs
+from .stopping import DecodeText, StopRule
+from .token_forward import PrefillRow, TokenForward
+from .token_sampler import NOT_FINITE, SamplingRows, sample_tokens, top_logprobs
+
+
+@dataclass(eq=False)
+class _Live:
+    """One sequence being sampled on this rank."""
+
+    request_index: int
+    request: SampleRequest
+    sample_index: int
+    stop: StopRule
+    lane: Lane | None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    topk: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]] = field(default_factory=list)
+
+    @property
+    def last_position(self) -> int:
+        """Where the newest token stands."""
+        return len(self.request.prompt) + len(self.tokens) - 1
+
+
+@dataclass
+class Waiting:
+    """Samples of one request that this rank has yet to start."""
+
+    request_index: int
+    request: SampleRequest
+    samples: deque[int]
+    max_tokens: int
+    scored: bool
+    """Still to answer what is asked about the prompt."""
+
+    @property
+    def lane_tokens(self) -> int:
+        """The newest token is never cached, so a single one needs no lane at all."""
+        return len(self.request.prompt) + self.max_tokens - 1 if self.max_tokens > 1 else 0
+
+
+@dataclass(frozen=True)
+class Ended:
+    request_index: int
+    sample_index: int
+    sequence: SampledSequence
+    dp_rank: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    request_index: int
+    scores: PromptScores
+
+
+@dataclass(frozen=True)
+class Failed:
+    request_index: int
+    message: str
+
+
+Event = Ended | Scored | Failed
+
+
+class OwnSequences:
+    """What one rank has to sample.
+
+    Attributes:
+        waiting: what it has yet to start, in order of arrival.
+        max_live: most sequences advanced at once, beside what the cache has room for.
+    """
+
+    def __init__(
+        self,
+        forward: TokenForward,
+        cache: KvCache,
+        ranks: SampleRanks,
+        *,
+        decode_text: Callable[[], DecodeText],
+        prefill_tokens: int,
+    ) -> None:
+        """See Decoder."""
+        self._forward = forward
+        self._cache = cache
+        self._ranks = ranks
+        self._decode_text = decode_text
+        self._prefill_tokens = prefill_tokens
+        self.max_live: int | None = None
+        self.waiting: deque[Waiting] = deque()
+        self._live: list[_Live] = []
+        self._attention: DecodeAttention | None = None  # None: the members changed since it was built
+        self._events: list[Event] = []
+
+    def take_events(self) -> list[Event]:
+        """What happened since they were taken last."""
+        events, self._events = self._events, []
+        return events
+
+    def drop(self, request_index: int | None, *, tainted: bool) -> None:
+        """Without an event: end all sequences of a request (None: of every request), started or not.
+
+        tainted: their keys or values may hold NaN or infinity.
+        """
+        self.waiting = deque(x for x in self.waiting if request_index not in (None, x.request_index))
+        for sequence in [x for x in self._live if request_index in (None, x.request_index)]:
+            self._leave(sequence, tainted=tainted)
+
+    def start_waiting(self) -> None:
+        """Start what fits, in order of arrival; the first that does not fit holds back those behind it."""
+        while self.waiting:
+            started: list[tuple[PrefillRow, list[_Live], Waiting]] = []
+            num_tokens = 0
+            while self.waiting and (
+                not started or num_tokens + len(self.waiting[0].request.prompt) <= self._prefill_tokens
+            ):
+                waiting = self.waiting[0]
+                sequences = self._take_lanes(waiting)
+                if not sequences:
+                    break
+                lanes = [sequence.lane for sequence in sequences if sequence.lane is not None]
+                request = waiting.request
+                started.append((PrefillRow(request, lanes, waiting.scored), sequences, waiting))
+                num_tokens += len(request.prompt)
+                if waiting.samples:
+                    break
+                self.waiting.popleft()
+            if not started:
+                return
+            self._prefill(sorted(started, key=lambda one: _weights_order(one[0].snapshot_id)))
+
+    def _take_lanes(self, waiting: Waiting) -> list[_Live]:
+        """As many of the request's samples as there is room for now."""
+        request = waiting.request
+        decode_text = self._decode_text() if request.stop_strings else None
+        stop = StopRule(request.stop_token_ids, request.stop_strings, waiting.max_tokens, decode_text)
+        sequences = []
+        while waiting.samples and (self.max_live is None or len(self._live) < self.max_live):
+            lane = None
+            if waiting.lane_tokens and (lane := self._cache.reserve(waiting.lane_tokens)) is None:
+                break
+            sequence = _Live(waiting.request_index, request, waiting.samples.popleft(), stop, lane)
+            sequences.append(sequence)
+            self._live.append(sequence)  # at once: the next lane may find no memory, and this one must not stay taken
+        return sequences
+
+    def _prefill(self, started: list[tuple[PrefillRow, list[_Live], Waiting]]) -> None:
+        """Compute prompts and draw the first token of each of their samples."""
+        self._attention = None
+        output = self._forward.prefill([row for row, _, _ in started])
+        sequences, logits_rows = [], []
+        for place, (row, started_here, waiting) in enumerate(started):
+            mark_filled(row.lanes, len(row.tokens))
+            scores = output.scores[place]
+            if waiting.scored and scores is not None:
+                self._events.append(Scored(waiting.request_index, scores))
+                waiting.scored = False  # once is enough, should its other samples start later
+            sequences += started_here
+            logits_rows += [place] * len(started_here)
+        self._draw(output.logits_BV[torch.tensor(logits_rows, device=output.logits_BV.device)], sequences)
+
+    def step(self) -> None:
+        """One more token for every live sequence."""
+        if not self._live:
+            return
+        if self._attention is None:
+            self._live.sort(key=_batch_order)
+            self._attention = DecodeAttention([sequence.lane for sequence in self._live if sequence.lane is not None])
+        live = list(self._live)
+        positions = [sequence.last_position for sequence in live]
+        self._attention.begin(positions)
+        logits_BV = self._forward.decode(
+            [sequence.tokens[-1] for sequence in live],
+            positions,
+            [sequence.request.snapshot_id for sequence in live],
+            self._attention,
+        )
+        self._draw(logits_BV, live)
+
+    def _draw(self, logits_BV: Tensor, sequences: list[_Live]) -> None:
+        """Draw and append one token for each sequence; those that end with it leave."""
+        device = logits_BV.device
+        if self._ranks.tp_rank == 0:
+            requests = [sequence.request for sequence in sequences]
+            rows = SamplingRows(
+                [request.temperature for request in requests],
+                [request.top_k for request in requests],
+                [request.top_p for request in requests],
+                uniform_numbers(
+                    [request.seed for request in requests],
+                    [sequence.sample_index for sequence in sequences],
+                    [len(sequence.tokens) for sequence in sequences],
+                ),
+            )
+            tokens_B, logprobs_B = sample_tokens(logits_BV, rows)
+        else:
+            tokens_B = torch.empty(len(sequences), dtype=torch.int64, device=device)
+            logprobs_B = torch.empty(len(sequences), dtype=torch.float32, device=device)
+        tokens, logprobs = self._ranks.agree(tokens_B, logprobs_B)
+        self._note_topk(logits_BV, sequences)
+        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+            self._append(sequence, token, logprob)
+
+    @staticmethod
+    def _note_topk(logits_BV: Tensor, sequences: list[_Live]) -> None:
+        """The candidates of this step, for the sequences that want them."""
+        asking = [place for place, sequence in enumerate(sequences) if sequence.request.topk_sample_logprobs]
+        if not asking:
+            return
+        top = top_logprobs(
+            logits_BV[torch.tensor(asking, device=logits_BV.device)],
+            [sequences[place].request.temperature for place in asking],
+            max(sequences[place].request.topk_sample_logprobs for place in asking),
+        )
+        for row, place in enumerate(asking):
+            width = sequences[place].request.topk_sample_logprobs
+            sequences[place].topk.append((top.token_ids[row, :width], top.logprobs[row, :width]))
+
+    def _append(self, sequence: _Live, token: int, logprob: float) -> None:
+        if token == NOT_FINITE:
+            weights = sequence.request.snapshot_id or "the base model"
+            message = (
+                f"the logits of {weights} are not finite after {len(sequence.tokens)} sampled tokens: the weights have "
+                "diverged. Go back to an earlier checkpoint and lower the learning rate"
+            )
+            self._events.append(Failed(sequence.request_index, message))
+            self._leave(sequence, tainted=True)
+            return
+        if sequence.stop.max_tokens > 0:
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+        if reason := sequence.stop.reason(sequence.tokens):
+            self._events.append(_ended(sequence, reason, self._ranks.dp_rank))
+            self._leave(sequence)
+
+    def _leave(self, sequence: _Live, *, tainted: bool = False) -> None:
+        self._live.remove(sequence)
+        if sequence.lane is not None:
+            self._cache.release(sequence.lane, tainted=tainted)
+        self._attention = None
+
+
+def _weights_order(snapshot_id: str | None) -> tuple[bool, str]:
+    """The base model first, then by name."""
+    return snapshot_id is not None, snapshot_id or ""
+
+
+def _batch_order(sequence: _Live) -> tuple[bool, str, int]:
+    """By weights, so that each adapter is applied once; then as the lanes lie, so that attention copies nothing."""
+    return *_weights_order(sequence.request.snapshot_id), sequence.lane.row if sequence.lane else 0
+
+
+def _ended(sequence: _Live, reason: StopReason, dp_rank: int) -> Ended:
+    topk = None
+    if sequence.request.topk_sample_logprobs and sequence.tokens:
+        topk = TokenLogprobs(*(np.stack(column) for column in zip(*sequence.topk, strict=True)))
+    sampled = SampledSequence(
+        np.asarray(sequence.tokens, dtype=np.int32), np.asarray(sequence.logprobs, dtype=np.float32), reason, topk
+    )
+    return Ended(sequence.request_index, sequence.sample_index, sampled, dp_rank)
