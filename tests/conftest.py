@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 
 CI = os.environ.get("CI") == "true"
+
+# How long an example takes is not what a property is about: a busy machine is no failure.
+hypothesis.settings.register_profile("patient", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("patient")
 
 # Importing megatron-core warns about what it did not find (Apex, TransformerEngine; we use neither) and about its own
 # and torch's old names. Messages, since pytest matches modules only by their full name.
