@@ -2,7 +2,7 @@
 
 Weights, adapters and the KV cache are counted exactly (tests compare with the built model). Activations are what
 autograd keeps for the backward, added up tensor by tensor below, in the order of a decoder layer; tests compare the
-sum with the tensors that are really kept, and the whole with the measured peak of a process.
+sum with the tensors that are really kept (within 10 %), and the whole with the measured peak of a process.
 
 T tokens of a micro-batch, H hidden, I MLP width, q and kv attention widths, K experts a token, b bytes a number.
 """
@@ -31,8 +31,7 @@ CPU_PROCESS_GIB = 0.37
 """Python with torch, megatron-core and transformers loaded: measured 0.368 to 0.379."""
 HEAP_ON_CPU = 1.2
 """What tensors that come and go take in glibc's heap, as a multiple of their size: measured 1.07 and 1.23 on two
-models. With every block mapped by itself (MALLOC_MMAP_THRESHOLD_=65536, slower) the estimate without it is met within
-5 %."""
+models."""
 HEAP_RECOMPUTING = 1.8
 """The same where activations are computed again: measured 1.79. They come and go between inputs that stay."""
 

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sampling_scenarios
 import torch
 from jobs import Ground
-from parity_reference import ADAM
+from parity_reference import ADAM, RANK, VOCAB
 from parity_scenarios import Bench, Outcome, batch, cross_entropy, start
 
-from megatron_adapters.engine import AdamParams, Engine
+from megatron_adapters.engine import AdamParams, Datum, Engine, LoraSpec
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 
@@ -91,6 +92,32 @@ def _one_pass(ground: Ground, **options: Any) -> Outcome:
         "grads": bench.grads("a"),
         "saved_bytes": saved_bytes,
     }
+
+
+def kept_bytes(ground: Ground) -> dict[str, float]:
+    """What autograd keeps of a token for the backward, by dtype: every piece of memory once, without weights."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        engine = start(ground, dtype=dtype, token_budget=1024).engine
+        engine.create_adapter("a", LoraSpec(RANK, seed=1))
+        weights = [*engine.model.gpt.parameters(), engine.adapters["a"].weights]
+        known = {x.untyped_storage().data_ptr() for x in weights}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor, known: set[int] = known, kept: dict[int, torch.Tensor] = kept) -> torch.Tensor:
+            address = tensor.untyped_storage().data_ptr()
+            if address not in known:
+                kept[address] = tensor  # held, so that nothing else comes to lie there
+            return tensor
+
+        lengths = (170, 90, 310, 60)
+        random = np.random.default_rng(0)
+        rows = [random.integers(0, VOCAB, length + 1) for length in lengths]
+        data = [Datum(row[:-1].astype(np.int32), {"target_tokens": row[1:]}) for row in rows]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            engine.run_pass("a", data, lambda logprobs_T, *_: -logprobs_T.sum(), backward=True)
+        found[dtype] = sum(x.untyped_storage().nbytes() for x in kept.values()) / sum(lengths)
+    return found
 
 
 def little_data(ground: Ground) -> Outcome:
