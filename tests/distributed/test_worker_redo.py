@@ -9,9 +9,11 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from worker_driver import WorkerUnderTest, random_base
 
 from tinker_hpc.log import Lease, Record, ResultReader
@@ -133,6 +135,61 @@ def test_killed_at_any_moment_equals_uninterrupted(
     check_answered_once(worker)
     steps = [line for line in worker.folder.metrics.read_text().splitlines() if '"a:0"' in line]
     assert len(steps) == 4, "redone steps do not repeat their line"
+
+
+def test_passes_that_are_not_run_again_leave_their_neighbours_apart(
+    base: Path, workers: list[WorkerUnderTest], tmp_path: Path
+) -> None:
+    """Between two passes stood one that only scored, or was refused: it is not run again, and what it kept apart then
+    (or what ran without it) is computed as it was, to the bit."""
+    worker = WorkerUnderTest(tmp_path / "w", base, snapshot_interval_s=3600)
+    workers.append(worker)
+    worker.start()
+    for seed, model_id in enumerate(("a:0", "b:0", "c:0")):
+        worker.ok(worker.create_model(model_id, rank=8, seed=seed))
+
+    def short(model_id: str, seed: int) -> dict[str, Any]:
+        """So few rows that a matrix product has other last bits than with more of them."""
+        fields = worker.pass_fields(model_id, seed)
+        cut = {name: values[:2] for name, values in fields["arrays"].items()} | {"offsets": np.array([0, 2])}
+        return fields | {"arrays": cut}
+
+    scored = worker.pass_fields("b:0", 2, forward_only=True)
+    refused = worker.pass_fields("a:0", 4)
+    refused["arrays"]["input.weights"][2] = float("nan")
+    for fields in (
+        (short("a:0", 1), scored, worker.pass_fields("c:0", 3)),
+        (refused, short("b:0", 5), worker.pass_fields("a:0", 6)),
+    ):
+        seqs = worker.log.append([worker.request(**each) for each in fields])
+        worker.bell.ring()
+        for seq in seqs:
+            worker.result(seq)
+        assert seqs in [record.header.get("seqs") for record in worker.records], "one batch"
+
+    def states() -> dict[str, bytes]:
+        """Every bit of adapters and optimizers, after a step."""
+        found = {}
+        for model_id in ("a:0", "b:0", "c:0"):
+            folder = tmp_path / f"{model_id[0]}-{len(worker.processes)}"
+            fields = {"folder": str(folder), "path": f"tinker://{model_id}/weights/x", "overwrite": True}
+            worker.ok(worker.send("save_state", model_id=model_id, **fields))
+            for part in ("adapter_model", "optimizer"):
+                tensors = load_file(folder / f"{part}.safetensors")
+                found |= {f"{model_id} {part} {key}": values.tobytes() for key, values in tensors.items()}
+        return found
+
+    for model_id in ("a:0", "b:0", "c:0"):
+        worker.ok(worker.optim_step(model_id))
+    before = states()
+    worker.processes[-1].kill()
+    worker.processes[-1].wait()
+    worker.start()
+    after = states()
+    assert {key for key in before if before[key] != after[key]} == set()
+    worker.send("close")
+    assert worker.processes[-1].wait(120) == 0
+    check_answered_once(worker)
 
 
 def test_the_elastic_agent_brings_a_killed_rank_back(

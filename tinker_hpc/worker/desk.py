@@ -15,6 +15,7 @@ import numpy as np
 from tinker_hpc.log import Bell, Lease, LogReader, Record
 from tinker_hpc.log.looking import LAG_S
 from tinker_hpc.patience import until_written
+from tinker_hpc.worker.batch import train_groups
 from tinker_hpc.worker.parting import Parting
 from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.ranks import EndWorker, Failure
@@ -103,7 +104,7 @@ class Desk:
                 return [Record({"command": "rewind"})]
             snapshot = self._snapshots.order()
             if batch is not None:
-                return self._orders(batch.kind, batch.requests, snapshot)
+                return self._orders(batch.kind, batch.requests, snapshot, batch.groups)
             if snapshot is not None:
                 return self._orders("idle", (), snapshot)
             if self._read():  # over the backlog's limit, and yet nothing can run: a gap is to be closed
@@ -257,12 +258,14 @@ class Desk:
                     time.sleep(0.1)
                 continue
             self._redo.batches.popleft()
-            runnable = self._runnable(requests)
+            groups = train_groups(requests, self._alone_of(requests))  # as it was cut then, with those that end here
+            runnable = self._runnable(requests, also=self._redo.together_with_new(groups))
             self._num_redone += sum(self._redo.is_answered(request) for request in runnable)
             if not self._redo.batches:
                 self._say_redone()
             if runnable:
-                return Batch("sample" if runnable[0].header["op"] == "sample" else "train", tuple(runnable))
+                kind = "sample" if runnable[0].header["op"] == "sample" else "train"
+                return Batch(kind, tuple(runnable), groups=tuple(groups))
         if self._rewound:
             return None
         self._say_redone()
@@ -275,15 +278,18 @@ class Desk:
             self._publish(Record({"op": "redone", "num_requests": self._num_redone, "seconds": seconds}))
             self._redo_began = None
 
-    def _runnable(self, requests: Iterable[Record]) -> list[Record]:
-        """Those to compute. The others, answered before and without effect, or known to break a rank, end here."""
+    def _runnable(self, requests: Iterable[Record], *, also: Collection[int] = ()) -> list[Record]:
+        """Those to compute. The others, answered before and without effect, or known to break a rank, end here.
+
+        Args: also: seqs to compute although they were answered.
+        """
         run = []
         for request in requests:
             self._backlog -= _size(request)
             if not self._redo.is_answered(request) and request.header["seq"] in self._poison:
                 self.finish(request, self._poison[request.header["seq"]])
                 continue
-            if self._redo.must_run(request):
+            if self._redo.must_run(request) or request.header["seq"] in also:
                 if request.header.get("compacted"):
                     raise EndWorker(
                         f"request {request.header['seq']} has to be computed again, but its payload was compacted away "
@@ -300,22 +306,39 @@ class Desk:
                 self._refuse(refusal)
         return run
 
-    def _orders(self, command: str, requests: Sequence[Record], snapshot: Order | None) -> Orders:
+    def _orders(
+        self,
+        command: str,
+        requests: Sequence[Record],
+        snapshot: Order | None,
+        groups: Sequence[Sequence[Record]] | None = None,
+    ) -> Orders:
         self._record_batch(requests)
         # Samples that are not run again still decide which snapshot was used longest ago.
         touched, self._touched = self._touched, []
         if command == "sample":
             self._note_sampling(requests)
-        order = {"command": command, "touched": touched, "snapshot": snapshot, **self._how(requests)}
+        order = {"command": command, "touched": touched, "snapshot": snapshot, **self._how(requests, groups)}
         return [Record(order), *requests]
 
-    def _how(self, requests: Sequence[Record]) -> dict[str, list[Any]]:
-        """`alone`: the seqs of passes that are not to be computed together with others. `budgets`: [seq, tokens] of
-        those whose micro-batches are to be smaller than the worker's.
+    def _how(
+        self, requests: Sequence[Record], groups: Sequence[Sequence[Record]] | None = None
+    ) -> dict[str, list[Any]]:
+        """`groups`: the seqs of what is computed at once, in turn. `alone`: those of passes that are not to be computed
+        together with others. `budgets`: [seq, tokens] of those whose micro-batches are to be smaller than the worker's.
+
+        Args: groups: how the batch was cut when it ran first; None: it has not.
         """
-        alone = [r.header["seq"] for r in requests if r.header["seq"] in self._alone or self._redo.ran_alone(r)]
+        alone = self._alone_of(requests)
+        run = {request.header["seq"] for request in requests if request.header["op"] != "sample"}
+        cut = train_groups([r for r in requests if r.header["seq"] in run], alone) if groups is None else groups
+        seqs = [[r.header["seq"] for r in group if r.header["seq"] in run] for group in cut]
         found = [(r.header["seq"], self._redo.token_budget(r) or self._budgets.get(r.header["seq"])) for r in requests]
-        return {"alone": alone, "budgets": [[seq, budget] for seq, budget in found if budget is not None]}
+        budgets = [[seq, budget] for seq, budget in found if budget is not None]
+        return {"groups": [group for group in seqs if group], "alone": alone, "budgets": budgets}
+
+    def _alone_of(self, requests: Iterable[Record]) -> list[int]:
+        return [r.header["seq"] for r in requests if r.header["seq"] in self._alone or self._redo.ran_alone(r)]
 
     def _record_batch(self, requests: Sequence[Record]) -> None:
         """Say which requests run together, before their results (nothing if it is recorded already)."""

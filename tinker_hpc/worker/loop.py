@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 from tinker_hpc.log import Record
 from tinker_hpc.worker import split
-from tinker_hpc.worker.batch import train_groups
 from tinker_hpc.worker.desk import Desk, Orders
 from tinker_hpc.worker.hang import HangWatch
 from tinker_hpc.worker.parting import Parted
@@ -141,9 +140,13 @@ class Loop:
         raise Parted
 
     def _train(self, requests: Sequence[Record], how: Mapping[str, Any]) -> None:
-        """`how`: the desk's order: which passes are not to be mixed, and whose micro-batches are smaller."""
+        """`how`: the desk's order: what is computed at once, which passes are not to be mixed, and whose micro-batches
+        are smaller.
+        """
         alone, budgets = how["alone"], dict(how["budgets"])
-        for group in train_groups(requests, alone):
+        of_seq = {request.header["seq"]: request for request in requests}
+        for seqs in how["groups"]:
+            group = [of_seq[seq] for seq in seqs]
             given = [budgets[r.header["seq"]] for r in group if r.header["seq"] in budgets]
             budget = min(given) if given else None
             with self._watched(group):

@@ -12,7 +12,7 @@ same order on the same layout give the same bits.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,18 @@ class Redo:
             or (header["op"] == "forward_backward" and not header["forward_only"])
             or (header["op"] == "save_sampler_weights" and header.get("sampling_session_id") is not None)
         )
+
+    def together_with_new(self, groups: Iterable[Sequence[Record]]) -> set[int]:
+        """Answered passes that are computed again all the same: those that ran together with one whose answer was lost,
+        so that it comes out as it did beside them.
+        """
+        return {
+            request.header["seq"]
+            for group in groups
+            if len(group) > 1 and any(not self.is_answered(request) for request in group)
+            for request in group
+            if self.is_answered(request) and self.error_of(request) is None and not self.is_held(request)
+        }
 
     def difference(self, request: Record, fields: dict[str, Any]) -> str | None:
         """What came out otherwise than recorded, so that going on would be silently wrong; None if nothing."""

@@ -38,6 +38,9 @@ class Batch:
 
     kind: Literal["train", "sample"]
     requests: tuple[Record, ...]
+    groups: tuple[list[Record], ...] | None = None
+    """How it was cut into what is computed at once when it ran first, those among them that are not run again too; None
+    if it has not run before."""
 
     @property
     def seqs(self) -> list[int]:

@@ -14,6 +14,7 @@ from tinker_hpc.log import Lease, Record
 from tinker_hpc.worker import agent
 from tinker_hpc.worker.metrics import MetricsFile, StepMetrics, read_metrics
 from tinker_hpc.worker.redo import Redo
+from tinker_hpc.worker.snapshot_files import Coverage
 
 
 def request(op: str, seq: int = 1, **fields: Any) -> Record:
@@ -42,6 +43,20 @@ def test_only_what_leaves_state_behind_runs_again(asked: Record, again: bool) ->
     assert redo.must_run(asked) is again and redo.error_of(asked) is None
     redo.learn([Record({"op": asked.header["op"], "seq": 1, "ok": False, "error": "e"})])
     assert not redo.must_run(asked) and redo.error_of(asked) == "e"
+
+
+def test_answered_passes_run_again_beside_one_whose_answer_was_lost() -> None:
+    redo = Redo(held=Coverage(4))
+    answers = [{"op": "forward_backward", "seq": seq, "ok": seq != 8} | {"error": "e"} for seq in (1, 5, 8, 9)]
+    redo.learn([Record(header) for header in answers])
+
+    def again(*seqs: int) -> set[int]:
+        return redo.together_with_new([[request("forward_backward", seq, forward_only=True) for seq in seqs]])
+
+    assert again(5, 6) == {5}, "the answer to 6 was lost"
+    assert again(5, 9) == set() == again(5), "nothing was"
+    assert again(5, 6, 8) == {5}, "8 was refused: nothing was computed with it"
+    assert again(1, 6) == set(), "the state holds 1: its gradients must not be added twice"
 
 
 def test_batches_are_kept_in_order_and_notes_ignored() -> None:
