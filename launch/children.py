@@ -12,8 +12,10 @@ from pathlib import Path
 from launch import parting, process_tree
 from launch.job_spec import JobSpec
 from launch.log_tail import read_tail
+from launch.loop_start import sitecustomize
 from tinker_hpc.run_folder import RunFolder, seed_of_run
 
+_LOOP_START = Path(sitecustomize.__file__).parent
 MAX_RESTARTS = 3
 """How often torch's elastic agent starts the ranks again before it gives up."""
 
@@ -146,6 +148,7 @@ def gateway_environment(spec: JobSpec, environ: Mapping[str, str]) -> dict[str, 
 
 def loop_environment(spec: JobSpec, environ: Mapping[str, str], *, base_url: str, api_key: str) -> dict[str, str]:
     """Environment of the user's loop: where the gateway is, and the GPUs no rank uses."""
+    seed = str(seed_of_run(spec.run_id, environ))
     env = {
         **_without_proxy(environ),
         process_tree.RUN_ID_VARIABLE: spec.run_id,
@@ -154,8 +157,10 @@ def loop_environment(spec: JobSpec, environ: Mapping[str, str], *, base_url: str
         "TINKER_TELEMETRY": "0",
         # A log that is followed should not lag 8 KiB behind.
         "PYTHONUNBUFFERED": "1",
-        # The order of sets of texts is the same when the loop is started again (tinker_hpc/loop.py).
-        "PYTHONHASHSEED": str(seed_of_run(spec.run_id, environ)),
+        # The order of sets of texts, and what it draws, is the same when the loop is started again.
+        "PYTHONHASHSEED": seed,
+        sitecustomize.SEED_VARIABLE: seed,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_LOOP_START), environ.get("PYTHONPATH")])),
         # `python program.py` means the interpreter tinker_hpc is installed in.
         "PATH": f"{os.path.dirname(sys.executable)}:{environ.get('PATH', '/usr/bin:/bin')}",
     }

@@ -29,7 +29,8 @@ from tinker_hpc.run_folder import RunFolder, seed_of_run, write_bytes
 def seed_everything(run_id: str) -> None:
     """Seed `random` and numpy's global generator from the run's id; torch's own default seed is a constant.
 
-    The seed of hashing (PYTHONHASHSEED) has to be there before Python starts: launch/children.py sets it.
+    The seed of hashing (PYTHONHASHSEED) has to be there before Python starts: launch/children.py sets it. What is
+    imported with the payload may have drawn already, from launch/loop_start/sitecustomize.py's.
     """
     seed = seed_of_run(run_id, os.environ)
     random.seed(seed)
