@@ -69,7 +69,7 @@ memory: $(STAMP)
 end-to-end: $(STAMP)
 	tests/contract/install.sh
 	$(PYTEST) tests/end_to_end
-	$(PYTEST) tests/contract -m slow
+	$(PYTEST) tests/contract -m "slow and not by_hand"
 
 cookbook-env: $(COOKBOOK_STAMP)
 
@@ -89,6 +89,7 @@ slurm: $(STAMP)
 slurm-long: $(STAMP)
 	tests/slurm/install.sh
 	$(PYTEST) tests/slurm -m slow
+	$(PYTEST) tests/contract -m by_hand
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run_all.py
