@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
-from tinker_hpc.config import ClusterProfile
+from tinker_hpc.config import ClusterProfile, parse_memory_gib
 from tinker_hpc.errors import ConfigError
 
 # A run id is the job's name, a folder name and a word in squeue's output: nothing in it may need quoting.
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _T = TypeVar("_T")
-_MEMORY = re.compile(r"[1-9]\d*[KMGT]?")
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,8 @@ class JobSpec:
                 f"ranks_per_node is {self.ranks_per_node} but gpus_per_node {self.gpus_per_node}: each rank needs a "
                 "GPU of its own. Ask for more GPUs per node or spread the ranks over more nodes."
             )
-        if self.memory is not None and not _MEMORY.fullmatch(self.memory):
-            raise ConfigError(f"memory is {self.memory!r}; write a number and K, M, G or T, for example 64G.")
+        if self.memory is not None:
+            parse_memory_gib(self.memory)
         if self.cluster.executor == "local" and self.nodes != 1:
             raise ConfigError(
                 f"nodes is {self.nodes}, but cluster {self.cluster.name!r} is this machine alone (executor local): "
@@ -130,11 +129,6 @@ class JobSpec:
     def memory_per_node(self) -> str | None:
         """The memory to ask for: the job's own, else the profile's."""
         return self.memory or self.cluster.memory
-
-    @property
-    def num_gpus(self) -> int:
-        """GPUs over all nodes."""
-        return self.nodes * self.gpus_per_node
 
     @property
     def variables(self) -> dict[str, str]:

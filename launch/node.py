@@ -70,7 +70,6 @@ class Node:
         self.started_at = time.time()
         self.agent: Child | None = None
         self._kills_before = memory_kills.count()  # a local job shares its cgroup with others
-        self._kills_elsewhere = 0
         self._signals: list[int] = []
         self._stopped_watch = StoppedWatch()
         self._next_look_for_stopped = 0.0

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 from launch.memory_model import (
@@ -222,21 +223,18 @@ def _reasons(
 ) -> list[str]:
     """The plan in words, the most important first."""
     split, capacity = chosen.split, machine.memory_gib
-    whole = sizes.num_parameters * job.bytes_per_number / GIB
+    whole = sizes.num_parameters * job.bytes_per_number
     dtype = "bfloat16" if machine.on_gpu else "float32"
     count = f"{machine.world_size} rank" + ("s" if machine.world_size > 1 else "")
     room = f"of {capacity:g} GiB" if math.isfinite(capacity) else "whose memory is not known"
     words = [
-        f"The weights are {whole:.2f} GiB in {dtype} ({sizes.num_parameters / 1e9:.2f} billion parameters), "
+        f"The weights are {_size_text(whole)} in {dtype} ({_count_text(sizes.num_parameters)} parameters), "
         f"for {count} {room}, {machine.ranks_per_node} on a node."
     ]
     if split.tp_size > 1:
         words.append(_why_tp(wish, chosen, costed))
     if sizes.num_experts:
-        words.append(
-            f"Expert parallel size {split.ep_size}: every rank holds {sizes.num_experts // split.ep_size} of the "
-            f"{sizes.num_experts} experts of a layer."
-        )
+        words.append(_why_ep(sizes, wish, chosen, costed))
     if split.pp_size > 1:
         words.append(
             f"{split.pp_size} pipeline stages: "
@@ -265,9 +263,31 @@ def _why_tp(wish: Wish, chosen: _Costed, costed: list[_Costed]) -> str:
     if not smaller:
         return f"Tensor parallel size {size}."
     best = max(smaller, key=lambda c: (c.tokens, c.room))
-    left = f"room for {best.tokens} tokens at a time" if best.room > 0 else "no room beside the weights"
-    would = f"{best.split.tp_size} would leave {left}"
-    return f"Tensor parallel size {size}: {would}; {size} leaves {chosen.tokens}."
+    return (
+        f"Tensor parallel size {size}: {best.split.tp_size} would leave {_left(best)}; {size} leaves {chosen.tokens}."
+    )
+
+
+def _why_ep(sizes: ModelSizes, wish: Wish, chosen: _Costed, costed: list[_Costed]) -> str:
+    size = chosen.split.ep_size
+    if size == 1:
+        return f"Expert parallel size 1: every rank holds all {sizes.num_experts} experts of a layer."
+    words = (
+        f"Expert parallel size {size}: every rank holds {sizes.num_experts // size} of the {sizes.num_experts} experts "
+        "of a layer"
+    )
+    if wish.ep_size:
+        return f"{words}, as given."
+    alike = [c for c in costed if replace(c.split, ep_size=size) == chosen.split and c.recompute == chosen.recompute]
+    smaller = [c for c in alike if c.split.ep_size < size]
+    if not smaller:
+        return f"{words}."
+    best = max(smaller, key=lambda c: (c.tokens, c.room))
+    return f"{words}; {best.split.ep_size} would leave {_left(best)}."
+
+
+def _left(costed: _Costed) -> str:
+    return f"room for {costed.tokens} tokens at a time" if costed.room > 0 else "no room beside the weights"
 
 
 def _why_recompute(chosen: _Costed, costed: list[_Costed]) -> str:
@@ -289,13 +309,29 @@ def _why_long(sizes: ModelSizes, chosen: _Costed, longest: int) -> str:
 
 
 def _what_would_fit(sizes: ModelSizes, machine: Machine, wish: Wish, job: Job) -> str:
-    """The smallest number of such nodes on which it would fit."""
+    """The smallest number of such ranks on a node, and of such nodes, with which it would fit."""
     job = replace(job, recompute=True)
-    for nodes in range(machine.nodes + 1, 65):
-        more = Machine(nodes, machine.ranks_per_node, machine.memory_gib, machine.on_gpu)
-        if any(_cost(sizes, more, split, job).fits for split in possible_layouts(sizes, more, wish)):
-            return f"It would fit on {nodes} such nodes."
+
+    def fits(more: Machine) -> bool:
+        return any(_cost(sizes, more, split, job).fits for split in possible_layouts(sizes, more, wish))
+
+    what = "GPUs" if machine.on_gpu else "ranks, each with as much memory,"
+    wider = (n for n in (2, 4, 8) if n > machine.ranks_per_node and fits(replace(machine, ranks_per_node=n)))
+    longer = (n for n in range(machine.nodes + 1, 65) if fits(replace(machine, nodes=n)))
+    ways = [f"with {n} such {what} on a node" for n in islice(wider, 1)] + [
+        f"on {n} such nodes" for n in islice(longer, 1)
+    ]
+    if ways:
+        return f"It would fit {', or '.join(ways)}."
     return "It would not fit on 64 such nodes either: take GPUs with more memory, or a smaller model."
+
+
+def _size_text(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _count_text(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"
 
 
 def _divisors(number: int) -> list[int]:

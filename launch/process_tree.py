@@ -138,13 +138,6 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def reap() -> None:
-    """Collect the exit codes of adopted orphans. Only for when no child is waited for by anyone else."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
 def child_setup(death_signal: int = signal.SIGTERM) -> Callable[[], None]:
     """A `preexec_fn` for our children.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch.host import CommandResult, Host
 from launch.job_spec import JobSpec
-from launch.refusals import Verdict, explain_refusal, verdict
+from launch.refusals import Verdict, explain_refusal, gist, verdict
 from tinker_hpc.errors import SlurmUnavailableError
 
 _LOOKUP_WAITS_S = (0.0, 1.0, 2.0, 4.0, 8.0)
@@ -43,8 +43,8 @@ def sbatch(spec: JobSpec, script: Path, host: Host, *, options: Sequence[str] = 
         raise explain_refusal(result, spec)
     if meaning is Verdict.UNREACHED:
         raise SlurmUnavailableError(
-            f"run {spec.run_id} was not submitted, Slurm cannot be reached: {result.words} Nothing is in the queue; "
-            "submit again when `scontrol ping` says UP.",
+            f"run {spec.run_id} was not submitted, Slurm cannot be reached: {gist(result)} Nothing is in the queue; "
+            'submit again when `scontrol ping` says UP, or use cluster "local": this machine, without Slurm.',
             command="sbatch",
             job_may_exist=False,
         )

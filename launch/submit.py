@@ -10,6 +10,8 @@ Written in this order, so that a client killed at any line leaves a run that can
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,11 +23,13 @@ from launch.job_spec import JobSpec
 from launch.squeue import live_jobs
 from launch.submitted import SubmittedJob
 from launch.successor import submit_after
-from tinker_hpc.errors import SlurmUnavailableError
+from tinker_hpc.errors import ConfigError, SlurmUnavailableError
 from tinker_hpc.run_folder import RunFolder, make_private, write_json
 
 __all__ = ["SubmittedJob", "cancel", "submit"]
 
+WORKER_PACKAGES = ("torch", "megatron", "transformers", "safetensors")
+"""What a worker imports that the client side does not need."""
 _CANCEL_ROUNDS = 10
 _CANCEL_PAUSE_S = 0.3
 CANCEL_GRACE_S = 40.0
@@ -38,6 +42,7 @@ def submit(spec: JobSpec, run_folder: RunFolder, *, host: Host | None = None, ag
     Args: again: the run ended and is resumed: its next job, with this spec from now on.
 
     Raises:
+        ConfigError: the worker's packages are not installed.
         SubmissionError: the scheduler refused; its own words and what to change.
         SlurmUnavailableError: no answer. If the job may exist all the same, the message says how to find out.
     """
@@ -47,6 +52,7 @@ def submit(spec: JobSpec, run_folder: RunFolder, *, host: Host | None = None, ag
     earlier = SubmittedJob.of(run_folder)
     if earlier is not None and not again:
         return earlier
+    check_packages(spec)
     host = host or LocalHost()
     make_private(run_folder.slurm)
     make_private(run_folder.logs)
@@ -82,6 +88,21 @@ def submit(spec: JobSpec, run_folder: RunFolder, *, host: Host | None = None, ag
         for _ in range(site.LADDER_RUNGS):
             submit_after(spec, run_folder, host, ["singleton"])
     return job
+
+
+def check_packages(spec: JobSpec) -> None:
+    """Refuse a worker whose Python, which is this one, lacks its packages: it would say so after its time in the queue.
+
+    Raises: ConfigError. A profile with another `python`, or with `setup` lines that may change it, is not looked at.
+    """
+    if spec.kind == "driver" or spec.cluster.python is not None or spec.cluster.setup:
+        return
+    if missing := [name for name in WORKER_PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ConfigError(
+            f"{sys.executable} has no {', '.join(missing)}, which a worker on cluster {spec.cluster.name!r} needs. "
+            'Install them (pip install "tinker_hpc[worker]"), or name a Python that has them: '
+            f"`python` in [clusters.{spec.cluster.name}] of the configuration."
+        )
 
 
 def cancel(jobs: Sequence[SubmittedJob], *, host: Host | None = None) -> None:

@@ -6,7 +6,6 @@ with what the architecture requires, so that a wrong folder fails at once and wi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from tinker_hpc import quantised
 from tinker_hpc.errors import WeightsError
+from tinker_hpc.model_folder import listing, weight_files
 
 from .expected_tensors import expected_shapes
 from .experts import StackedExperts
@@ -35,7 +35,7 @@ class Checkpoint:
     def __init__(self, folder: Path, fp8_block: quantised.Block | None = None) -> None:
         """fp8_block: `Architecture.fp8_block`. Raises: WeightsError."""
         self.folder = folder
-        self._files = {path.name: _open(path) for path in _safetensors_files(folder)}
+        self._files = {path.name: _open(path) for path in weight_files(folder)}
         self._file_of = {name: file for file in self._files.values() for name in file.keys()}  # noqa: SIM118
         self._fp8_block = fp8_block
         views = {name: file.get_slice(name) for name, file in self._file_of.items()}
@@ -88,16 +88,16 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, t
     """
     complaints = []
     if missing := sorted(expected.keys() - found.keys()):
-        complaints.append(f"missing: {_listing(missing)}")
+        complaints.append(f"missing: {listing(missing)}")
     if extra := sorted(found.keys() - expected.keys()):
-        complaints.append(f"unexpected: {_listing(extra)}")
+        complaints.append(f"unexpected: {listing(extra)}")
     wrong = [
         f"{name} is {list(found[name])}, expected {list(expected[name])}"
         for name in sorted(expected.keys() & found.keys())
         if found[name] != expected[name]
     ]
     if wrong:
-        complaints.append(f"wrong shape: {_listing(wrong)}")
+        complaints.append(f"wrong shape: {listing(wrong)}")
     if complaints:
         raise WeightsError(
             f"the tensors in {where} do not fit. {'; '.join(complaints)}. "
@@ -240,29 +240,8 @@ def interleave_qkv(q: Tensor, k: Tensor, v: Tensor, *, groups: int) -> Tensor:
     return torch.cat(parts, dim=1).reshape(-1, *q.shape[1:])
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif (folder / "model.safetensors").exists():
-        names = ["model.safetensors"]
-    else:
-        raise WeightsError(
-            f"{folder} holds neither model.safetensors nor model.safetensors.index.json. Only safetensors are read; "
-            "convert other formats with transformers' save_pretrained."
-        )
-    if missing := [name for name in names if not (folder / name).exists()]:
-        raise WeightsError(f"{index} names files that are not there: {_listing(missing)}. Download the model again.")
-    return [folder / name for name in names]
-
-
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
         raise WeightsError(f"{path} is not a readable safetensors file ({error}). Download it again.") from error
-
-
-def _listing(names: list[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinker_hpc.errors import UnknownBaseModelError
+from tinker_hpc.errors import UnknownBaseModelError, WeightsError
+from tinker_hpc.model_folder import HUB_FILES, weight_files
 
-# What a model folder needs to be loaded; the rest of a hub repository (originals, GGUF, images) can be huge.
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -50,43 +49,43 @@ class BaseModel:
         return str(self.folder)
 
 
-def resolve(name: str, mapping: Mapping[str, str] | None = None, *, download: bool = True) -> BaseModel:
+def resolve(name: str, mapping: Mapping[str, str] | None = None, *, weights: bool = True) -> BaseModel:
     """Find the base model `name` and read its config.json.
 
     Args:
         name: a folder (absolute, relative to here, or with ~) or a hub name ("Qwen/Qwen3-8B").
         mapping: `[base_models]` of the configuration: name -> folder.
-        download: whether the hub may be asked at all. HF_HUB_OFFLINE=1 forbids it too.
+        weights: whether its weights must be there too, and are downloaded where they are not. Without, config.json is
+            enough and the one file that is downloaded. HF_HUB_OFFLINE=1 forbids both.
 
-    Raises: UnknownBaseModelError, listing every place searched and what to do next.
+    Raises: UnknownBaseModelError, listing every place searched and what to do next; or naming the files that are
+        missing of a folder that was given.
     """
     searched: list[str] = []
     mapped = (mapping or {}).get(name)
     if mapped is not None:
         folder = Path(mapped).expanduser()
         if folder.is_dir():
-            return read(name, folder.resolve())
+            return _with_weights(read(name, folder.resolve()), weights)
         searched.append(f"[base_models] in the configuration says {mapped}, which is not a folder")
     else:
         searched.append(f"[base_models] in the configuration has no {name!r}")
 
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return read(public_name(name, folder), folder.resolve())
+        return _with_weights(read(public_name(name, folder), folder.resolve()), weights)
     searched.append(f"no folder {folder.absolute()}")
 
     if not HUB_NAME.fullmatch(name):
         searched.append("not a hub name (organisation/model), so the hub was not asked")
         raise _unknown(name, searched)
-    cached = _in_cache(name, searched)
+    cached = _in_cache(name, searched, weights)
     if cached is not None:
         return read(name, cached)
-    if not download or _offline():
-        searched.append(
-            "the hub was not asked: " + ("HF_HUB_OFFLINE=1" if _offline() else "downloads are not allowed here")
-        )
+    if _offline():
+        searched.append("the hub was not asked: HF_HUB_OFFLINE=1")
         raise _unknown(name, searched)
-    return read(name, _download(name, searched))
+    return read(name, _download(name, searched, HUB_FILES if weights else ("config.json",)))
 
 
 def read(name: str, folder: Path) -> BaseModel:
@@ -129,6 +128,15 @@ def read(name: str, folder: Path) -> BaseModel:
     )
 
 
+def _with_weights(model: BaseModel, weights: bool) -> BaseModel:
+    """The same model. Raises: UnknownBaseModelError if weights are asked for and its folder lacks some."""
+    try:
+        weight_files(model.folder) if weights else None
+    except WeightsError as error:
+        raise UnknownBaseModelError(f"base model {model.name!r}: {error}", name=model.name) from error
+    return model
+
+
 def public_name(name: str, folder: Path) -> str:
     """The name a model goes by: a hub name as it is, a path as absolute path in a form the SDK does not misread.
 
@@ -162,22 +170,28 @@ def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
-def _in_cache(name: str, searched: list[str]) -> Path | None:
+def _in_cache(name: str, searched: list[str], weights: bool) -> Path | None:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        folder = Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError):
         searched.append(f"not in the Hugging Face cache {constants.HF_HUB_CACHE}")
         return None
+    try:
+        weight_files(folder) if weights else None
+    except WeightsError as error:  # a download that was cut short, or of config.json alone: what is missing is got
+        searched.append(f"not whole in the Hugging Face cache: {error}")
+        return None
+    return folder
 
 
-def _download(name: str, searched: list[str]) -> Path:
+def _download(name: str, searched: list[str], files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the hub's client raises httpx, OSError and its own errors; the words are what helps
         searched.append(f"the hub answered: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         raise _unknown(name, searched) from error

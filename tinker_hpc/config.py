@@ -18,6 +18,7 @@ The environment wins over the file, an argument (`cluster=`) wins over both. Eve
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -30,7 +31,6 @@ from typing import Any, Literal
 from tinker_hpc.errors import ConfigError, UnknownClusterError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_MEMORY = re.compile(r"\d+[KMGT]?")
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class ClusterProfile:
             raise ConfigError(f"{where}: a name is letters, digits, `-`, `_` and `.`, starting with a letter or digit.")
         if self.executor not in ("slurm", "local"):
             raise ConfigError(f'{where}: executor is {self.executor!r}; it must be "slurm" or "local".')
-        if self.memory is not None and not _MEMORY.fullmatch(self.memory):
-            raise ConfigError(f'{where}: memory is {self.memory!r}; write a number and K, M, G or T, e.g. "64G".')
+        if self.memory is not None:
+            parse_memory_gib(self.memory, where)
         for name, least in (
             ("gpus_per_node", 0),
             ("gpu_memory_gib", 1),
@@ -288,6 +288,19 @@ def _folder(text: str, environ: Mapping[str, str], where: str) -> Path:
         return environ[variable]
 
     return Path(os.path.abspath(os.path.expanduser(_VARIABLE.sub(value, text))))
+
+
+def parse_memory_gib(memory: str, where: str = "") -> float:
+    """GiB of a memory size as Slurm takes it: `64G`; a bare number is MiB. Infinite for `0`, all that a node has.
+
+    Raises: ConfigError for anything else.
+    """
+    match = re.fullmatch(r"(\d+)([KMGT]?)", memory)
+    if match is None:
+        here = f"{where}: " if where else ""
+        raise ConfigError(f"{here}memory is {memory!r}; write a number and K, M, G or T, for example 64G.")
+    number, unit = int(match[1]), match[2] or "M"
+    return number * {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2.0**10}[unit] if number else math.inf
 
 
 def parse_time_limit_min(time_limit: str | int | None, *, default: int) -> int:

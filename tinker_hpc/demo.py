@@ -9,18 +9,20 @@ loss and a sample before and after, a loss curve, and a PEFT adapter that transf
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 import warnings
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import tinker_hpc
 from tinker_hpc.checkpoints import export_peft, find_checkpoint
-from tinker_hpc.errors import TinkerHpcError, WeightsError
+from tinker_hpc.errors import ConfigError, TinkerHpcError, WeightsError
 from tinker_hpc.recipes import sft
 from tinker_hpc.recipes.sft import SftResult
 
@@ -107,6 +109,12 @@ def check_adapter(base_model: Path, adapter: Path, result: SftResult) -> float:
     return gap
 
 
+def command_line() -> str:
+    """How `tinker-hpc` is called here: by its path where no activated environment has it on PATH."""
+    beside = Path(sys.executable).with_name("tinker-hpc")
+    return "tinker-hpc" if shutil.which("tinker-hpc") or not beside.exists() else str(beside)
+
+
 def summary(result: SftResult) -> Table:
     """Before and after, side by side."""
     table = Table("", "before", "after", title="sums it never trained on")
@@ -125,6 +133,11 @@ def main() -> None:
     console = Console()
     started = time.monotonic()
     try:
+        if not BASE_MODEL.is_dir():
+            raise ConfigError(
+                f"the demo's model is not at {BASE_MODEL}: it is part of the repository, not of the installed package. "
+                "Clone the repository and run `make demo` there."
+            )
         run = tinker_hpc.submit(
             sft.train,
             str(BASE_MODEL),
@@ -133,9 +146,9 @@ def main() -> None:
             cluster="local",
             name="demo",
         )
-        console.print(
-            f"submitted run [bold]{run.id}[/bold]; from another terminal: tinker-hpc status {run.id}", soft_wrap=True
-        )
+        console.print("A small model learns to do sums as a ship's mate: LoRA, by an ordinary Tinker program.")
+        console.print(f"Submitted run [bold]{run.id}[/bold]; from another terminal:", soft_wrap=True)
+        console.print(f"  {command_line()} status {run.id}", soft_wrap=True)
         try:
             watch(run, arguments.steps, console)
             result = run.result()
@@ -146,7 +159,7 @@ def main() -> None:
         adapter = export_peft(find_checkpoint(run.folder.data_root, result.adapter_path), out / "adapter")
         gap = check_adapter(BASE_MODEL, adapter, result)
     except TinkerHpcError as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True)
+        console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
     curve = out / "loss.png"
     draw_losses(result.losses, result.loss_before, result.loss_after, curve)

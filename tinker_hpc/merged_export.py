@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from tinker_hpc.base_models import HUB_FILES
 from tinker_hpc.errors import ConfigError, DataRootError, WeightsError
-from tinker_hpc.model_tensors import INDEX, ModelTensors
+from tinker_hpc.model_folder import HUB_FILES, INDEX
+from tinker_hpc.model_tensors import ModelTensors
 from tinker_hpc.safetensors_file import TensorFile, as_bytes, num_bytes, write_tensors
 
 EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"

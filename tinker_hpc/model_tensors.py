@@ -11,9 +11,8 @@ import numpy as np
 
 from tinker_hpc import quantised, safetensors_file
 from tinker_hpc.errors import WeightsError
+from tinker_hpc.model_folder import weight_files
 from tinker_hpc.safetensors_file import TensorFile
-
-INDEX = "model.safetensors.index.json"
 
 
 class ModelTensors:
@@ -24,7 +23,7 @@ class ModelTensors:
         self.folder = folder
         self.shards: list[TensorFile] = []
         try:
-            for path in _shards(folder):
+            for path in weight_files(folder):
                 self.shards.append(TensorFile(path))
             self._block = quantised.fp8_block(_config(folder), str(folder / "config.json"))
             self._shard_of = {name: shard for shard in self.shards for name in shard.tensors}
@@ -88,12 +87,3 @@ def _config(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise WeightsError(f"cannot read {folder / 'config.json'}: {error}. Give a Hugging Face model.") from error
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The files of the weights. Raises: WeightsError if there are none."""
-    if (folder / INDEX).exists():
-        return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    raise WeightsError(f"{folder} holds neither model.safetensors nor {INDEX}: there is nothing to merge into.")

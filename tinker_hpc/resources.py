@@ -16,7 +16,7 @@ from launch.job_spec import JobSpec, Layout
 from launch.model_sizes import read_sizes
 from launch.plan import Machine, Plan, Wish, make_plan
 from tinker_hpc.base_models import BaseModel
-from tinker_hpc.config import ClusterProfile, parse_time_limit_min
+from tinker_hpc.config import ClusterProfile, parse_memory_gib, parse_time_limit_min
 from tinker_hpc.errors import ConfigError
 
 CPUS_PER_GPU = 4
@@ -205,9 +205,7 @@ def rank_memory_gib(profile: ClusterProfile, gpus_per_node: int, ranks_per_node:
         return float(known_gpu_memory_gib(profile) or ASSUMED_GPU_MEMORY_GIB)
     if memory is None:
         return math.inf
-    units = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2.0**10}
-    unit = memory[-1] if memory[-1] in units else "M"
-    return float(memory.rstrip("KMGT")) * units[unit] / ranks_per_node
+    return parse_memory_gib(memory) / ranks_per_node
 
 
 def known_gpu_memory_gib(profile: ClusterProfile) -> int | None:

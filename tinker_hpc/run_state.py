@@ -160,7 +160,7 @@ def combine(run_id: str, own: OwnFiles, job: JobStatus | None) -> RunStatus:
         estimated_start=job.estimated_start if job else None,
         nodes=job.nodes if job else (),
         exit_code=exit_code if exit_code is not None else job.exit_code if job else None,
-        gpu_hours=job.gpu_hours if job else None,
+        gpu_hours=0.0 if own.spec.get("gpus_per_node") == 0 else job.gpu_hours if job else None,
         peak_memory_gib=job.peak_memory_gib if job else None,
     )
 

@@ -164,10 +164,10 @@ def job_specs(
     command: tuple[str, ...] | None = None,
     environment: Mapping[str, str] | None = None,
     driver: Driver = "together",
-    download: bool = True,
+    weights: bool = True,
 ) -> list[JobSpec]:
     """The jobs of a run: the first carries gateway, loop and the first model's worker, the others a worker each.
-    With a separate driver the first carries gateway and loop alone.
+    With a separate driver the first carries gateway and loop alone. Without `weights` config.json is enough.
 
     Raises: ConfigError for no or the same base model twice, or sizes that cannot go together; UnknownBaseModelError.
     """
@@ -176,7 +176,7 @@ def job_specs(
     if driver not in ("together", "separate"):
         raise ConfigError(f'driver is {driver!r}; it must be "together" (on the worker\'s node) or "separate".')
     separate = driver == "separate"
-    models = [resolve(asked, config.base_models, download=download) for asked in base_models]
+    models = [resolve(asked, config.base_models, weights=weights) for asked in base_models]
     specs: list[JobSpec] = []
     for index, (asked, model) in enumerate(zip(base_models, models, strict=True)):
         if model.folder in [earlier.folder for earlier in models[:index]]:

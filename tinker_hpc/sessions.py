@@ -113,19 +113,19 @@ class Session:
             model = resolve(base_model, self._config.base_models)
             first = not self._served
             folder = self.folder if first else self.folder.add_worker_run(len(self._served))
-            spec = build_job_spec(
-                self._resources,
-                profile=self._profile,
-                base_model=model,
-                asked_base_model=base_model,
-                run_id=folder.run_id,
-                kind="session",
-                name=self._name,
-                per_expert=self._config.expert_lora == "per_expert",
-            )
             try:
+                spec = build_job_spec(
+                    self._resources,
+                    profile=self._profile,
+                    base_model=model,
+                    asked_base_model=base_model,
+                    run_id=folder.run_id,
+                    kind="session",
+                    name=self._name,
+                    per_expert=self._config.expert_lora == "per_expert",
+                )
                 submit_job(spec, folder)
-            except SubmissionError:
+            except (ConfigError, SubmissionError):
                 folder.spec.unlink(missing_ok=True)  # refused: there is no job, so nothing to list
                 folder.worker(0).declaration.unlink(missing_ok=True)
                 if not first:

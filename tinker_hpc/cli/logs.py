@@ -28,6 +28,9 @@ def logs(run_id: str, following: bool, which: str, tail: int | None, as_json: bo
             emit({"id": run.id, "which": which, "text": text, "paths": {k: str(v) for k, v in run.log_paths.items()}})
         else:
             click.echo(text, nl=False)
+            if not text:
+                others = ", ".join(name for name in run.log_paths if name != which) or "none yet"
+                click.echo(f"(nothing in log {which!r}; other logs, for --which: {others})", err=True)
         return 0
     try:
         follow(run, log=which, out=_json_lines() if as_json else to_stdout)

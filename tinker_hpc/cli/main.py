@@ -5,9 +5,11 @@ Exit codes: 0; 1 a run failed, or the machinery did; 2 the user's mistake; 130 C
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -53,6 +55,13 @@ class LazyGroup(click.Group):
             return None
         return getattr(import_module(f"tinker_hpc.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[0] not in COMMANDS:
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            ctx.fail(f"No such command {args[0]!r}.{meant} `tinker-hpc --help` lists them.")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
@@ -67,7 +76,7 @@ def cli(debug: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry: runs a command and turns its error into one message and an exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
     # Ours only before `--`: what follows belongs to the user's program.
     ours = argv[: argv.index("--")] if "--" in argv else argv
     try:

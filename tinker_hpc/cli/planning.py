@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import click
 
-from launch.memory_model import GIB
+from launch.memory_model import GIB, MARGIN
 from launch.plan import Plan
 from tinker_hpc.cli.options import json_option
 from tinker_hpc.cli.output import emit, fields, table
@@ -43,7 +44,7 @@ def plan(
     from launch.plan import Machine
     from tinker_hpc.base_models import resolve
     from tinker_hpc.config import load_config
-    from tinker_hpc.resources import plan_for, rank_memory_gib
+    from tinker_hpc.resources import known_gpu_memory_gib, plan_for, rank_memory_gib
 
     config = load_config()
     profile = config.profile(cluster)
@@ -51,9 +52,18 @@ def plan(
     ranks_per_node = gpus_per_node or 1
     known = rank_memory_gib(profile, gpus_per_node, ranks_per_node, memory or profile.memory)
     machine = Machine(nodes, ranks_per_node, gpu_memory if gpu_memory and gpus_per_node else known, gpus_per_node > 0)
-    model = resolve(base_model, config.base_models, download=False)
+    model = resolve(base_model, config.base_models, weights=False)
     per_expert = config.expert_lora == "per_expert"
     made = plan_for(model, machine, tp_size=tp_size, lora_rank=lora_rank, num_adapters=adapters, per_expert=per_expert)
+    if gpus_per_node and gpu_memory is None and known_gpu_memory_gib(profile) is None:
+        made = replace(
+            made,
+            reasons=(
+                *made.reasons,
+                f"How much memory a GPU has is not known: {known:g} GiB are assumed. Give --gpu-memory, or set "
+                f"gpu_memory_gib in [clusters.{profile.name}] of the configuration.",
+            ),
+        )
     if as_json:
         emit({"base_model": model.name, "nodes": nodes, "ranks_per_node": ranks_per_node, **made.to_json()})
         return
@@ -62,27 +72,35 @@ def plan(
 
 def _show(made: Plan) -> None:
     sizes = f"tp {made.tp_size}, ep {made.ep_size}, pp {made.pp_size}, dp {made.dp_size}, {made.dtype}"
-    fields(
-        {
-            "layout": sizes,
-            "fits": "yes" if made.fits else "no",
+    shown = {"layout": sizes, "fits": "yes" if made.fits else "no"}
+    if made.fits:
+        copies = f" in each of {made.dp_size} data parallel copies" if made.dp_size > 1 else ""
+        shown |= {
             "micro-batch": f"{made.token_budget} tokens",
             "longest sequence": f"{made.longest_sequence} tokens in training",
             "activations": "computed again in the backward" if made.recompute else "kept for the backward",
-            "KV cache": f"{made.cache_tokens} tokens in each of {made.dp_size} copies",
+            "KV cache": f"{made.cache_tokens} tokens of samples under way{copies}",
         }
-    )
+    fields(shown)
     click.echo()
     held = made.memory
     rows = [
         ("weights", held.weights, ""),
         ("adapters", held.adapters, "with gradients and Adam moments"),
         ("activations", held.activations, "of a micro-batch"),
-        ("KV cache", held.cache, "in the room of the activations, while none are held"),
+        ("KV cache", held.cache, "in the room of the activations, while none are held: the larger of the two counts"),
         ("workspace", held.workspace, "process, communication, logits, one layer at work"),
-        ("total", held.total, f"of {made.capacity / GIB:g} GiB" if math.isfinite(made.capacity) else ""),
+        ("total", held.total, _capacity_text(made)),
     ]
+    if not made.fits:  # there is no micro-batch, and no sample
+        rows = [row for row in rows if row[0] not in ("activations", "KV cache")]
     table(("A RANK HOLDS", "GIB", ""), [(name, f"{size / GIB:.2f}", words) for name, size, words in rows])
     click.echo()
     for reason in made.reasons:
         click.echo(reason)
+
+
+def _capacity_text(made: Plan) -> str:
+    if not math.isfinite(made.capacity):
+        return ""
+    return f"of {made.capacity / GIB:g} GiB" + (f", {MARGIN:.0%} of which stay free" if made.fits else "")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import click
 
 from tinker_hpc.cli.options import job_options, json_option
 from tinker_hpc.cli.output import emit
-from tinker_hpc.errors import JobFailedError, LoopFailedError
+from tinker_hpc.errors import ConfigError, JobFailedError, LoopFailedError
 from tinker_hpc.resources import Resources
 
 
-@click.command(context_settings={"ignore_unknown_options": False})
+@click.command()
 @job_options
 @click.option(
     "--driver",
@@ -51,6 +53,7 @@ def run(
     if dry_run:
         _print_script(base_models, cluster, resources, name, command, driver=driver, as_json=as_json)
         return 0
+    check_program(command, Path.cwd())
     submitted = submit_loop(
         base_models=base_models, cluster=cluster, resources=resources, name=name, command=command, driver=driver
     )
@@ -81,6 +84,18 @@ def run(
     return code
 
 
+def check_program(command: Sequence[str], folder: Path) -> None:
+    """Refuse `python FILE` without that file: known now, it would be known again after a day in the queue.
+
+    Raises: ConfigError.
+    """
+    if not Path(command[0]).name.startswith("python"):
+        return
+    program = next((word for word in command[1:] if not word.startswith("-")), "")
+    if program.endswith(".py") and not (folder / program).is_file():
+        raise ConfigError(f"no file {program} in {folder}, where the program starts. Check its name, or cd first.")
+
+
 def _print_script(
     base_models: tuple[str, ...],
     cluster: str | None,
@@ -108,7 +123,7 @@ def _print_script(
         name=name,
         command=command,
         driver=driver,
-        download=False,
+        weights=False,
     )
     for spec in specs:
         script = preview(spec, config.data_root / "runs" / spec.run_id)

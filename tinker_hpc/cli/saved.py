@@ -59,7 +59,7 @@ def export(path: str, target: Path | None, merged: bool, as_json: bool) -> None:
         from tinker_hpc.base_models import resolve
         from tinker_hpc.merged_export import export_merged
 
-        base = resolve(checkpoint.base_model, load_config().base_models, download=False)
+        base = resolve(checkpoint.base_model, load_config().base_models)
         folder = export_merged(base.folder, checkpoint.folder, target).resolve()
     else:
         folder = export_peft(checkpoint, target).resolve()

@@ -74,7 +74,7 @@ def status(run_id: str, as_json: bool) -> None:
             "GPU-hours": f"{now.gpu_hours:.2f}" if now.gpu_hours is not None else None,
             "peak memory": f"{now.peak_memory_gib:.1f} GiB" if now.peak_memory_gib is not None else None,
             "step": last.get("step"),
-            "loss per token": last.get("loss_per_token"),
+            "loss per token": f"{last['loss_per_token']:.6g}" if last.get("loss_per_token") is not None else None,
             "folder": run.folder.path,
         }
     )

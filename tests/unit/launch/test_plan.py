@@ -85,7 +85,13 @@ def test_does_not_fit_and_says_what_would() -> None:
     made = plan("Qwen3-235B-A22B", Machine(1, 8, 40))
     assert not made.fits
     assert any("does not fit" in reason for reason in made.reasons)
-    assert any("It would fit on 2 such nodes" in reason for reason in made.reasons)
+    assert "It would fit on 2 such nodes." in made.reasons
+    assert (
+        "It would fit with 4 such GPUs on a node, or on 3 such nodes."
+        in plan("Llama-3.1-70B", Machine(1, 1, 80)).reasons
+    )
+    assert plan("Llama-3.1-70B", Machine(1, 4, 80)).fits and plan("Llama-3.1-70B", Machine(3, 1, 80)).fits
+    assert not plan("Llama-3.1-70B", Machine(1, 2, 80)).fits
     assert plan("Qwen3-235B-A22B", Machine(2, 8, 40)).fits
     hopeless = plan("Llama-3.1-70B", Machine(1, 1, 4))
     assert any("more memory" in reason for reason in hopeless.reasons)
@@ -96,7 +102,7 @@ def test_reasons_say_why() -> None:
     text = " ".join(made.reasons)
     assert "437.90 GiB in bfloat16" in text and "16 ranks of 80 GiB" in text
     assert "Tensor parallel size 4: 2 would leave" in text
-    assert "8 of the 128 experts" in text
+    assert "8 of the 128 experts of a layer; 8 would leave" in text
     assert f"up to {made.longest_sequence} tokens" in text
 
 

@@ -18,6 +18,7 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / "models" / "tiny"
     made.mkdir(parents=True)
     (made / "config.json").write_text(json.dumps(CONFIG))
+    (made / "model.safetensors").touch()
     return made
 
 
@@ -57,8 +58,29 @@ def test_the_hub_cache(empty_cache):
     refs = empty_cache / "models--org--tiny" / "refs"
     refs.mkdir()
     (refs / "main").write_text("abc")
-    found = base_models.resolve("org/tiny")
+    found = base_models.resolve("org/tiny", weights=False)
     assert (found.name, found.folder) == ("org/tiny", snapshot)
+    with pytest.raises(
+        UnknownBaseModelError, match=r"not whole in the Hugging Face cache: .* neither model.safetensors"
+    ):
+        base_models.resolve("org/tiny")
+    (snapshot / "model.safetensors").touch()
+    assert base_models.resolve("org/tiny") == found
+
+
+def test_a_folder_without_its_weights_is_refused_where_they_are_needed(folder):
+    (folder / "model.safetensors").unlink()
+    assert base_models.resolve(str(folder), weights=False).folder == folder
+    with pytest.raises(UnknownBaseModelError, match=r"neither model\.safetensors nor"):
+        base_models.resolve(str(folder))
+    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (folder / "model-1.safetensors").touch()
+    with pytest.raises(UnknownBaseModelError, match=r"files that are not there: model-2.safetensors\. Download"):
+        base_models.resolve(str(folder))
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UnknownBaseModelError, match="is not an index of shards"):
+        base_models.resolve(str(folder))
 
 
 def test_a_vision_models_text_part(folder):
@@ -72,6 +94,7 @@ def test_a_vision_models_text_part(folder):
     [
         ("nope/nope", {}, ["no 'nope/nope'", "no folder", "not in the Hugging Face cache", "HF_HUB_OFFLINE=1"]),
         ("a b c", {}, ["not a hub name"]),
+        ("./nope", {}, ["not a hub name", "no folder"]),
         ("x/y", {"x/y": "/does/not/exist"}, ["says /does/not/exist, which is not a folder"]),
     ],
 )

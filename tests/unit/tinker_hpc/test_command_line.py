@@ -91,6 +91,9 @@ def test_status_and_logs(root: Path, call) -> None:
     assert call("logs", folder.run_id) == (0, "one\ntwo\n", "")
     assert call("logs", "--tail", "1", folder.run_id)[1] == "two\n"
     assert json.loads(call("logs", "--json", folder.run_id)[1])["text"] == "one\ntwo\n"
+    assert call("logs", "--which", "gateway", folder.run_id) == (
+        0, "", "(nothing in log 'gateway'; other logs, for --which: loop)\n"
+    )  # fmt: skip
     code, out, err = call("logs", "-f", folder.run_id)
     assert (code, out) == (0, "one\ntwo\n") and "COMPLETED" in err
     assert json.loads(call("metrics", folder.run_id, "--json")[1])[0]["loss_per_token"] == 0.5
@@ -140,7 +143,7 @@ def test_checkpoints_and_export(root: Path, call, tmp_path: Path) -> None:
 
 def test_usage(root: Path, call) -> None:
     make_run(root, "good", GOOD)
-    assert json.loads(call("usage", "--json")[1]) == {"local": {"num_runs": 1, "gpu_hours": 0.0, "num_unknown": 1}}
+    assert json.loads(call("usage", "--json")[1]) == {"local": {"num_runs": 1, "gpu_hours": 0.0, "num_unknown": 0}}
 
 
 def test_dry_run_writes_nothing(root: Path, call, tmp_path: Path) -> None:
@@ -167,6 +170,8 @@ def test_dry_run_writes_nothing(root: Path, call, tmp_path: Path) -> None:
         (("run", "--base-model", "m", "--nodes", "x", "--", "true"), "'x' is not a valid integer"),
         (("run", "--base-model", "m", "--nodes", "0", "--", "true"), "nodes is 0"),
         (("frobnicate",), "No such command 'frobnicate'"),
+        (("statu",), "No such command 'statu'. Did you mean 'status'?"),
+        (("run", "--base-model", "m", "--", "python3", "-u", "nope.py", "--steps", "3"), "no file nope.py in "),
         (("export", "tinker://x/y"), "is not a checkpoint path"),
     ],
 )
@@ -175,8 +180,12 @@ def test_a_mistake_is_one_message_and_exit_code_2(root: Path, call, argv, words)
     assert (code, out) == (2, "")
     assert words in err and "Traceback" not in err
     code, out, _ = call(argv[0], "--json", *argv[1:])
-    if argv[0] != "frobnicate":
+    if argv[0] in COMMANDS:
         assert code == 2 and words in json.loads(out)["error"]
+
+
+def test_alone_it_shows_its_help(call) -> None:
+    assert call() == call("--help")
 
 
 def test_debug_shows_the_traceback(root: Path) -> None:
@@ -229,6 +238,10 @@ def test_plan(root: Path, call, tmp_path: Path) -> None:
     assert code == 0 and made["fits"] and (made["tp_size"], made["dp_size"], made["dtype"]) == (4, 1, "bfloat16")
     assert made["memory"]["weights"] == 35_278_831_616  # what the built model holds: tests/distributed/meta_model.py
     code, out, _ = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "40")
-    assert code == 0 and "fits              no" in out and "It would fit on " in out
+    assert code == 0 and "fits    no\n" in out and "or on 2 such nodes" in out and "longest sequence" not in out
+    code, out, _ = call("plan", "--base-model", "llama", "--cluster", "slurm", "--gpus", "8")
+    assert code == 0 and "is not known: 40 GiB are assumed. Give --gpu-memory" in out
+    code, _, err = call("plan", "--base-model", "llama", "--gpus", "0", "--memory", "64X")
+    assert code == 2 and "memory is '64X'; write a number and K, M, G or T" in err
     code, _, err = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "80", "--tp-size", "3")
     assert code == 2 and "tp_size is 3, which does not divide the 4 ranks" in err

@@ -108,7 +108,10 @@ def test_activations_that_do_not_fit_are_computed_again() -> None:
 
 def test_what_cannot_fit_is_refused_before_it_queues() -> None:
     small = ClusterProfile("c", gpu_memory_gib=24)
-    with pytest.raises(ConfigError, match=r"Llama-3.1-70B does not fit 1 node.*It would fit on 4 such nodes"):
+    with pytest.raises(
+        ConfigError,
+        match=r"Llama-3.1-70B does not fit 1 node.*It would fit with 8 such GPUs on a node, or on 4 such nodes",
+    ):
         spec(Resources(gpus_per_node=2), small, published("Llama-3.1-70B"))
     by_hand = spec(Resources(gpus_per_node=2, tp_size=2), small, published("Llama-3.1-70B"))
     assert by_hand.layout.tp_size == 2, "who gives a size by hand gets it"

@@ -99,6 +99,7 @@ def test_a_mistake_leaves_no_run_behind(data_root: Path, tmp_path: Path, kwargs,
     model.mkdir()
     config = {"vocab_size": 8, "max_position_embeddings": 8, "hidden_size": 8, "num_key_value_heads": 2}
     (model / "config.json").write_text(json.dumps(config))
+    (model / "model.safetensors").touch()
     kwargs["base_model"] = str(model) if kwargs["base_model"] == "MODEL" else kwargs["base_model"]
     with pytest.raises(error):
         submit(train, 1, **{"cluster": "local", **kwargs})
