@@ -146,7 +146,7 @@ def main() -> None:
             cluster="local",
             name="demo",
         )
-        console.print("A small model learns to do sums as a ship's mate: LoRA, by an ordinary Tinker program.")
+        console.print("A small model learns to answer sums as a ship's mate, with LoRA.")
         console.print(f"Submitted run [bold]{run.id}[/bold]; from another terminal:", soft_wrap=True)
         console.print(f"  {command_line()} status {run.id}", soft_wrap=True)
         try:
