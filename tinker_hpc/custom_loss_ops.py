@@ -64,7 +64,7 @@ _SHRINKING = _words(
     "flip roll sort argsort topk any all count_nonzero nansum nanmean squeeze unsqueeze reshape flatten transpose "
     "permute t narrow select chunk split unbind tril triu dot numel"
 )
-_SHRINKING_METHODS = _words("view size dim nelement")
+_SHRINKING_METHODS = _words("view size dim nelement norm")
 _PRODUCTS = _words("matmul mm mv outer")
 _PICKING = _words("gather index_select take_along_dim")
 
@@ -72,10 +72,12 @@ _FUNCTIONAL_POINTWISE = _words(
     "softplus logsigmoid gelu mse_loss l1_loss smooth_l1_loss huber_loss kl_div binary_cross_entropy_with_logits"
 )
 _OTHER_SPELLINGS = {
-    # torch.fx records some functions of torch.nn.functional under the private module that implements them.
+    # torch.fx records some functions of torch.nn.functional under the module that implements them.
     "torch._C._nn.softplus": "torch.nn.functional.softplus",
     "torch._C._nn.log_sigmoid": "torch.nn.functional.logsigmoid",
     "torch._C._nn.gelu": "torch.nn.functional.gelu",
+    "torch._C._linalg.linalg_vector_norm": "torch.linalg.vector_norm",
+    "torch.functional.split": "torch.split",
     "torch.concat": "torch.cat",
 }
 
@@ -96,7 +98,7 @@ def _functions() -> dict[str, Operation]:
     allow(Growth.JOIN, "torch.cat", "torch.stack")
     allow(Growth.SIZED, "torch.zeros", "torch.ones", "torch.full", "torch.arange")
     allow(Growth.BROADCAST, *(f"torch.nn.functional.{name}" for name in _FUNCTIONAL_POINTWISE))
-    allow(Growth.NONE, "torch.nn.functional.softmax", "torch.nn.functional.log_softmax")
+    allow(Growth.NONE, "torch.nn.functional.softmax", "torch.nn.functional.log_softmax", "torch.linalg.vector_norm")
     for name in ("torch.relu", "torch.nn.functional.relu"):
         listed[name] = Operation(name, Growth.BROADCAST, most_positional=1)  # the second would be inplace
     allow(Growth.BROADCAST, *(f"operator.{name}" for name in _ARITHMETIC))
@@ -131,7 +133,7 @@ KEYWORDS = frozenset(
     _words(
         "dim dim0 dim1 dims keepdim dtype device min max input other tensors mask value alpha beta threshold reduction "
         "correction unbiased descending largest sorted stable exponent rounding_mode nan posinf neginf condition self "
-        "end start step size fill_value delta target log_target index indices diagonal shifts length k weight "
+        "end start step size fill_value delta target log_target index indices diagonal shifts length k weight ord p "
         "pos_weight approximate"
     )
 )

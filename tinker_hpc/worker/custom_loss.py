@@ -5,14 +5,15 @@ GPU is asked to, and no index of a user's can end the worker in a device-side as
 and one backward: each datum's loss is differentiated by its logprobs here and now (so that its graph's memory is that
 of one datum), and the model goes back from these gradients.
 
-What a datum's loss may allocate is bounded before each operation. T packed tokens, K targets a token.
+What a datum's loss may take is bounded before each operation (custom_loss_bounds.py).
+T packed tokens, K targets a token.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,18 +23,15 @@ from torch import Tensor
 
 from megatron_adapters.interface import Datum
 from tinker_hpc import custom_loss
-from tinker_hpc.custom_loss import CustomLoss, Device, Dtype, Ref, Step
-from tinker_hpc.custom_loss_ops import Growth
+from tinker_hpc.custom_loss import CustomLoss, Device, Dtype, Ref
 from tinker_hpc.errors import RequestError
 from tinker_hpc.log import Record
 from tinker_hpc.worker.batch import custom_inputs
+from tinker_hpc.worker.custom_loss_bounds import Budget, NotAllowed, tensors_in
 
-MAX_ELEMENTS = 2**24
-"""Of one operation's result: 64 MiB of float32, or 4,096 tokens each with each."""
-MAX_TOTAL = 2**26
-"""Of all results of one datum's loss, which its backward keeps."""
-
-MAX_PIECES = 4096
+_WHAT_OPERATIONS_RAISE = (
+    RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, MemoryError, NotImplementedError,
+)  # fmt: skip
 
 DATUM_INDEX = "datum_index"
 """The engine's loss input that says which datum a token belongs to: int64 [T]."""
@@ -113,26 +111,19 @@ class CustomLossFn:
         """Loss (a scalar) and metrics of one datum."""
         where = f"custom loss {self._loss.name!r} on data[{index}]"
         results: dict[str, Any] = dict(zip(self._loss.placeholders, (logprobs, *self._data[index]), strict=True))
-        total = 0
+        budget = Budget()
         for step, function in zip(self._loss.steps, self._functions, strict=True):
             args, kwargs = (_resolved(x, results) for x in (step.args, dict(step.kwargs)))
             try:
-                result = _apply(step, function, args, kwargs)
-            except _NotAllowed as error:
-                raise RequestError(f"{where}, node {step.node!r} ({step.operation.path}): {error}") from None
-            except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError, NotImplementedError) as error:
-                shapes = ", ".join(str(list(x.shape)) for x in _tensors((args, kwargs))) or "none"
+                results[step.node] = budget.run(step, function, args, kwargs)
+            except NotAllowed as error:
+                raise RequestError(f"{where}, node {step.node!r} ({step.operation.path}): {error}.") from None
+            except _WHAT_OPERATIONS_RAISE as error:
+                shapes = ", ".join(str(list(x.shape)) for x in tensors_in((args, kwargs))) or "none"
                 said = str(error).partition("\n")[0]
                 raise RequestError(
                     f"{where}, node {step.node!r} ({step.operation.path}): {said}. Shapes of its tensors: {shapes}."
                 ) from error
-            results[step.node] = result
-            total += sum(x.numel() for x in _tensors(result))
-            if total > MAX_TOTAL:
-                raise RequestError(
-                    f"{where}, node {step.node!r}: the results of this datum have more than {MAX_TOTAL} elements in "
-                    "all. Send shorter sequences, or compute with less at a time."
-                )
         loss = results[self._loss.loss]
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
             shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -151,7 +142,11 @@ class CustomLossFn:
         where = f"custom loss {self._loss.name!r} on data[{index}]"
         if not loss.requires_grad:
             raise RequestError(f"{where}: the loss does not depend on logprobs. Is there a detach() too many?")
-        (grad,) = torch.autograd.grad(loss, logprobs, allow_unused=True)
+        try:
+            (grad,) = torch.autograd.grad(loss, logprobs, allow_unused=True)
+        except (RuntimeError, NotImplementedError) as error:
+            said = str(error).partition("\n")[0]
+            raise RequestError(f"{where}: its gradient cannot be computed: {said}.") from error
         if grad is None:
             raise RequestError(f"{where}: the loss does not depend on logprobs. Is there a detach() too many?")
         bad = ~grad.isfinite()
@@ -161,10 +156,6 @@ class CustomLossFn:
                 "added. Look for log(0), 0/0 or an overflowing exp, also in the branch a where() does not take."
             )
         return grad
-
-
-class _NotAllowed(Exception):
-    """What an operation was asked for is beyond the limits."""
 
 
 def _find(path: str) -> Callable[..., Any]:
@@ -193,135 +184,3 @@ def _resolved(value: Any, results: Mapping[str, Any]) -> Any:
             return {key: _resolved(x, results) for key, x in value.items()}
         case _:
             return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, dictionaries and slices."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, slice):
-        yield from _tensors((value.start, value.stop, value.step))
-
-
-def _apply(step: Step, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One operation, after its result was found to be small enough."""
-    path, growth = step.operation.path, step.operation.growth
-    tensors = list(_tensors((args, kwargs)))
-    if path == "getattr":
-        if not isinstance(args[0], Tensor) and not (isinstance(args[0], tuple) and args[1] in ("values", "indices")):
-            raise _NotAllowed(f"{args[1]} of a {type(args[0]).__name__}; attributes are those of tensors")
-        return getattr(*args)
-    if path.startswith("Tensor.") and not isinstance(args[0], Tensor):
-        raise _NotAllowed(f"a method of tensors, called on a {type(args[0]).__name__}")
-    if not tensors and growth is not Growth.SIZED:
-        return _on_numbers(path, function, args, kwargs)
-    if growth is Growth.NUMBER:
-        raise _NotAllowed("math works on numbers; use the function of the same name in torch")
-    if growth in (Growth.INDEX, Growth.PRODUCT) and any(True for _ in _tensors(kwargs)):
-        raise _NotAllowed("give it its tensors by position")
-    if path.endswith(("unbind", "split", "chunk")) and max(args[0].shape, default=0) > MAX_PIECES:
-        raise _NotAllowed(f"tensors of more than {MAX_PIECES} rows are not taken apart; use an index or a sum")
-    if path.endswith(".where") and len(tensors) == len(args) == 1:
-        raise _NotAllowed("where() takes a condition and two values")
-    elements = _bound(path, growth, args, kwargs, tensors)
-    if elements > MAX_ELEMENTS:
-        raise _NotAllowed(
-            f"its result could have {elements} elements, at most {MAX_ELEMENTS} are computed. Send shorter sequences, "
-            "or sum before you multiply."
-        )
-    return function(*args, **kwargs)
-
-
-def _on_numbers(path: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Sizes and factors: Python's own arithmetic, kept small."""
-    if path == "operator.getitem" and isinstance(args[0], tuple) and isinstance(args[1], int | slice):
-        return args[0][args[1]]
-    if kwargs or not path.startswith(("operator.", "math.")) or not all(isinstance(x, int | float) for x in args):
-        given = ", ".join(type(x).__name__ for x in (*args, *kwargs.values())) or "nothing"
-        raise _NotAllowed(f"it needs a tensor; given: {given}")
-    if path == "operator.pow" and abs(args[1]) > 64:
-        raise _NotAllowed(f"a power of {args[1]} of a number")
-    result = function(*args)
-    if isinstance(result, complex) or abs(result) > 2**62:
-        raise _NotAllowed("the number it gives is too large")
-    return result
-
-
-def _bound(
-    path: str, growth: Growth, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Sequence[Tensor]
-) -> int:
-    """At most this many elements will the result have."""
-    match growth:
-        case Growth.BROADCAST:
-            return _broadcast_elements(tensors)
-        case Growth.JOIN:
-            return sum(x.numel() for x in tensors)
-        case Growth.PRODUCT:
-            return _product_elements(path, tensors)
-        case Growth.INDEX:
-            return _indexed_elements(path, args, tensors)
-        case Growth.SIZED:
-            return _sized_elements(path, args, kwargs)
-        case Growth.NONE | Growth.NUMBER:
-            return max(x.numel() for x in tensors)
-
-
-def _broadcast_elements(tensors: Sequence[Tensor]) -> int:
-    largest = max(tensors, key=Tensor.numel)
-    if all(x.shape == largest.shape or x.numel() == 1 for x in tensors):
-        return largest.numel()
-    width = max(x.ndim for x in tensors)
-    padded = [(1,) * (width - x.ndim) + tuple(x.shape) for x in tensors]
-    return math.prod(max(sizes) for sizes in zip(*padded, strict=True))
-
-
-def _product_elements(path: str, tensors: Sequence[Tensor]) -> int:
-    if len(tensors) != 2 or any(x.ndim > 2 for x in tensors):
-        raise _NotAllowed("products are of two tensors of one or two dimensions")
-    a, b = tensors
-    if path.endswith("outer"):
-        return a.numel() * b.numel()
-    return (a.shape[0] if a.ndim == 2 else 1) * (b.shape[1] if b.ndim == 2 else 1)
-
-
-def _indexed_elements(path: str, args: tuple[Any, ...], tensors: Sequence[Tensor]) -> int:
-    """For each place of the index tensors: what is left of the tensor without its (smallest) indexed dimensions."""
-    of, *indices = tensors
-    if path.endswith("getitem") and not isinstance(args[0], Tensor):
-        raise _NotAllowed("the index of a tuple is a number")
-    if path.endswith("getitem") and any(isinstance(x, list) for x in (args[1], *_flat(args[1]))):
-        raise _NotAllowed("index with numbers, slices or tensors")
-    picking = [x for x in indices if x.dtype is not torch.bool]
-    if not picking:
-        return of.numel()
-    if path.endswith("gather"):
-        return picking[0].numel()
-    if path.endswith("take_along_dim"):
-        return _broadcast_elements(tensors)
-    smallest = sorted(of.shape)[: len(picking)]
-    return _broadcast_elements(picking) * (of.numel() // max(1, math.prod(smallest)))
-
-
-def _sized_elements(path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    if path == "torch.arange":
-        bounds = [kwargs.get(key) for key in ("start", "end", "step")]
-        for number, value in zip(([1], [0, 1], [0, 1, 2])[len(args) - 1] if args else [], args, strict=False):
-            bounds[number] = value
-        start, end, step = (default if x is None else x for x, default in zip(bounds, (0, 0, 1), strict=True))
-        return math.ceil(abs((end - start) / step)) if step else 0
-    sizes = kwargs.get("size", args[:1] if path == "torch.full" else args[1:] if path.startswith("Tensor.") else args)
-    numbers = [size for each in (sizes if isinstance(sizes, tuple | list) else (sizes,)) for size in _flat(each)]
-    if not all(isinstance(size, int) for size in numbers):
-        raise _NotAllowed("sizes are whole numbers")
-    product = math.prod(size for size in numbers if size >= 0)
-    keeps = path == "Tensor.repeat" or any(size < 0 for size in numbers)
-    return product * args[0].numel() if keeps and args and isinstance(args[0], Tensor) else product
-
-
-def _flat(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, tuple | list) else [value]

@@ -130,6 +130,7 @@ def calling(target: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return {"name": "bomb", "inputs": inputs, "graph": {"format": 1, "nodes": nodes}}
 
 
+LOGPROBS = {"ref": "logprobs"}
 BOMBS: dict[str, tuple[Any, str]] = {
     "outer sum": (lambda logprobs, weights: ((logprobs[:, None] + weights).sum(), {}), "67108864 elements, at most"),
     "three times": (lambda logprobs, weights: ((logprobs[:, None, None] * weights[:, None]).sum(), {}), "elements, at"),
@@ -166,6 +167,30 @@ BOMBS: dict[str, tuple[Any, str]] = {
     "tower of powers": (lambda logprobs, weights: (logprobs.sum() * (logprobs.shape[0] ** 63) ** 64, {}), "too large"),
     "power of a number": (lambda logprobs, weights: (logprobs.sum() * 2 ** logprobs.shape[0], {}), "a power of 8192"),
     "unbind": (lambda logprobs, weights: (torch.unbind(logprobs)[0], {}), "more than 4096 rows are not taken apart"),
+    "a tuple times a number": (calling("operator.mul", {"tuple": [LOGPROBS]}, 2**31), "not a tuple or list of them"),
+    "a list times a number": (calling("operator.mul", [LOGPROBS], 2**31), "not a tuple or list of them"),
+    "pieces times a number": (
+        lambda logprobs, weights: ((logprobs[:4096].split(1024) * 2**31)[0].sum(), {}),
+        "not a tuple or list of them",
+    ),
+    "the sum of nothing": (calling("torch.zeros", 0, 2**31), "2147483648 elements, at most"),
+    "sizes in two places": (calling("torch.zeros", 2**20, size=[2**20]), "1099511627776 elements, at most"),
+    "a slice of tensors": (
+        calling("operator.getitem", LOGPROBS, {"slice": [LOGPROBS, LOGPROBS, None]}),
+        "index with numbers, slices or tensors",
+    ),
+    "a product of long rows": (
+        lambda logprobs, weights: ((logprobs.expand(2048, -1) @ weights.expand(2048, -1).t()).sum(), {}),
+        "reads or multiplies more than 1073741824 elements",
+    ),
+    "one view read again and again": (
+        lambda logprobs, weights: (sum(x.amax() for x in [logprobs.expand(2048, -1)] * 80), {}),
+        "reads or multiplies more than 1073741824 elements",
+    ),
+    "many pieces": (
+        lambda logprobs, weights: (sum(logprobs[:4096].unbind()[k] for k in range(20)), {}),
+        "more than 67108864 elements in all",
+    ),
     "nonzero by where": (lambda logprobs, weights: (torch.where(weights)[0].sum() + logprobs.sum(), {}), "two values"),
 }
 
@@ -203,6 +228,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "log of 0": (lambda logprobs, weights: (torch.log(logprobs + 1).sum(), {}), "the gradient by logprobs[0] is inf"),
     "0 / 0": (lambda logprobs, weights: (((logprobs + 1) / (logprobs + 1)).sum(), {}), "is nan; nothing was added"),
     "method of a size": (lambda logprobs, weights: (logprobs.shape.sum() + logprobs.sum(), {}), "a method of tensors"),
+    "list for a tensor": (
+        lambda logprobs, weights: (torch.nn.functional.mse_loss(logprobs, [weights]), {}),
+        "not a tuple or list of them",
+    ),
     "index beyond": (lambda logprobs, weights: (logprobs[weights.long() * 9000].sum(), {}), "out of bounds"),
 }
 
@@ -214,6 +243,30 @@ def test_what_goes_wrong_names_the_datum_and_the_node(case: str) -> None:
         evaluate(traced(function))
     assert words in str(caught.value)
     assert "custom loss '<lambda>' on data[0]" in str(caught.value)
+
+
+PARTS: dict[str, Any] = {
+    "max(dim)[0]": lambda logprobs, weights: (logprobs.reshape(2, -1).max(dim=0)[0].sum(), {}),
+    "topk[0]": lambda logprobs, weights: (logprobs.topk(2)[0].sum(), {}),
+    "chunk": lambda logprobs, weights: ((logprobs.chunk(2)[0] * weights.chunk(2)[1]).sum(), {}),
+    "split": lambda logprobs, weights: (torch.split(logprobs, 4)[-1].sum(), {}),
+    "unbind": lambda logprobs, weights: (logprobs.unbind()[3] * 2, {}),
+    "sort": lambda logprobs, weights: (torch.sort(logprobs).values[:3].sum(), {}),
+    "norm": lambda logprobs, weights: (logprobs.norm() + torch.linalg.vector_norm(logprobs, 1), {}),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_of_what_an_operation_returns(case: str) -> None:
+    """Those that return several tensors, by index and by name, as the function itself has them."""
+    random = torch.Generator().manual_seed(3)
+    logprobs, weights = torch.randn(8, generator=random), torch.rand(8, generator=random)
+    leaf = logprobs.clone().requires_grad_()
+    expected, _ = PARTS[case](leaf, weights)
+    expected.backward()
+    value, gradient = run(custom_loss.read(traced(PARTS[case])), [logprobs], [[weights]], [0])
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient, leaf.grad)
 
 
 def test_the_users_inputs_are_not_the_workers_memory() -> None:
