@@ -71,8 +71,10 @@ def _own_logprobs(head: Head, prompts: Sequence[Prompt]) -> list[npt.NDArray[np.
         segments.append(Segment(prompt.lora, position, position + length - first))
         firsts.append(first)
         position += length - first
-    targets_N = torch.from_numpy(np.concatenate(targets)).to(hidden[0].device)
-    scored_N = head.target_logprobs(torch.cat(hidden), targets_N, segments).float().cpu().numpy()
+    scored_N = np.empty(0, dtype=np.float32)
+    if position:  # prompts of one token have nothing to score; all ranks see the same prompts
+        targets_N = torch.from_numpy(np.concatenate(targets)).to(hidden[0].device)
+        scored_N = head.target_logprobs(torch.cat(hidden), targets_N, segments).float().cpu().numpy()
     results = []
     for prompt, segment, first in zip(prompts, segments, firsts, strict=True):
         whole = np.full(len(prompt.request.prompt), np.nan, dtype=np.float32)

@@ -103,6 +103,7 @@ TRAINING: dict[str, tuple[Train, str]] = {
         lambda client: client.optim_step(tinker.AdamParams(learning_rate=-1.0)),
         "AdamParams.learning_rate is -1.0",
     ),
+    "eps of 0": (lambda trainer: trainer.optim_step(tinker.AdamParams(eps=0.0)), "expected 1e-30 or more"),
     "NaN in AdamParams": (
         lambda client: client.optim_step(tinker.AdamParams(learning_rate=math.nan)),
         "AdamParams.learning_rate is nan",
@@ -164,7 +165,7 @@ SAMPLING: dict[str, tuple[Callable[[tinker.SamplingClient], Any], str]] = {
     "prompt and max_tokens over the context": (asking(params={"max_tokens": CONTEXT}), f"Use max_tokens={CONTEXT - 2}"),
     "max_tokens 0": (asking(params={"max_tokens": 0}), "max_tokens is 0"),
     "no samples": (asking(n=0), "num_samples is 0"),
-    "negative temperature": (asking(params={"temperature": -1.0}), "expected 0 (greedy) or more"),
+    "negative temperature": (asking(params={"temperature": -1.0}), "expected 0 (greedy), or 1e-06 or more"),
     "top_p 0": (asking(params={"top_p": 0.0}), "expected 0 < top_p <= 1"),
     "top_k 0": (asking(params={"top_k": 0}), "or -1 for no limit"),
     "more candidates than tokens": (asking(topk_sample_logprobs=VOCAB + 1), f"expected 0 (off) to {VOCAB}"),
@@ -260,6 +261,12 @@ def test_damaged_and_foreign_checkpoints(service, service_client):
     weights = trainer.save_weights_for_sampler("weights").result(WAIT_S).path
     create = service_client.create_training_client_from_state_with_optimizer
     check("sampler weights resumed with optimizer", lambda: create(weights).result(WAIT_S), "has no optimizer state")
+    again = check(
+        "sampler weights under a name that is taken",
+        lambda: trainer.save_weights_for_sampler("weights").result(WAIT_S),
+        "exists already, saved at step 0. Save under another name.",
+    )
+    assert "overwrite" not in str(again), "the SDK has no such argument here"
     assert service.run is not None
     folder = TinkerPath.parse(state).folder(service.run.data_root)
     file = folder / "adapter_model.safetensors"
@@ -408,7 +415,7 @@ def retrieve(service: serving.Service, model_id: str) -> serving.Reply:
 
 def test_the_list_is_current():
     """bad_input.md holds exactly these messages."""
-    expected = len(TRAINING) + len(CREATING) + len(SAMPLING) + len(UPLOADS) + len(RUNS) + 14
+    expected = len(TRAINING) + len(CREATING) + len(SAMPLING) + len(UPLOADS) + len(RUNS) + 15
     if len(SEEN) < expected and not os.environ.get("CI"):
         pytest.skip("not all cases ran: pytest tests/contract/test_bad_input.py")
     assert len(SEEN) == expected

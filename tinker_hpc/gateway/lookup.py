@@ -80,7 +80,7 @@ class Lookup:
 
     async def _with_checkpoints(self, model_id: str) -> tuple[dict[str, Any], list[Checkpoint]]:
         if not checkpoints.MODEL_ID.fullmatch(model_id):
-            raise bad_request(f"training run id is {model_id!r}, expected <session>:train:<number>.")
+            raise unknown(f"training run id is {model_id!r}, expected <session>:train:<number>.")
         found = await asyncio.to_thread(lambda: list(checkpoints.of_model(self.root, model_id)))
         run = self._training_run(model_id, found)
         if run is None:

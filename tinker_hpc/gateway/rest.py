@@ -20,7 +20,7 @@ from tinker_hpc.gateway.checkpoints import KINDS
 from tinker_hpc.gateway.desk import Desk
 from tinker_hpc.gateway.http import Handler, json_body, page, route
 from tinker_hpc.gateway.lookup import Lookup
-from tinker_hpc.gateway.refusals import bad_request, conflicting
+from tinker_hpc.gateway.refusals import bad_request, conflicting, unknown
 from tinker_hpc.gateway.shelf import Shelf
 from tinker_hpc.gateway.validate import integer, text, ttl_seconds
 from tinker_hpc.run_folder import RunFolder
@@ -29,6 +29,7 @@ from tinker_hpc.run_folder import RunFolder
 TRACE_PATIENCE_S = 20.0
 
 CHECKPOINT = "training_runs/{model_id}/checkpoints/{kind}/{name}"
+CHECKPOINT_WITHOUT_KIND = "training_runs/{model_id}/checkpoints/{name}"
 
 
 def routes(desk: Desk, lookup: Lookup, shelf: Shelf, *, run: RunFolder, api_key: str) -> list[Route]:
@@ -125,6 +126,13 @@ def _checkpoints(desk: Desk, lookup: Lookup, shelf: Shelf) -> list[Route]:
             raise conflicting(f"{model_id} is a model in training; copy to a model_seq_id that is not used.")
         return {"tinker_path": await asyncio.to_thread(shelf.copy, source, model_id, ttl)}
 
+    async def without_kind(request: Request) -> Any:
+        name = request.path_params["name"]
+        raise unknown(
+            f"no checkpoint {name!r}: a checkpoint id has its kind before its name: {', '.join(KINDS)}, for example "
+            f"'weights/{name}'."
+        )
+
     return [
         route("GET", "checkpoints", all_of_them),
         route("GET", "training_runs/{model_id}/checkpoints", of_model),
@@ -136,6 +144,7 @@ def _checkpoints(desk: Desk, lookup: Lookup, shelf: Shelf) -> list[Route]:
         route("DELETE", f"{CHECKPOINT}/publish", one(shelf.unpublish)),
         route("GET", f"{CHECKPOINT}/external_weights_urls", one(shelf.external_urls)),
         route("GET", f"{CHECKPOINT}/archive", one(shelf.archive)),
+        route("DELETE", CHECKPOINT_WITHOUT_KIND, without_kind),
     ]
 
 

@@ -14,6 +14,8 @@ from tinker_hpc.gateway.validate import integer, number, refuse, seed, text
 from tinker_hpc.gateway.wire import prompt_tokens
 
 MAX_NUM_SAMPLES = 4096
+LEAST_TEMPERATURE = 1e-6
+"""Far below it, logits divided by it are beyond float32."""
 
 
 def sample(payload: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -79,8 +81,8 @@ def _max_tokens(value: Any, prompt_length: int, base: BaseModel) -> int:
 
 def _temperature(value: Any) -> float:
     temperature = number("temperature", value)
-    if temperature < 0:
-        refuse(f"temperature is {temperature}, expected 0 (greedy) or more.")
+    if temperature < 0 or 0 < temperature < LEAST_TEMPERATURE:
+        refuse(f"temperature is {temperature}, expected 0 (greedy), or {LEAST_TEMPERATURE} or more.")
     return temperature
 
 

@@ -17,6 +17,8 @@ from tinker_hpc.errors import RequestError
 CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+@-]{0,127}")
 MIN_TTL_S, MAX_TTL_S = 3600, 10 * 365 * 24 * 3600
 MAX_SEED = 2**63 - 1
+LEAST_EPS = 1e-30
+"""In float32, as the optimizer computes. Without it a gradient of 0 is 0/0, and LoRA's A has none at first."""
 
 ADAM_DEFAULTS: Mapping[str, float] = {
     "learning_rate": 1e-4,
@@ -47,7 +49,12 @@ def adam(payload: Mapping[str, Any]) -> dict[str, float]:
     if unknown:
         refuse(f"adam_params has {', '.join(unknown)}; known are {', '.join(ADAM_DEFAULTS)}.")
     values = {key: number(f"AdamParams.{key}", params.get(key, default)) for key, default in ADAM_DEFAULTS.items()}
-    for key in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
+    if values["eps"] < LEAST_EPS:
+        refuse(
+            f"AdamParams.eps is {values['eps']}, expected {LEAST_EPS} or more (default 1e-12): without it a gradient "
+            "of 0 makes NaN of its weight."
+        )
+    for key in ("learning_rate", "weight_decay", "grad_clip_norm"):
         if values[key] < 0:
             off = " (0 turns clipping off)" if key == "grad_clip_norm" else ""
             refuse(f"AdamParams.{key} is {values[key]}, expected 0 or more{off}.")

@@ -73,7 +73,7 @@ def prepare(
     if existing is not None and not overwrite and existing.get("request_id") not in taken_back:
         raise RequestError(
             f"{existing.get('path', folder.name)} exists already, saved at step {existing.get('step')}. "
-            "Save under another name, or pass overwrite=True."
+            f"Save under another name{', or pass overwrite=True' if folder.parent.name == 'weights' else ''}."
         )
     if existing is None and folder.exists():
         raise RequestError(f"{folder} exists and is not a checkpoint ({METADATA} is missing). Save under another name.")

@@ -131,6 +131,8 @@ def test_the_first_prompt_logprob_is_none(base_sampler):
     assert response.prompt_logprobs == base_sampler.compute_logprobs(PROMPT).result(WAIT_S)
     without = sample(base_sampler, max_tokens=1)
     assert without.prompt_logprobs is None
+    one_token = tinker.ModelInput.from_ints(PROMPT.to_ints()[:1])
+    assert base_sampler.compute_logprobs(one_token).result(WAIT_S) == [None], "nothing comes before it"
 
 
 def test_a_snapshot_does_not_follow_the_training(server, trained, sampler):
