@@ -56,7 +56,7 @@ def oldest_sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service_client(service: serving.Service) -> Iterator[tinker.ServiceClient]:
     client = tinker.ServiceClient(base_url=service.base_url, api_key=service.api_key)
     yield client
-    client.close("success").result(timeout=30)
+    client.close("success").result(timeout=120)
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ class Processes:
             process.wait(10)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
+            process.wait(60)
 
     def stop_all(self) -> None:
         for name in reversed(list(self.running)):

@@ -17,8 +17,9 @@ from safetensors.numpy import load_file
 from test_worker_redo import answers, assert_same, check_answered_once, story
 from worker_driver import WorkerUnderTest, random_base
 
-from tinker_hpc.log import Record
+from tinker_hpc.log import LogReader, Record
 from tinker_hpc.run_folder import read_json
+from tinker_hpc.worker.snapshot_files import NEEDED
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ONE: dict[str, Any] = {"tp_size": 1, "dp_size": 1}
@@ -65,14 +66,24 @@ def snapshots(worker: WorkerUnderTest) -> list[Path]:
 
 def wait_for_snapshot_of(worker: WorkerUnderTest, seq: int, *, kept: int = 2) -> None:
     """Until the newest snapshot holds the request, and `kept` are there."""
-    deadline = time.monotonic() + 60
+    deadline, found = time.monotonic() + 60, snapshots(worker)
     while time.monotonic() < deadline:
         found = snapshots(worker)
         content = read_json(found[-1] / "snapshot.json") if found else None
-        if content and content["position"] >= seq and seq not in content["open"] and len(found) >= kept:
+        enough = len(found) >= kept and (kept < 2 or (worker.folder.snapshots / NEEDED).exists())
+        if content and content["position"] >= seq and seq not in content["open"] and enough:
             return
         time.sleep(0.02)
     raise AssertionError(f"no snapshot of request {seq}: {found}\n{worker.stderr}")
+
+
+def compact(worker: WorkerUnderTest) -> None:
+    """As the gateway does once the log is large."""
+    needed = read_json(worker.folder.snapshots / NEEDED)
+    assert needed is not None
+    assert worker.log.compact(needed["position"], frozenset(needed["open"]), keep_bytes=0) > 0
+    requests = LogReader(worker.folder.requests).poll()
+    assert any(request.header.get("compacted") and request.header["op"] == "forward_backward" for request in requests)
 
 
 def starts(worker: WorkerUnderTest) -> list[dict[str, Any]]:
@@ -127,7 +138,9 @@ def interrupted(
     *,
     end: Callable[[WorkerUnderTest], None] = kill,
 ) -> tuple[WorkerUnderTest, list[Record], dict[str, np.ndarray]]:
-    """The story with the end of every rank in the middle, and other ranks to go on."""
+    """The story with the end of every rank in the middle, and other ranks to go on. Where they were killed, the log has
+    been compacted too: what both snapshots hold has no payload any more.
+    """
     asked = end is ask_to_end
     worker = WorkerUnderTest(path / "w", base, before, snapshot_interval_s=3600 if asked else 0)
     workers.append(worker)
@@ -136,6 +149,8 @@ def interrupted(
     if not asked:
         wait_for_snapshot_of(worker, worker.log.last)
     end(worker)
+    if not asked:
+        compact(worker)
     worker.layout = after
     worker._declare()
     worker.processes.clear()

@@ -59,7 +59,7 @@ def talk(folder: Path) -> dict[str, Any]:
     except EndWorker as apart:
         seen["widowed"] = (str(apart), apart.failure)
     (folder / f"{rank}.txt").write_text(repr(seen))
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len(list(folder.glob("*.txt"))) < world_size and time.monotonic() < deadline:
         time.sleep(0.05)
     return {path.stem: path.read_text() for path in folder.glob("*.txt")}

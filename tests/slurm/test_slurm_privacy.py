@@ -40,12 +40,12 @@ def test_files_and_gateway_are_private(cluster: SlurmCluster) -> None:
     for headers in ({}, {"X-API-Key": "tml-guess"}, {"Authorization": "Bearer tml-guess"}):
         request = urllib.request.Request(f"{address['base_url']}/api/v1/get_server_capabilities", headers=headers)
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(request, timeout=5)
+            urllib.request.urlopen(request, timeout=60)
         assert refused.value.code == 401
         refused.value.close()
     close = urllib.request.Request(f"{address['base_url']}/internal/close", method="POST", data=b"")
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(close, timeout=5)
+        urllib.request.urlopen(close, timeout=60)
     assert refused.value.code == 401
     refused.value.close()
 
@@ -88,6 +88,10 @@ def test_another_user_of_the_node_learns_no_key_and_forges_nothing(cluster: Slur
     # Files: nothing of the run is open to others, logs and Slurm's own output included.
     closed = [path for path in folder.rglob("*") if path.lstat().st_mode & 0o077 and not path.is_symlink()]
     assert [str(path.relative_to(folder)) for path in closed if path.parent != folder / "slurm"] == []
+
+    # And the key is nowhere in them but where the loop's supervisor looks for it: in no log, no event, no job's script.
+    holding = [path for path in folder.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
+    assert holding == [folder / "gateway.json"]
 
     # A job of bob's that carries the run's name is not taken for one of the run.
     cluster.as_user("bob", "sbatch", "-J", run["run_id"], "-o", "/dev/null", "--wrap", "sleep 60")

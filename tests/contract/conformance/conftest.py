@@ -50,7 +50,7 @@ def service_client(server: serving.Service) -> Iterator[tinker.ServiceClient]:
     client = tinker.ServiceClient(base_url=server.base_url, api_key=server.api_key)
     yield client
     if hasattr(client, "close"):  # since 0.28
-        client.close("success").result(timeout=30)
+        client.close("success").result(timeout=120)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def test_a_recycled_id_is_another_process() -> None:
 def test_a_zombie_is_not_alive() -> None:
     with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
         who = process_tree.identity(process.pid)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while process_tree.identity(process.pid) is not None and time.monotonic() < deadline:
             time.sleep(0.02)
         assert Path(f"/proc/{process.pid}").exists(), "nobody has waited for it yet"
@@ -66,7 +66,7 @@ def test_a_run_is_found_by_its_mark() -> None:
     try:
         assert process_tree.of_run("test-run-1") == [ours.pid]
         process_tree.end_run("test-run-1", grace_s=0.2)
-        assert ours.wait(timeout=10) == -signal.SIGKILL
+        assert ours.wait(timeout=60) == -signal.SIGKILL
         assert other.poll() is None, "another run is left alone"
     finally:
         for process in (ours, other):
@@ -90,7 +90,7 @@ def test_a_child_dies_with_us_and_ignores_usr2() -> None:
         assert process_tree.identity(child) is not None, "USR2 did not end it"
         process.kill()
         process.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while process_tree.identity(child) is not None and time.monotonic() < deadline:
             time.sleep(0.02)
         assert process_tree.identity(child) is None, "it got TERM when its parent was killed"

@@ -145,7 +145,7 @@ def outcome(reason: str, exit_code: int, error: str = "why") -> dict:
 
 def test_the_value_comes_back_by_result_and_by_await(data_root: Path) -> None:
     run = make_run(data_root, result=dump_success([1.0, 0.5]))
-    assert run.result(timeout=5) == [1.0, 0.5]
+    assert run.result(timeout=60) == [1.0, 0.5]
     assert run.done() and run.exception() is None
 
     async def wait() -> object:
@@ -163,7 +163,7 @@ def test_the_loops_exception_comes_back_with_its_traceback(data_root: Path) -> N
     run = make_run(data_root, result=data)
     (run.folder.logs / "loop.log").write_text("step 1\n")
     with pytest.raises(LoopFailedError) as caught:
-        run.result(timeout=5)
+        run.result(timeout=60)
     error = caught.value
     assert isinstance(error.__cause__, KeyError)
     assert "raised KeyError: 'reward'" in str(error)
@@ -175,9 +175,9 @@ def test_a_commands_exit_code_and_last_words(data_root: Path) -> None:
     run = make_run(data_root, command=("python", "x.py"), outcome=outcome("loop", 3))
     (run.folder.logs / "loop.log").write_text("a\n" * 30 + "the last words\n")
     with pytest.raises(LoopFailedError, match=r"exit code 3: python x\.py(.|\n)*the last words") as caught:
-        run.result(timeout=5)
+        run.result(timeout=60)
     assert caught.value.exit_code == 3
-    assert make_run(data_root, command=("true",), outcome=outcome("loop", 0)).result(timeout=5) is None
+    assert make_run(data_root, command=("true",), outcome=outcome("loop", 0)).result(timeout=60) is None
 
 
 @pytest.mark.parametrize(
@@ -195,9 +195,9 @@ def test_a_commands_exit_code_and_last_words(data_root: Path) -> None:
 def test_a_job_that_ended_otherwise_says_why(data_root: Path, files, error, words) -> None:
     run = make_run(data_root, **files)
     with pytest.raises(error) as caught:
-        run.result(timeout=20)
+        run.result(timeout=60)
     assert words in str(caught.value) and run.id in str(caught.value)
-    assert type(run.exception(timeout=20)) is error
+    assert type(run.exception(timeout=60)) is error
 
 
 def test_a_timeout_leaves_the_run_alone(data_root: Path) -> None:
