@@ -98,7 +98,7 @@ def test_held_and_released_and_cancelled(cluster: SlurmCluster) -> None:
 
 @pytest.mark.slow
 def test_resumed_after_a_cancel(cluster: SlurmCluster, unharmed: Numbers) -> None:
-    """Cancelled, resumed with TP 2 over two nodes, cancelled there and resumed on one rank again: what was computed is
+    """Cancelled, resumed with DP 2 over two nodes, cancelled there and resumed on one rank again: what was computed is
     not computed again, and the run goes on as it would have, as far as other layouts allow (1e-5)."""
     run = train(cluster, pause_s=1.5)
     wait_for_steps(cluster, run, 3)
@@ -108,8 +108,8 @@ def test_resumed_after_a_cancel(cluster: SlurmCluster, unharmed: Numbers) -> Non
         cluster.act("alice", "cancel", run["run_id"])
         assert cluster.act("alice", "result", run["run_id"])["error"] == "JobCancelledError"
         nothing_left(cluster, run)
-        recovery = Recovery(cluster, run, f"cancelled, then resumed with TP {num_nodes} on as many nodes")
-        sizes = {"nodes": num_nodes, "ranks_per_node": 1, "tp_size": num_nodes, "memory": "2G"}
+        recovery = Recovery(cluster, run, f"cancelled, then resumed with DP {num_nodes} on as many nodes")
+        sizes = {"nodes": num_nodes, "ranks_per_node": 1, "memory": "2G"}
         assert "error" not in cluster.act("alice", "resume", run["run_id"], json.dumps({"resources": sizes}))
         recovery.wait()
     resumed = numbers(cluster, run)
