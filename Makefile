@@ -86,7 +86,7 @@ slurm: $(STAMP)
 	tests/slurm/install.sh
 	$(PYTEST) tests/slurm -m "not slow"
 
-slurm-long: $(STAMP)
+slurm-long: $(STAMP) $(COOKBOOK_STAMP)
 	tests/slurm/install.sh
 	$(PYTEST) tests/slurm -m slow
 	$(PYTEST) tests/contract -m by_hand
