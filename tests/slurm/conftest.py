@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from continued import Numbers, numbers, train
+from continued import TIMES, Numbers, numbers, train
 from slurm_machine import INSTALL, REPOSITORY, SlurmCluster
 
 _COMMANDS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "sshd", "unshare", "nsenter")
@@ -24,6 +24,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slurm)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How long each took to recover, passed or not."""
+    if TIMES:
+        terminalreporter.section("time to recover")
+        terminalreporter.write_line("\n".join(TIMES))
 
 
 def why_not() -> str | None:

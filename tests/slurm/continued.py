@@ -1,8 +1,8 @@
 """What the tests of continued runs share: one loop, what it returns and saves, and the time until it goes on.
 
 The same loop is run once without any harm (`unharmed`, conftest.py); whatever is done to the others, they must end with
-the same losses and the same adapter, bit for bit. `Recovery` prints the seconds from the blow to the next new optimizer
-step.
+the same losses and the same adapter, bit for bit. `Recovery` takes the seconds from the blow to the next new optimizer
+step; pytest says them at its end (conftest.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from tinker_hpc.log import ResultReader
 from tinker_hpc.run_folder import checkpoint_folder
 
 STEPS = 24
+TIMES: list[str] = []
+"""What recovered how fast, in the order of the tests."""
 PAUSE_S = 0.4
 """After each step: long enough to strike in between."""
 
@@ -117,7 +119,7 @@ class Recovery:
             what=f"a step after: {self._what}",
         )
         seconds = time.monotonic() - self._struck_at
-        print(f"\ntime to recover: {self._what}: {seconds:.1f} s")
+        TIMES.append(f"{seconds:6.1f} s  {self._what}")
         return seconds
 
 

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from continued import (
+    TIMES,
     Numbers,
     Recovery,
     nothing_left,
@@ -44,7 +45,7 @@ def away(cluster: SlurmCluster, unharmed: Numbers, *, seconds: float) -> None:
     until(lambda: steps(cluster, run) - before >= 3, timeout_s=120, what="steps: the run does not need the controller")
     during = steps(cluster, run) - before
     cluster.script("daemon", "start", "slurmctld")
-    print(f"\nslurmctld down for {seconds:.0f} s: {during} steps were made meanwhile")
+    TIMES.append(f"   0.0 s  slurmctld down for {seconds:.0f} s: {during} steps were made meanwhile")
     cluster.script("daemon", "stop", "slurmdbd")
     try:
         answers = lambda: "UP" in cluster.script("exec", "scontrol", "ping", check=False).stdout  # noqa: E731
