@@ -21,6 +21,7 @@ from .adapters import LoraPair, LoraWeights
 from .families import Experts
 from .grouped import Groups, frozen_grouped, grouped
 from .projections import expert_path
+from .row_products import whole_vectors
 
 
 class StackedExperts(nn.Module):
@@ -75,7 +76,7 @@ class StackedExperts(nn.Module):
         rows = _Rows(groups, table, numbers_N)
         gate_NF, up_NF = gate_up_NG.chunk(2, dim=-1)
         gate_NF, up_NF = rows.adapted(gate_NF, x_ND, gate), rows.adapted(up_NF, x_ND, up)
-        act_NF = self._gated(gate_NF, up_NF)
+        act_NF = self._gated(whole_vectors(gate_NF), whole_vectors(up_NF))[:, : gate_NF.shape[1]]
         out_ND = frozen_grouped(act_NF, self.down_EDF, self._down, groups)
         if self.down_bias_ED is not None:
             out_ND = out_ND + self.down_bias_ED[expert_N]

@@ -1,6 +1,7 @@
 """Rows sorted by expert, and the linear map of each group with its own matrix.
 
-On CUDA in half precision one grouped kernel (torch's grouped_mm); elsewhere a loop over the experts that got rows.
+On CUDA in half precision one grouped kernel (torch's grouped_mm); elsewhere a loop over the experts that got rows,
+where gradients are wanted by products that do not depend on how many rows those are (row_products.py).
 
 Shapes: N rows, E experts of this rank, I inputs, O outputs, R rank.
 """
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .frozen_linear import frozen_linear
+from .row_products import linear, more_rows
 
 _ALIGNMENT = 8
 """grouped_mm wants strides of whole 16 bytes: eight numbers of half precision."""
@@ -46,20 +48,24 @@ def frozen_grouped(x_NI: Tensor, weight_EOI: Tensor, matrices: Sequence[Tensor],
     if _by_kernel(x_NI):
         return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=groups.ends_E)
     parts = zip(x_NI.split(groups.sizes), matrices, strict=True)
-    outputs = [frozen_linear(x, matrix) for x, matrix in parts if len(x)]
+    if torch.is_grad_enabled():
+        outputs = [frozen_linear(more_rows(x), matrix)[: len(x)] for x, matrix in parts if len(x)]
+    else:
+        outputs = [frozen_linear(x, matrix) for x, matrix in parts if len(x)]
     return torch.cat(outputs) if outputs else F.linear(x_NI, matrices[0])
 
 
 def grouped(x_NI: Tensor, weight_EOI: Tensor, groups: Groups) -> Tensor:
     """The same for a W that is trained; one that all experts share, [1, O, I], is a plain linear."""
+    product = linear if torch.is_grad_enabled() and not _by_kernel(x_NI) else F.linear
     if weight_EOI.shape[0] == 1:
-        return F.linear(x_NI, weight_EOI[0])
+        return product(x_NI, weight_EOI[0])
     if _by_kernel(x_NI):
         num_outputs = weight_EOI.shape[1]
         x_NI, weight_EOI = _aligned(x_NI, 1), _aligned(_aligned(weight_EOI, 1), 2)
         return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=groups.ends_E)[:, :num_outputs]
     parts = zip(x_NI.split(groups.sizes), weight_EOI.unbind(), strict=True)
-    outputs = [F.linear(x, matrix) for x, matrix in parts if len(x)]
+    outputs = [product(x, matrix) for x, matrix in parts if len(x)]
     return torch.cat(outputs) if outputs else F.linear(x_NI, weight_EOI[0])
 
 

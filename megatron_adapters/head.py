@@ -27,6 +27,7 @@ from .adapters import LoraPair
 from .frozen_linear import frozen_linear, frozen_linear_grad
 from .lora_linear import Segment, check_tiling
 from .placement import vocab_rows_of_rank
+from .row_products import add_product_, linear_grad, linear_without_graph
 
 PATH = "lm_head"
 CHUNK_ELEMENTS = 2**26
@@ -73,7 +74,8 @@ class LmHead:
         pieces, matrices = _pieces(segments)
         if not len(hidden_ND):
             return torch.zeros(0, self.vocab_size, device=hidden_ND.device)
-        local_NV = _chunk_logits(hidden_ND, self.weight_VD, _Chunk(0, len(hidden_ND), pieces), matrices)
+        chunk = _Chunk(0, len(hidden_ND), pieces)
+        local_NV = _chunk_logits(hidden_ND, self.weight_VD, chunk, matrices, alike=False)
         if self.tp_group.size() == 1:
             return local_NV
         rows = vocab_rows_of_rank(self.vocab_size, self.tp_group.size())
@@ -133,15 +135,20 @@ def _pieces(segments: Sequence[Segment]) -> tuple[list[_Piece], list[Tensor]]:
     return pieces, matrices
 
 
-def _chunk_logits(hidden_TD: Tensor, weight_VD: Tensor, chunk: _Chunk, matrices: Sequence[Tensor]) -> Tensor:
-    """This rank's logits of one chunk, float32 [C, V]."""
+def _chunk_logits(
+    hidden_TD: Tensor, weight_VD: Tensor, chunk: _Chunk, matrices: Sequence[Tensor], *, alike: bool = True
+) -> Tensor:
+    """This rank's logits of one chunk, float32 [C, V]. alike: by row_products.py, as training wants them."""
     logits_CV = frozen_linear(hidden_TD[chunk.start : chunk.end], weight_VD)
     for piece in chunk.pieces:
         if piece.pair is not None:
             h_ND = hidden_TD[piece.start : piece.end]
             a_RD, b_VR = (x.to(h_ND.dtype) for x in matrices[piece.pair : piece.pair + 2])
             rows = logits_CV[piece.start - chunk.start : piece.end - chunk.start]
-            rows.addmm_(h_ND @ a_RD.t() * piece.scaling, b_VR.t())
+            if alike:
+                add_product_(rows, linear_without_graph(h_ND, a_RD) * piece.scaling, b_VR.t())
+            else:
+                rows.addmm_(h_ND @ a_RD.t() * piece.scaling, b_VR.t())
     return logits_CV.to(_wide(logits_CV.dtype))
 
 
@@ -228,12 +235,12 @@ def _backward_chunk(
         here = slice(piece.start, piece.end)
         h_ND, grad_NV = hidden_TD[here], logit_grad_CV[piece.start - chunk.start : piece.end - chunk.start]
         a_RD, b_VR = (x.to(h_ND.dtype) for x in matrices[piece.pair : piece.pair + 2])
-        down_NR = h_ND @ a_RD.t() * piece.scaling
-        down_grad_NR = grad_NV @ b_VR * piece.scaling
+        down_NR = linear_without_graph(h_ND, a_RD) * piece.scaling
+        down_grad_NR = linear_grad(grad_NV, b_VR) * piece.scaling
         matrix_grads[piece.pair].add_(down_grad_NR.t() @ h_ND)
         matrix_grads[piece.pair + 1].add_(grad_NV.t() @ down_NR)
         if hidden_grad_TD is not None:
-            hidden_grad_TD[here] += down_grad_NR @ a_RD
+            add_product_(hidden_grad_TD[here], down_grad_NR, a_RD)
 
 
 def _local_targets(targets_TK: Tensor, head: LmHead) -> tuple[Tensor, Tensor]:

@@ -184,7 +184,7 @@ class LoraLinear(nn.Module):
         base: Any = self.base
         now, later = (None, base.bias) if base.skip_bias_add else (base.bias, None)
         if not adapts:
-            return frozen_linear(x, base.weight, now), later
+            return frozen_linear(x[:, 0], base.weight, now)[:, None], later
         frozen = lora_training.Frozen(base.weight, now)
         out = lora_training.adapted_linear(x[:, 0], frozen, self.routing.all, self.paths, self.split)
         return out[:, None], later

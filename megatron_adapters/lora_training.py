@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .frozen_linear import frozen_linear_grad, frozen_product
+from .row_products import add_product_, linear_grad, linear_without_graph, product
 
 if TYPE_CHECKING:
     from .lora_linear import Segment
@@ -159,16 +160,16 @@ def _rows(views: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]]:
 
 def _down(x_NI: Tensor, part: Part) -> Tensor:
     """[N, W]; the scaling is applied here, to `rank` columns, and not to the wide output."""
-    return frozen_product(x_NI, stacked(part.a_RI).to(x_NI.dtype)).mul_(part.scaling)
+    return linear_without_graph(x_NI, stacked(part.a_RI).to(x_NI.dtype)).mul_(part.scaling)
 
 
 def _add_up_(outs: Sequence[Tensor], h_NW: Tensor, part: Part) -> None:
     for out, h_NR, b_OR in zip(outs, h_NW.split(part.rank, dim=1), part.b_OR, strict=True):
         b_RO = b_OR.to(h_NR.dtype).t()
         if out.ndim == 2:
-            out.addmm_(h_NR, b_RO)
+            add_product_(out, h_NR, b_RO)
         else:
-            out.add_(torch.mm(h_NR, b_RO).view_as(out))
+            out.add_(product(h_NR, b_RO).view_as(out))
 
 
 def _up_backward(grad_outs: Sequence[Tensor], h_NW: Tensor, part: Part) -> Tensor:
@@ -176,7 +177,7 @@ def _up_backward(grad_outs: Sequence[Tensor], h_NW: Tensor, part: Part) -> Tenso
     pieces = []
     for grad, h_NR, b_OR in zip(grad_outs, h_NW.split(part.rank, dim=1), part.b_OR, strict=True):
         grad_NO = grad.reshape(grad.shape[0], -1).contiguous()
-        pieces.append(frozen_linear_grad(grad_NO, b_OR.to(grad_NO.dtype)))
+        pieces.append(linear_grad(grad_NO, b_OR.to(grad_NO.dtype)))
         _add_product_([b_OR], grad_NO.t(), h_NR)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
@@ -185,7 +186,7 @@ def _down_backward(h_grad_NW: Tensor, x_NI: Tensor, part: Part, x_grad_NI: Tenso
     """Add to the gradients by x and A, in place."""
     h_grad_NW = h_grad_NW.mul_(part.scaling)
     if x_grad_NI is not None:
-        x_grad_NI.addmm_(h_grad_NW, stacked(part.a_RI).to(x_grad_NI.dtype))
+        add_product_(x_grad_NI, h_grad_NW, stacked(part.a_RI).to(x_grad_NI.dtype))
     _add_product_(part.a_RI, h_grad_NW.t(), x_NI)
 
 

@@ -24,6 +24,7 @@ from .mixed_batch import Item, MicroBatch, Results
 from .model import Model
 from .packing import pack, split_over_ranks
 from .pipeline import schedule
+from .row_products import FEWEST_ROWS
 
 
 class MicroBatchPlan(NamedTuple):
@@ -95,7 +96,8 @@ class TrainingPass:
     def _forward(self, items: Sequence[Item], is_long: bool, links: Links) -> _Running:
         model, device = self.model, self.model.runtime.device
         num_tokens = sum(len(item.datum.tokens) for item in items)
-        batch = MicroBatch(self.passes, items, model.padded_length(num_tokens))
+        fewest = FEWEST_ROWS * model.runtime.layout.tp_size  # on each rank
+        batch = MicroBatch(self.passes, items, model.padded_length(max(num_tokens, fewest)))
         segments = batch.segments(self.loras)
         arrived = links.receive_hidden(len(batch.tokens) // model.runtime.layout.tp_size, model.arch.hidden_size)
         with torch.set_grad_enabled(self.backward):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from parity_reference import VOCAB
 from parity_scenarios import Bench, cross_entropy, start
 
 from megatron_adapters.engine import AdamParams, Datum, LoraSpec, Pass, SampleRequest
+from megatron_adapters.frozen_linear import frozen_linear_grad, frozen_product
+from megatron_adapters.row_products import FEWEST_ROWS, linear
 
 Outcome = dict[str, Any]
 
@@ -50,10 +53,25 @@ def infinite(logprobs_T: Any, inputs: Any, segment_ids_T: Any) -> Any:
     return logprobs_T.sum() * float("inf")
 
 
+def rows_are_alike() -> bool:
+    """Whether this machine's products keep what row_products.py is there for: with FEWEST_ROWS and more, a row has the
+    same bits whatever rows are beside it. MKL's AVX2 kernels do not.
+    """
+    most = 3 * FEWEST_ROWS
+    for inputs, outputs in itertools.product((8, 64, 96, 128), repeat=2):
+        x, weight = torch.randn(most, inputs), torch.randn(outputs, inputs)
+        for product in (frozen_product, lambda x, w: frozen_linear_grad(x, w.t().contiguous()), linear):
+            whole = product(x, weight)
+            if not all(torch.equal(product(x[:n], weight), whole[:n]) for n in range(FEWEST_ROWS, most)):
+                return False
+    return True
+
+
 def with_experts(ground: Ground) -> Outcome:
     """What experts and stages could spoil: training and sampling, together and alone, of a few of the adapters."""
     bench = start(ground, token_budget=64)
     return {
+        "rows_are_alike": rows_are_alike(),
         "alone": training(bench, together=False, names=FEW, steps=2),
         "together": training(bench, together=True, names=FEW, steps=2),
         "samples": samples(bench, names=FEW, max_tokens=4),
@@ -65,6 +83,7 @@ def run(ground: Ground) -> Outcome:
     bench = start(ground, token_budget=64)  # several micro-batches, adapters cut across them
     engine = bench.engine
     outcome = {
+        "rows_are_alike": rows_are_alike(),
         "alone": training(bench, together=False),
         "together": training(bench, together=True),
         "composition": same_composition(bench),

@@ -14,11 +14,15 @@ pytestmark = pytest.mark.distributed
 
 JOBS = [Job(layout, "mixed_scenarios:run", "qwen3") for layout in ("TP1", "TP2×DP2")]
 WITH_EXPERTS = [Job(layout, "mixed_scenarios:with_experts", "qwen3_moe") for layout in ("EP2", "PP2", "TP2+EP4")]
-# Another batch is another shape of matrix product: float32 sums in another order. Relative to the largest entry.
+# Relative to the largest entry.
 CLOSE = 1e-6
-# Gradients are sums that cancel, above all at rank 1 and where four ranks cut the batch: 3.7e-6 was seen under
-# TP 2 x DP 2 (it differs from run to run; 7e-7 on one rank). Parity with peft is held to 2e-5.
-CLOSE_GRADIENTS = 1e-5
+# An adapter's activations have the same bits alone and together (megatron_adapters/row_products.py), but its gradients
+# are sums over tokens that another batch cuts into other micro-batches, and ranks: float32 in another order, up to
+# 4e-7. Where a machine's products make a bit's difference in the activations (mixed_scenarios.rows_are_alike), sums
+# that cancel make 4e-6 of it. Parity with peft is held to 2e-5.
+CLOSE_WHERE_ROWS_DIFFER = 1e-5
+# Norms after steps of Adam, which divides gradients that are nearly nothing by their own size.
+CLOSE_AFTER_STEPS = 1e-5
 
 
 @pytest.fixture(params=JOBS, ids=str)
@@ -54,9 +58,9 @@ def check_alone_equals_together(name: str, outcome: dict[str, Any]) -> None:
         "norms": gap(together["norms"][0], alone["norms"][0]),
     }
     print(name, {key: f"{value:.1e}" for key, value in gaps.items()})
-    assert gaps.pop("gradients") <= CLOSE_GRADIENTS
+    assert gaps.pop("gradients") <= (CLOSE if outcome["rows_are_alike"] else CLOSE_WHERE_ROWS_DIFFER)
     assert all(value <= CLOSE for value in gaps.values()), gaps
-    assert gap(together["norms"], alone["norms"]) <= CLOSE_GRADIENTS
+    assert gap(together["norms"], alone["norms"]) <= CLOSE_AFTER_STEPS
     assert together["steps"] == alone["steps"] == len(alone["losses"]) > 1
     assert max(x.abs().max() for x in alone["grads"].values()) > 1e-3, "there is something to compare"
     # Adam divides by the root of a squared gradient: entries near zero amplify the last bits.
