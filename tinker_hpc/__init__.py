@@ -10,6 +10,7 @@ command line tool or a login node pays for what it touches.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def __getattr__(name: str) -> Any:
         value: Any = _public_names()
     elif name in _OWN:
         value = getattr(import_module(_OWN[name]), name)
-    elif name.startswith("_"):
+    elif name.startswith("_") or find_spec(f"{__name__}.{name}") is not None:
+        # A module of ours: `from tinker_hpc import custom_loss` asks here first, and then imports it.
         raise AttributeError(f"module 'tinker_hpc' has no attribute {name!r}")
     else:
         try:

@@ -23,6 +23,9 @@ def modules_after(code: str) -> set[str]:
 
 def test_import_loads_nothing_heavy() -> None:
     assert modules_after("import tinker_hpc") & HEAVY == set()
+    assert modules_after("from tinker_hpc import custom_loss") & HEAVY == set(), (
+        "a module of ours is no name of the SDK"
+    )
 
 
 def test_dunder_probes_load_nothing_heavy() -> None:

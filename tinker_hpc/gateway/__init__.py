@@ -8,7 +8,10 @@
     guard.py        who may ask at all: key, Host header, body size; identity.py: tokens, and who that is
     refusals.py     answers that are not a result: a status and one clear sentence
     wire.py         protobuf and JSON <-> plain values (pure)
-    desk.py         one method an endpoint that asks for work: judges, makes the record, accepts it
+    models.py       a model is made, from its base or from a saved state
+    training.py     requests in a model's order: passes, steps, saves, loads
+    samplers.py     samplers are opened, asked and cancelled
+    desk.py         what these three share: find worker and checkpoint, draw seeds, make a record, accept it
     passes.py       a pass: its loss, declared or uploaded (custom_losses.py keeps those), and its tensors (pure)
     validate.py     is a training request right? If not: what was given, what was expected, what to change (pure)
     sampling.py     the same for sampling requests (pure); prompt_asks.py: what they ask about the prompt

@@ -1,4 +1,4 @@
-"""Step 3 of a request. Before: the stock tinker SDK. After: gateway/desk.py.
+"""Step 3 of a request. Before: the stock tinker SDK. After: gateway/models.py, training.py, samplers.py.
 
 The routes that ask for work and fetch its results, thin: read the body, call, answer. Paths and shapes are the SDK's
 (tinker 0.25 to 0.38). What is read and managed without a worker is in gateway/rest.py.
@@ -23,10 +23,13 @@ from tinker_hpc.gateway.desk import Desk
 from tinker_hpc.gateway.guard import MAX_FORWARD_BACKWARD_BYTES, MAX_JSON_BYTES, Guard, read_body
 from tinker_hpc.gateway.http import Handler, answering, json_body, json_response, no_such_route, route
 from tinker_hpc.gateway.lookup import Lookup
+from tinker_hpc.gateway.models import Models
 from tinker_hpc.gateway.refusals import Refusal
 from tinker_hpc.gateway.retention import keep_sweeping
 from tinker_hpc.gateway.retrieval import NotYet, Retrieval
+from tinker_hpc.gateway.samplers import Samplers
 from tinker_hpc.gateway.shelf import Shelf
+from tinker_hpc.gateway.training import Training
 from tinker_hpc.gateway.wire import PROTOBUF
 from tinker_hpc.gateway.workers import WorkerLink
 from tinker_hpc.run_folder import RunFolder
@@ -55,7 +58,18 @@ CLIENT_CONFIG = {
 DYNAMIC_CONFIG = {"refresh_interval_sec": 3600, "sample_cancel_enabled": True}
 
 
-def build(desk: Desk, lookup: Lookup, retrieval: Retrieval, shelf: Shelf, *, run: RunFolder, api_key: str) -> Starlette:
+def build(
+    *,
+    desk: Desk,
+    models: Models,
+    training: Training,
+    samplers: Samplers,
+    lookup: Lookup,
+    retrieval: Retrieval,
+    shelf: Shelf,
+    run: RunFolder,
+    api_key: str,
+) -> Starlette:
     """The ASGI application. Its lifespan starts and stops the threads that read results, and the sweeping."""
 
     async def config(request: Request) -> Any:
@@ -76,7 +90,13 @@ def build(desk: Desk, lookup: Lookup, retrieval: Retrieval, shelf: Shelf, *, run
     async def forward_backward(request: Request) -> Any:
         if request.headers.get("content-type", "").partition(";")[0] != PROTOBUF:
             raise Refusal(415, f"forward_backward takes {PROTOBUF}; JSON went away with tinker 0.25. Update tinker.")
-        return await desk.forward_backward(await read_body(request, MAX_FORWARD_BACKWARD_BYTES))
+        return await training.forward_backward(await read_body(request, MAX_FORWARD_BACKWARD_BYTES))
+
+    async def load_weights(request: Request) -> Any:
+        payload = await json_body(request)
+        # With a session: a new model, from a saved state. Without (deprecated): into the model it names.
+        into_a_model = payload.get("session_id") is None
+        return await (training.load_weights(payload) if into_a_model else models.create_from_state(payload))
 
     async def retrieve_future(request: Request) -> Any:
         request_id = (await json_body(request)).get("request_id")
@@ -88,7 +108,7 @@ def build(desk: Desk, lookup: Lookup, retrieval: Retrieval, shelf: Shelf, *, run
         return Response(answer.body, media_type=answer.media_type)
 
     async def cancel_future(request: Request) -> Any:
-        await desk.cancel(await json_body(request))
+        await samplers.cancel(await json_body(request))
         return Response(status_code=204)
 
     async def get_info(request: Request) -> Any:
@@ -113,21 +133,21 @@ def build(desk: Desk, lookup: Lookup, retrieval: Retrieval, shelf: Shelf, *, run
         "client/dynamic_config": dynamic_config,
         "create_session": create_session,
         "session_heartbeat": heartbeat,
-        "create_model": takes(desk.create_model),
+        "create_model": takes(models.create),
         "get_info": get_info,
         "forward_backward": forward_backward,
-        "create_custom_loss": takes(desk.create_custom_loss),
-        "optim_step": takes(desk.optim_step),
-        "save_weights": takes(desk.save_weights),
-        "load_weights": takes(desk.load_weights),
-        "save_weights_for_sampler": takes(desk.save_weights_for_sampler),
-        "save_weights_external": takes(desk.save_weights_external),
-        "create_sampling_session": takes(desk.create_sampling_session),
-        "asample": takes(desk.sample),
+        "create_custom_loss": takes(training.create_custom_loss),
+        "optim_step": takes(training.optim_step),
+        "save_weights": takes(training.save_weights),
+        "load_weights": load_weights,
+        "save_weights_for_sampler": takes(training.save_weights_for_sampler),
+        "save_weights_external": takes(training.save_weights_external),
+        "create_sampling_session": takes(samplers.open),
+        "asample": takes(samplers.sample),
         "retrieve_future": retrieve_future,
         "retrieve_futures": takes(retrieval.completions),
         "cancel_future": cancel_future,
-        "join_sampling_session": takes(desk.join_sampling_session),
+        "join_sampling_session": takes(samplers.join),
         "telemetry": telemetry,
     }
     routes = [route("POST", path, handler) for path, handler in posts.items()]

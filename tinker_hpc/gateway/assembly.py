@@ -13,11 +13,14 @@ from tinker_hpc.gateway.custom_losses import CustomLosses
 from tinker_hpc.gateway.desk import Desk
 from tinker_hpc.gateway.ledger import Ledger
 from tinker_hpc.gateway.lookup import Lookup
+from tinker_hpc.gateway.models import Models
 from tinker_hpc.gateway.replay import Replay, tell_again
 from tinker_hpc.gateway.retention import Reads
 from tinker_hpc.gateway.retrieval import HOLD_S, Retrieval
+from tinker_hpc.gateway.samplers import Samplers
 from tinker_hpc.gateway.sessions import Sessions
 from tinker_hpc.gateway.shelf import Shelf
+from tinker_hpc.gateway.training import Training
 from tinker_hpc.gateway.workers import Workers
 from tinker_hpc.log import Lease
 from tinker_hpc.run_folder import RunFolder, seed_of_run
@@ -59,12 +62,17 @@ def assemble(run: RunFolder, config: Config, lease: Lease, *, api_key: str, hold
         sessions,
         reads=Reads(run.reads),
         replay=replay,
-        losses=losses,
         run_seed=run_seed,
-        per_expert=config.expert_lora == "per_expert",
     )
-    lookup = Lookup(run.data_root, ledger, workers, sessions)
-    shelf = Shelf(run.data_root, run.exports)
-    retrieval = Retrieval(ledger, workers, hold_s=hold_s)
-    application = app.build(desk, lookup, retrieval, shelf, run=run, api_key=api_key)
+    application = app.build(
+        desk=desk,
+        models=Models(desk, per_expert=config.expert_lora == "per_expert"),
+        training=Training(desk, losses),
+        samplers=Samplers(desk),
+        lookup=Lookup(run.data_root, ledger, workers, sessions),
+        retrieval=Retrieval(ledger, workers, hold_s=hold_s),
+        shelf=Shelf(run.data_root, run.exports),
+        run=run,
+        api_key=api_key,
+    )
     return Gateway(application, desk, ledger, workers, replay)

@@ -1,4 +1,4 @@
-"""Step 3 of a request. Before: gateway/desk.py. After: log/request_log.py.
+"""Step 3 of a request. Before: gateway/models.py, training.py, samplers.py. After: log/request_log.py.
 
 Accepts a record once: the request id is reserved, the record made durable, and only then is the caller answered.
 """
