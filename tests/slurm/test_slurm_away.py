@@ -22,6 +22,8 @@ from continued import (
 )
 from slurm_machine import SlurmCluster, until
 
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.mark.slow
 def test_slurm_itself_is_away(cluster: SlurmCluster, unharmed: Numbers) -> None:
@@ -30,7 +32,6 @@ def test_slurm_itself_is_away(cluster: SlurmCluster, unharmed: Numbers) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_slurmctld_down_for_two_minutes(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """The same for as long as a controller that is moved to another machine is away."""
     away(cluster, unharmed, seconds=120)

@@ -25,6 +25,9 @@ from continued import (
 )
 from slurm_machine import TINY_MODEL, SlurmCluster, until
 
+pytestmark = pytest.mark.timeout(900)
+"""Several recoveries in one test, each a start of a worker: minutes on a busy machine."""
+
 
 def test_preempted_with_grace(cluster: SlurmCluster, unharmed: Numbers) -> None:
     """A job of a higher partition takes the node; ours ends within its grace, its successor waits and goes on."""
