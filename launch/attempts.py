@@ -23,7 +23,8 @@ from launch import process_tree, progress
 from launch.chain import FROM_OUTSIDE, WITHOUT_A_WORD, Attempt
 from launch.progress import Credit
 from tinker_hpc.patience import until_written
-from tinker_hpc.run_folder import RunFolder, make_private, read_json, write_json
+from tinker_hpc.private_files import make_private, read_json, write_json
+from tinker_hpc.run_folder import RunFolder
 
 BEAT_S = 1.5
 DEAD_AFTER_S = 6.0

@@ -11,13 +11,14 @@ import os
 import time
 
 from launch import attempts, lineage, process_tree
+from launch.cancel import cancel
 from launch.children import Child, worker_watch_argv
 from launch.monitor import job_statuses
 from launch.run_record import listed
-from launch.submit import cancel
 from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.patience import until_written
-from tinker_hpc.run_folder import RunFolder, write_json
+from tinker_hpc.private_files import write_json
+from tinker_hpc.run_folder import RunFolder
 
 _ASK_SLURM_S = 60.0
 """How often a worker asks Slurm whether its run's job lives; a run that ends in order is noticed by its files."""

@@ -6,7 +6,8 @@ import http.client
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from tinker_hpc.run_folder import RunFolder, read_json
+from tinker_hpc.private_files import read_json
+from tinker_hpc.run_folder import RunFolder
 
 _TIMEOUT_S = 5.0
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from tinker_hpc.run_folder import make_private, write_bytes
+from tinker_hpc.private_files import make_private, write_bytes
 
 _REVISION = "local"
 """Name of the only revision of a mapped folder. Not a commit, and it does not look like one."""

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from launch.job_state import JobState, JobStatus
 from launch.submitted import SubmittedJob
-from tinker_hpc.run_folder import RunFolder, make_private, read_json, write_json
+from tinker_hpc.private_files import make_private, read_json, write_json
+from tinker_hpc.run_folder import RunFolder
 
 
 def jobs_of(run_folder: RunFolder) -> list[SubmittedJob]:

@@ -13,7 +13,8 @@ from typing import Any
 from launch import attempts, process_tree
 from launch.job_state import OUTCOME_STATES, JobState, JobStatus
 from launch.submitted import SubmittedJob
-from tinker_hpc.run_folder import RunFolder, read_json
+from tinker_hpc.private_files import read_json
+from tinker_hpc.run_folder import RunFolder
 
 
 def status(job: SubmittedJob) -> JobStatus:

@@ -18,7 +18,8 @@ from launch.log_tail import were_killed, worker_words
 from launch.run_record import listed
 from launch.stopped import LOOK_EVERY_S, StoppedWatch
 from tinker_hpc.patience import until_written
-from tinker_hpc.run_folder import RunFolder, read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.run_folder import RunFolder
 
 POLL_S = 0.1
 LISTING_POLL_S = 1.0

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tinker_hpc.run_folder import RunFolder, WorkerFolder, read_json
+from tinker_hpc.private_files import read_json
+from tinker_hpc.run_folder import RunFolder, WorkerFolder
 
 Credit = Literal["answers", "ready", "waiting"]
 """What counts as progress: answers of the worker in the job; for a worker without a loop that it took requests, for it

@@ -17,7 +17,7 @@ from launch.log_tail import disk_refused, num_failed_starts, were_killed
 from launch.node import LISTING_POLL_S, POLL_S, Node
 from launch.run_record import RunRecord, listed
 from tinker_hpc.patience import until_there_is_room, until_written
-from tinker_hpc.run_folder import read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
 
 _EARLY_STARTS = 2
 """Ranks that fail before they are ready get one more chance (a port taken, a filesystem that lags), not three."""

@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tinker_hpc.run_folder import RunFolder, write_json
+from tinker_hpc.private_files import write_json
+from tinker_hpc.run_folder import RunFolder
 
 
 class RunRecord:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.job_spec import JobSpec
-from tinker_hpc.run_folder import RunFolder, make_private, read_json, write_json
+from tinker_hpc.private_files import make_private, read_json, write_json
+from tinker_hpc.run_folder import RunFolder
 
 Continuation = Literal["chain", "requeue", "ladder"]
 

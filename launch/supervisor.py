@@ -21,7 +21,8 @@ from launch.job_spec import JobSpec
 from launch.node import OtherNode, Place
 from tinker_hpc.errors import DataRootError
 from tinker_hpc.patience import words_may_be_lost
-from tinker_hpc.run_folder import RunFolder, check_data_root, check_private, read_json
+from tinker_hpc.private_files import check_data_root, check_private, read_json
+from tinker_hpc.run_folder import RunFolder
 
 
 class Supervise:

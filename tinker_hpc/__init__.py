@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from tinker import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
     from tinker_hpc.runs import Run as Run
-    from tinker_hpc.runs import submit as submit
     from tinker_hpc.service import ServiceClient as ServiceClient
     from tinker_hpc.service import session as session
+    from tinker_hpc.submission import submit as submit
 
 __title__ = "tinker_hpc"
 __version__ = "0.1.0"
@@ -29,7 +29,7 @@ _OWN = {
     "Run": "tinker_hpc.runs",
     "ServiceClient": "tinker_hpc.service",
     "session": "tinker_hpc.service",
-    "submit": "tinker_hpc.runs",
+    "submit": "tinker_hpc.submission",
 }
 
 

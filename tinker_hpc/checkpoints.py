@@ -15,7 +15,8 @@ from typing import Any
 
 from tinker_hpc.errors import ConfigError, DataRootError
 from tinker_hpc.peft_export import PEFT_FILES, export_adapter
-from tinker_hpc.run_folder import RunFolder, checkpoint_folder, read_json
+from tinker_hpc.private_files import read_json
+from tinker_hpc.run_folder import RunFolder, checkpoint_folder
 
 _PATH = re.compile(r"tinker://(?P<model_id>[^/]+)/(?P<kind>weights|sampler_weights|external_weights)/(?P<name>[^/]+)")
 

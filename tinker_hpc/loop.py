@@ -1,4 +1,4 @@
-"""Step 1 of a request. Before: tinker_hpc/runs.py wrote payload.pkl. After: the stock SDK, then gateway/app.py.
+"""Step 1 of a request. Before: tinker_hpc/submission.py wrote payload.pkl. After: the stock SDK, then gateway/app.py.
 
 `python -m tinker_hpc.loop --run-dir DIR` runs the user's function on the job's first node, in a process of its own.
 The supervisor has set TINKER_BASE_URL and TINKER_API_KEY, so plain `tinker.ServiceClient()` finds the gateway.
@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from tinker_hpc.payload import dump_error, dump_success, load_call
-from tinker_hpc.run_folder import RunFolder, seed_of_run, write_bytes
+from tinker_hpc.private_files import write_bytes
+from tinker_hpc.run_folder import RunFolder, seed_of_run
 
 
 def seed_everything(run_id: str) -> None:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,10 +107,14 @@ class AdapterFile:
         return self._file.read(key, slice(place, place + 1))[0]
 
 
-def export_merged(base_folder: Path, adapter_folder: Path, target: Path) -> Path:
+def export_merged(
+    base_folder: Path, adapter_folder: Path, target: Path, *, written: Callable[[int, int], None] | None = None
+) -> Path:
     """Write the merged model to `target`, a new folder that transformers and vLLM load as it is.
 
     A base whose unembedding is its embedding gets one of its own where the adapter trains it.
+
+    Args: written: told the bytes of weights that are written, and those in all, now and then.
 
     Raises: ConfigError if `target` exists; WeightsError if base and adapter do not belong together; DataRootError if
         the disk refuses. Nothing is left behind.
@@ -120,7 +124,7 @@ def export_merged(base_folder: Path, adapter_folder: Path, target: Path) -> Path
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
-        _merge_into(unfinished, base_folder, adapter_folder)
+        _merge_into(unfinished, base_folder, adapter_folder, written or (lambda done, total: None))
         unfinished.rename(target)
     except OSError as error:
         raise DataRootError(
@@ -132,7 +136,7 @@ def export_merged(base_folder: Path, adapter_folder: Path, target: Path) -> Path
     return target
 
 
-def _merge_into(folder: Path, base_folder: Path, adapter_folder: Path) -> None:
+def _merge_into(folder: Path, base_folder: Path, adapter_folder: Path, written: Callable[[int, int], None]) -> None:
     with closing(AdapterFile(adapter_folder)) as adapter, ModelTensors(base_folder) as base:
         untied = UNEMBEDDING not in base.stored and adapter.factors(UNEMBEDDING) is not None
         sources = {name: name for name in base.stored} | ({UNEMBEDDING: EMBEDDING} if untied else {})
@@ -144,15 +148,23 @@ def _merge_into(folder: Path, base_folder: Path, adapter_folder: Path) -> None:
                 "Give the base model it was trained on."
             )
         where: dict[str, str] = {}
-        total = 0
+        total = sum(num_bytes(base.dtype(source), base.shape(source)) for source in sources.values())
+        done = 0
+
+        def counted(pieces: Iterator[bytes]) -> Iterator[bytes]:
+            nonlocal done
+            for piece in pieces:
+                yield piece
+                done += len(piece)
+                written(done, total)
+
         for shard in base.shards:
             here = {name: source for name, source in sources.items() if base.shard(source) is shard}
             entries = {}
             for name in sorted(here, key=lambda n: (base.place(here[n]), n)):
                 dtype, shape = base.dtype(here[name]), base.shape(here[name])
-                entries[name] = (dtype, shape, _pieces(base, here[name], adapter, patches[name]))
+                entries[name] = (dtype, shape, counted(_pieces(base, here[name], adapter, patches[name])))
                 where[name] = shard.path.name
-                total += num_bytes(dtype, shape)
             if here:
                 write_tensors(folder / shard.path.name, entries, shard.metadata or {"format": "pt"})
         changes = {"tie_word_embeddings": False} if untied else {}

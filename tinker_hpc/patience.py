@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
 
 from tinker_hpc.errors import DataRootError
-from tinker_hpc.run_folder import write_bytes
+from tinker_hpc.private_files import write_bytes
 
 _T = TypeVar("_T")
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)

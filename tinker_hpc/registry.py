@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tinker_hpc.run_folder import RunFolder, make_private, read_json
+from tinker_hpc.private_files import make_private, read_json
+from tinker_hpc.run_folder import RunFolder
 
 _TABLE = "runs_2"  # the number is the schema's: another one, and the old table is simply not read
 _KEY = ("data_root", "run_id")

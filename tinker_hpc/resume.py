@@ -10,14 +10,15 @@ import os
 from dataclasses import asdict, fields, replace
 
 from launch import attempts, lineage
+from launch.cancel import cancel
 from launch.job_spec import JobSpec
-from launch.submit import cancel
 from launch.submit import submit as submit_job
 from tinker_hpc.base_models import resolve
 from tinker_hpc.config import Config, load_config
 from tinker_hpc.errors import ConfigError
+from tinker_hpc.private_files import read_json, write_json
 from tinker_hpc.resources import Resources, build_job_spec
-from tinker_hpc.run_folder import RunFolder, read_json, write_json
+from tinker_hpc.run_folder import RunFolder
 from tinker_hpc.runs import Run
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from launch import lineage
 from launch.job_state import OUTCOME_STATES, JobState, JobStatus
-from tinker_hpc.run_folder import RunFolder, read_json
+from tinker_hpc.private_files import read_json
+from tinker_hpc.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

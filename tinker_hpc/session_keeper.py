@@ -19,12 +19,13 @@ from pathlib import Path
 from types import FrameType
 
 from launch import lineage, process_tree
+from launch.cancel import cancel
 from launch.children import Child, gateway_argv
 from launch.gateway_client import close_worker, read_address
 from launch.run_record import listed
-from launch.submit import cancel
 from tinker_hpc.errors import TinkerHpcError
-from tinker_hpc.run_folder import RunFolder, write_json
+from tinker_hpc.private_files import write_json
+from tinker_hpc.run_folder import RunFolder
 from tinker_hpc.worker_watch import WatchedWorker, WorkerWatch
 
 _TICK_S = 0.5

@@ -20,7 +20,8 @@ from launch.job_state import JobState, JobStatus
 from launch.waiting_words import in_words
 from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.job_watch import JobWatch
-from tinker_hpc.run_folder import RunFolder, WorkerFolder, write_json
+from tinker_hpc.private_files import write_json
+from tinker_hpc.run_folder import RunFolder, WorkerFolder
 
 _TICK_S = 0.5
 _ASK_SLURM_S = 30.0

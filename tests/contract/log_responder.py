@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from tinker_hpc.log import Bell, Lease, LogReader, Record, ResultLog
-from tinker_hpc.run_folder import WorkerFolder, write_json
+from tinker_hpc.private_files import write_json
+from tinker_hpc.run_folder import WorkerFolder
 
 
 def respond(request: Record) -> Record | None:

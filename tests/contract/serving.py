@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tinker_hpc.run_folder import RunFolder, WorkerFolder, read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.run_folder import RunFolder, WorkerFolder
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "models" / "tiny-qwen3"

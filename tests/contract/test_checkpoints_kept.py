@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import serving
 
-from tinker_hpc.run_folder import checkpoint_folder, read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.run_folder import checkpoint_folder
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,8 @@ from safetensors import safe_open
 
 from tinker_hpc.checkpoints import Checkpoint, export_peft, find_checkpoint
 from tinker_hpc.merged_export import export_merged
-from tinker_hpc.run_folder import WorkerFolder, read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.run_folder import WorkerFolder
 
 sys.path.append(str(serving.HERE.parent / "models"))
 

@@ -24,7 +24,8 @@ import serving
 import test_replay
 
 from tinker_hpc.log import LogReader, ResultReader
-from tinker_hpc.run_folder import RunFolder, WorkerFolder, read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.run_folder import RunFolder, WorkerFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

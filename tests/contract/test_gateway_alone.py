@@ -18,7 +18,7 @@ import tinker
 
 from tinker_hpc.gateway.app import CLIENT_CONFIG
 from tinker_hpc.log import LogReader
-from tinker_hpc.run_folder import read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
 
 WAIT_S = 30
 ADAM = {"learning_rate": 1e-3}

@@ -22,7 +22,8 @@ import serving
 from safetensors.numpy import load_file
 
 from tinker_hpc.log import LogReader, Record, ResultReader
-from tinker_hpc.run_folder import RunFolder, WorkerFolder, read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.run_folder import RunFolder, WorkerFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

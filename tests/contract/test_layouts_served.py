@@ -16,7 +16,8 @@ import pytest
 import serving
 import tinker
 
-from tinker_hpc.run_folder import RunFolder, WorkerFolder, read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.run_folder import RunFolder, WorkerFolder
 
 sys.path.append(str(serving.HERE.parent / "models"))
 

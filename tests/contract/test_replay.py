@@ -17,7 +17,7 @@ import tinker
 from safetensors.numpy import load_file
 
 from tinker_hpc.log import LogReader
-from tinker_hpc.run_folder import read_json
+from tinker_hpc.private_files import read_json
 
 PROGRAM = str(serving.HERE / "replayed_program.py")
 REPLAY_STEPS = 300

@@ -18,7 +18,7 @@ from test_worker_redo import answers, assert_same, check_answered_once, story
 from worker_driver import WorkerUnderTest, random_base
 
 from tinker_hpc.log import LogReader, Record
-from tinker_hpc.run_folder import read_json
+from tinker_hpc.private_files import read_json
 from tinker_hpc.worker.snapshot_files import NEEDED
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

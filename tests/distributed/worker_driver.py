@@ -14,7 +14,8 @@ import numpy as np
 import torch.distributed as dist
 
 from tinker_hpc.log import Bell, Record, RequestLog, ResultReader
-from tinker_hpc.run_folder import WorkerFolder, read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.run_folder import WorkerFolder
 
 BASE_MODEL = "random/qwen3"
 ADAM = {

@@ -23,7 +23,15 @@ from tinker_hpc.cli.main import COMMANDS
 from tinker_hpc.config import build_config
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/cookbook.md", "docs/learning.md")
+PAGES = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "docs/cluster.md",
+    "docs/cookbook.md",
+    "docs/families.md",
+    "docs/learning.md",
+)
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

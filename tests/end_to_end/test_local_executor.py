@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 
 from launch import process_tree
+from launch.cancel import cancel
 from launch.job_spec import JobSpec
 from launch.job_state import JobState, JobStatus
 from launch.monitor import job_statuses
-from launch.submit import SubmittedJob, cancel, submit
+from launch.submit import submit
+from launch.submitted import SubmittedJob
 from tinker_hpc.config import ClusterProfile
-from tinker_hpc.run_folder import RunFolder, read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.run_folder import RunFolder
 
 TINY_MODEL = Path(__file__).parents[1] / "models" / "tiny-qwen3"
 Submit = Callable[..., tuple[SubmittedJob, RunFolder]]

@@ -31,8 +31,9 @@ from tinker_hpc.errors import (
     UnknownBaseModelError,
 )
 from tinker_hpc.run_folder import RunFolder
-from tinker_hpc.runs import Run, submit
+from tinker_hpc.runs import Run
 from tinker_hpc.sessions import Session
+from tinker_hpc.submission import submit
 
 TINY = str(Path(__file__).resolve().parents[1] / "models" / "tiny-qwen3")
 TINKER_HPC = [sys.executable, "-m", "tinker_hpc.cli"]

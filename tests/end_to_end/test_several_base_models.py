@@ -17,8 +17,10 @@ from launch import process_tree
 from launch.job_state import JobState
 from launch.submitted import SubmittedJob
 from tinker_hpc.errors import ConfigError, LoopFailedError, UnknownBaseModelError
-from tinker_hpc.run_folder import RunFolder, read_json
-from tinker_hpc.runs import Run, submit
+from tinker_hpc.private_files import read_json
+from tinker_hpc.run_folder import RunFolder
+from tinker_hpc.runs import Run
+from tinker_hpc.submission import submit
 
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny-qwen3"
 

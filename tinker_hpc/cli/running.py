@@ -46,7 +46,7 @@ def run(
     """
     from tinker_hpc.cli.follow import follow, to_stderr, to_stdout
     from tinker_hpc.resources import check_run_name
-    from tinker_hpc.runs import submit_loop
+    from tinker_hpc.submission import submit_loop
 
     program = next((word for word in command if word.endswith(".py")), command[0])
     name = check_run_name(name, otherwise=program.removesuffix(".py"))
@@ -109,7 +109,7 @@ def _print_script(
     """The sbatch scripts of this run, one a base model, with a stand-in for its id; nothing is written."""
     from launch.render import preview
     from tinker_hpc.config import load_config
-    from tinker_hpc.runs import job_specs
+    from tinker_hpc.submission import job_specs
 
     config = load_config()
     run_id = f"{name}-{time.strftime('%Y%m%d')}-000000"

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tinker_hpc.cli.options import json_option
-from tinker_hpc.cli.output import clock_text, emit, size_text, table
+from tinker_hpc.cli.output import bytes_written, clock_text, emit, size_text, table
 
 
 @click.command()
@@ -60,7 +60,8 @@ def export(path: str, target: Path | None, merged: bool, as_json: bool) -> None:
         from tinker_hpc.merged_export import export_merged
 
         base = resolve(checkpoint.base_model, load_config().base_models)
-        folder = export_merged(base.folder, checkpoint.folder, target).resolve()
+        with bytes_written(f"merging into {base.name}") as written:
+            folder = export_merged(base.folder, checkpoint.folder, target, written=written).resolve()
     else:
         folder = export_peft(checkpoint, target).resolve()
     if as_json:

@@ -28,7 +28,7 @@ def serve(
     end the job and the gateway.
     """
     from tinker_hpc.cli.follow import Reporter
-    from tinker_hpc.run_folder import read_json
+    from tinker_hpc.private_files import read_json
     from tinker_hpc.sessions import Session
 
     stop = threading.Event()

@@ -27,7 +27,8 @@ from tinker_hpc.gateway.assembly import assemble
 from tinker_hpc.gateway.retrieval import HOLD_S
 from tinker_hpc.log import Lease
 from tinker_hpc.patience import words_may_be_lost
-from tinker_hpc.run_folder import RunFolder, read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.run_folder import RunFolder
 
 HOST = "127.0.0.1"
 BACKLOG = 2048

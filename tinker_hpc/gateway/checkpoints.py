@@ -21,7 +21,8 @@ from typing import Any
 
 from tinker_hpc.errors import RequestError
 from tinker_hpc.gateway.validate import CHECKPOINT_NAME
-from tinker_hpc.run_folder import checkpoint_folder, model_folder_name, read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.run_folder import checkpoint_folder, model_folder_name
 
 KINDS = ("weights", "sampler_weights", "external_weights")
 METADATA = "checkpoint.json"

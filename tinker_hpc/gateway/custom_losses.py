@@ -16,7 +16,7 @@ from tinker_hpc.custom_loss import CustomLoss
 from tinker_hpc.errors import RequestError
 from tinker_hpc.gateway.answers import Answer
 from tinker_hpc.gateway.wire import JSON, json_bytes
-from tinker_hpc.run_folder import make_private, read_json, write_json
+from tinker_hpc.private_files import make_private, read_json, write_json
 
 _ID = re.compile(r"loss-[0-9a-f]{32}")
 _CREATION = re.compile(r".+:custom_loss:\d+:(loss-[0-9a-f]{32})")

@@ -28,7 +28,8 @@ from tinker_hpc.gateway.refusals import Refusal, try_again
 from tinker_hpc.gateway.workers import WorkerLink, Workers
 from tinker_hpc.log import Record
 from tinker_hpc.log.rewinds import Rewind, add_rewind, read_rewinds
-from tinker_hpc.run_folder import PRIVATE_FILE, RunFolder, read_json
+from tinker_hpc.private_files import PRIVATE_FILE, read_json
+from tinker_hpc.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 

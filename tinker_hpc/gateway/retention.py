@@ -27,7 +27,8 @@ from tinker_hpc.errors import DataRootError, RequestError
 from tinker_hpc.gateway import checkpoints
 from tinker_hpc.gateway.checkpoints import Checkpoint
 from tinker_hpc.gateway.refusals import try_again
-from tinker_hpc.run_folder import RunFolder, read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.run_folder import RunFolder
 
 SWEEP_EVERY_S = 600.0
 GRACE_S = 60.0

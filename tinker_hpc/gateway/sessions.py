@@ -18,7 +18,7 @@ from tinker_hpc.errors import DataRootError
 from tinker_hpc.gateway.refusals import Refusal, bad_request, conflicting, try_again, unknown
 from tinker_hpc.gateway.replay import Replay
 from tinker_hpc.gateway.seeds import without_chance
-from tinker_hpc.run_folder import read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
 
 DEFAULT_PROJECT = "default"
 

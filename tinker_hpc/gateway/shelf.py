@@ -20,7 +20,7 @@ from tinker_hpc.gateway import checkpoints, publishing, retention
 from tinker_hpc.gateway.checkpoints import METADATA, Checkpoint, TinkerPath, iso_time
 from tinker_hpc.gateway.refusals import Refusal, bad_request, conflicting, try_again, unknown
 from tinker_hpc.gateway.validate import ttl_seconds
-from tinker_hpc.run_folder import fsync_folder, make_private, write_json
+from tinker_hpc.private_files import fsync_folder, make_private, write_json
 
 # file:// URLs do not expire; the SDK wants a time, and asks again when it is near.
 URLS_HOLD_S = 24 * 3600.0

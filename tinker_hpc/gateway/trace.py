@@ -14,7 +14,7 @@ from typing import Any
 from tinker_hpc.gateway.wire import json_bytes
 from tinker_hpc.gateway.workers import WorkerLink
 from tinker_hpc.log import ResultReader
-from tinker_hpc.run_folder import make_private, write_bytes
+from tinker_hpc.private_files import make_private, write_bytes
 
 
 def export(links: Iterable[WorkerLink], session_id: str, folder: Path) -> Path:

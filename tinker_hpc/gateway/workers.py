@@ -23,7 +23,8 @@ from tinker_hpc.gateway.futures import FutureTable
 from tinker_hpc.log import Bell, Lease, LogReader, RequestLog, ResultFinder, ResultReader
 from tinker_hpc.log.rewinds import read_rewinds, taken_back
 from tinker_hpc.patience import Complaint, passes
-from tinker_hpc.run_folder import RunFolder, WorkerFolder, read_json
+from tinker_hpc.private_files import read_json
+from tinker_hpc.run_folder import RunFolder, WorkerFolder
 
 STATUS_EVERY_S = 1.0
 COMPACT_EVERY_S = 60.0

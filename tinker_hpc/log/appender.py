@@ -19,7 +19,7 @@ from tinker_hpc.log.segment import (
     segments_of,
     write_segment,
 )
-from tinker_hpc.run_folder import make_private
+from tinker_hpc.private_files import make_private
 
 FANOUT = 32
 """Merge this many neighbours of one size class: n appends leave about FANOUT * log_FANOUT(n) files."""

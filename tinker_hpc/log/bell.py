@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from tinker_hpc.run_folder import PRIVATE_DIR
+from tinker_hpc.private_files import PRIVATE_DIR
 
 FIRST_PAUSE_S = 0.005
 LONGEST_PAUSE_S = 1.0

@@ -20,7 +20,7 @@ from typing import Any
 from tinker_hpc.errors import LeaseLostError
 from tinker_hpc.log.looking import list_names, newest_told, tell_newest
 from tinker_hpc.log.segment import publish
-from tinker_hpc.run_folder import make_private
+from tinker_hpc.private_files import make_private
 
 _NAME = re.compile(r"fence-(\d{8,})")
 

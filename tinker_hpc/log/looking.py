@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinker_hpc.errors import DataRootError
-from tinker_hpc.run_folder import PRIVATE_FILE
+from tinker_hpc.private_files import PRIVATE_FILE
 
 NEWEST = "newest"
 CONTENTS = "contents"

@@ -18,7 +18,7 @@ from tinker_hpc.log.appender import Appender
 from tinker_hpc.log.lease import Lease
 from tinker_hpc.log.record import Buffer, Record, encode_parts
 from tinker_hpc.log.segment import RETRY_S, Segment, chain, list_segments, missing, read_segment
-from tinker_hpc.run_folder import read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
 
 COMPACTED = "compacted.json"
 KEEP_BYTES = 4 << 30

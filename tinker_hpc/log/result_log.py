@@ -26,7 +26,8 @@ from tinker_hpc.log.looking import list_anew, list_names, newest_told, tell_newe
 from tinker_hpc.log.record import Record, encode_parts
 from tinker_hpc.log.request_log import POLL_BYTES, LogReader
 from tinker_hpc.log.segment import chain, last_contiguous, list_segments, read_segment, segments_of
-from tinker_hpc.run_folder import WorkerFolder, fsync_folder, make_private
+from tinker_hpc.private_files import fsync_folder, make_private
+from tinker_hpc.run_folder import WorkerFolder
 
 
 class ResultLog:

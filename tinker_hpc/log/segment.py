@@ -27,7 +27,7 @@ from pathlib import Path
 from tinker_hpc.errors import CorruptLogError, DataRootError
 from tinker_hpc.log.looking import TEMPORARY, list_names, names_told
 from tinker_hpc.log.record import Buffer, Record, decode_all
-from tinker_hpc.run_folder import PRIVATE_FILE, fsync_folder, write_bytes
+from tinker_hpc.private_files import PRIVATE_FILE, fsync_folder, write_bytes
 
 FOOTER_MAGIC = b"TKHPCEND"
 _FOOTER = struct.Struct("<8sQQQII")  # magic, first, last, bytes before the footer, zero, crc32 of what precedes it here

@@ -15,7 +15,8 @@ from pathlib import Path
 from megatron_adapters.engine import Engine, HostCopy
 from tinker_hpc.errors import RequestError, WeightsError
 from tinker_hpc.patience import until_written
-from tinker_hpc.run_folder import make_private, model_folder_name
+from tinker_hpc.private_files import make_private
+from tinker_hpc.run_folder import model_folder_name
 from tinker_hpc.worker.ranks import Ranks
 
 MAX_WRITING = 2

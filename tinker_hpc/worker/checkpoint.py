@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tinker_hpc.errors import RequestError
-from tinker_hpc.run_folder import fsync_folder, make_private, read_json, write_json
+from tinker_hpc.private_files import fsync_folder, make_private, read_json, write_json
 
 METADATA = "checkpoint.json"
 FORMAT = 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinker_hpc.run_folder import PRIVATE_FILE, write_bytes
+from tinker_hpc.private_files import PRIVATE_FILE, write_bytes
 from tinker_hpc.worker.sampler_gap import SamplerGap
 
 NO_GAP = SamplerGap()

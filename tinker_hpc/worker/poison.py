@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tinker_hpc.log import Record
-from tinker_hpc.run_folder import make_private, read_json, write_json
+from tinker_hpc.private_files import make_private, read_json, write_json
 from tinker_hpc.worker.ranks import Failure
 
 

@@ -18,7 +18,8 @@ from tinker_hpc.log import Bell, Lease, LogReader, Record, ResultLog, ResultRead
 from tinker_hpc.log.looking import LAG_S
 from tinker_hpc.log.request_log import compacted_through
 from tinker_hpc.patience import until_written
-from tinker_hpc.run_folder import WorkerFolder, read_json
+from tinker_hpc.private_files import read_json
+from tinker_hpc.run_folder import WorkerFolder
 from tinker_hpc.worker.aside import SnapshotsAside
 from tinker_hpc.worker.desk import Desk
 from tinker_hpc.worker.hang import FLOOR_S, HangWatch

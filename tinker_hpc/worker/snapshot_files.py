@@ -22,7 +22,7 @@ from typing import Any
 
 from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.log.looking import list_anew, list_names
-from tinker_hpc.run_folder import fsync_folder, make_private, read_json, write_json
+from tinker_hpc.private_files import fsync_folder, make_private, read_json, write_json
 from tinker_hpc.worker.checkpoint import sha256
 
 METADATA = "snapshot.json"

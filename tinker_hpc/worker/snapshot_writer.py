@@ -19,7 +19,7 @@ from megatron_adapters.engine import HostCopy
 from tinker_hpc.errors import LeaseLostError, TinkerHpcError
 from tinker_hpc.log import Lease
 from tinker_hpc.patience import until_written
-from tinker_hpc.run_folder import make_private
+from tinker_hpc.private_files import make_private
 from tinker_hpc.worker import snapshot_clock, snapshot_files
 from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.snapshot_files import Coverage, Snapshot, SnapshotRefusedError

@@ -32,7 +32,8 @@ from plan import Strike, strikes  # noqa: E402
 from slurm_machine import PROGRAMS, TINY_MODEL, SlurmCluster  # noqa: E402
 from strikes import Striker  # noqa: E402
 
-from tinker_hpc.run_folder import RunFolder, read_json  # noqa: E402
+from tinker_hpc.private_files import read_json  # noqa: E402
+from tinker_hpc.run_folder import RunFolder  # noqa: E402
 
 LOOPS = {"sft": ("sft_loop.py", "30", "0.3"), "rl": ("rl_loop.py", "18", "0.3")}
 """Program, steps, and the pause after each: something to strike in between. Long enough that a run seldom ends before

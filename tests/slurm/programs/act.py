@@ -15,7 +15,8 @@ from typing import Any
 from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.resources import Resources
 from tinker_hpc.resume import resume as resume_run
-from tinker_hpc.runs import Run, submit_loop
+from tinker_hpc.runs import Run
+from tinker_hpc.submission import submit_loop
 
 
 def submit(options: str, *command: str) -> dict[str, Any]:

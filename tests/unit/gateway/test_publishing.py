@@ -15,7 +15,7 @@ from test_gateway_checkpoints import write
 from tinker_hpc.errors import RequestError
 from tinker_hpc.gateway import checkpoints, publishing
 from tinker_hpc.gateway.checkpoints import Checkpoint
-from tinker_hpc.run_folder import check_data_root
+from tinker_hpc.private_files import check_data_root
 
 PATHS = ("tinker://s-1:train:0/weights/a", "tinker://s-1:train:0/weights/b", "tinker://s-2:train:0/weights/a")
 

@@ -16,7 +16,8 @@ from tinker_hpc.gateway import checkpoints, retention
 from tinker_hpc.gateway.checkpoints import Checkpoint
 from tinker_hpc.gateway.refusals import Refusal
 from tinker_hpc.gateway.shelf import Shelf
-from tinker_hpc.run_folder import RunFolder, write_json
+from tinker_hpc.private_files import write_json
+from tinker_hpc.run_folder import RunFolder
 
 PARTS = ("s-1:train:0", "weights", "a")
 

@@ -19,7 +19,8 @@ from launch.job_state import JobState
 from launch.run_record import RunRecord, listed
 from launch.submitted import SubmittedJob
 from tinker_hpc.config import ClusterProfile
-from tinker_hpc.run_folder import RunFolder, read_json
+from tinker_hpc.private_files import read_json
+from tinker_hpc.run_folder import RunFolder
 
 LOCAL = ClusterProfile("local", executor="local")
 JOB = SubmittedJob("77", "local", 100.0, "r-1", "local", "/data/runs/r-1", "here", 5)

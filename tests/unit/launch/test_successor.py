@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from launch import lineage, site
+from launch.cancel import cancel
 from launch.host import CommandResult
 from launch.job_spec import JobSpec
-from launch.submit import cancel
 from launch.submitted import SubmittedJob
 from launch.successor import Successor, take_back
 from tinker_hpc.config import ClusterProfile
-from tinker_hpc.run_folder import RunFolder, read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.run_folder import RunFolder
 
 FORBIDDEN = "sbatch: error: Batch job submission failed: Access/permission denied"
 LIMIT = (

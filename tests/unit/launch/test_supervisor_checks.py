@@ -8,7 +8,8 @@ import pytest
 
 from launch.supervisor import check_own
 from tinker_hpc.errors import DataRootError
-from tinker_hpc.run_folder import RunFolder, write_json
+from tinker_hpc.private_files import write_json
+from tinker_hpc.run_folder import RunFolder
 
 
 @pytest.fixture

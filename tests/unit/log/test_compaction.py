@@ -11,7 +11,8 @@ import pytest
 from tinker_hpc.log import LogReader, Record, RequestLog
 from tinker_hpc.log.request_log import compacted_through
 from tinker_hpc.log.rewinds import add_rewind, ranges, read_rewinds, taken_back
-from tinker_hpc.run_folder import WorkerFolder, make_private
+from tinker_hpc.private_files import make_private
+from tinker_hpc.run_folder import WorkerFolder
 
 PAYLOAD = 10_000
 

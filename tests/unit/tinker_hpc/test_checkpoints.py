@@ -8,7 +8,8 @@ import pytest
 
 from tinker_hpc.checkpoints import all_checkpoints, checkpoints_of_run, export_peft, find_checkpoint
 from tinker_hpc.errors import ConfigError, DataRootError
-from tinker_hpc.run_folder import RunFolder, checkpoint_folder, write_json
+from tinker_hpc.private_files import write_json
+from tinker_hpc.run_folder import RunFolder, checkpoint_folder
 
 EMPTY_SAFETENSORS = b"\x08\0\0\0\0\0\0\0{}      "
 MODEL = "s-20261123-abc:train:0"

@@ -16,7 +16,8 @@ from tinker_hpc.cli.follow import Tail
 from tinker_hpc.cli.main import COMMANDS, main
 from tinker_hpc.cli.output import age_text, size_text
 from tinker_hpc.config import ClusterProfile
-from tinker_hpc.run_folder import RunFolder, checkpoint_folder, write_json
+from tinker_hpc.private_files import write_json
+from tinker_hpc.run_folder import RunFolder, checkpoint_folder
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from tinker_hpc import safetensors_file
 from tinker_hpc.cli.main import main
 from tinker_hpc.errors import ConfigError, DataRootError, WeightsError
 from tinker_hpc.merged_export import export_merged
-from tinker_hpc.run_folder import checkpoint_folder, write_json
+from tinker_hpc.private_files import write_json
+from tinker_hpc.run_folder import checkpoint_folder
 from tinker_hpc.safetensors_file import TensorFile, as_bytes, as_float32
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers", "ignore:::torch")
@@ -76,9 +77,13 @@ def logits_of(folder: Path) -> torch.Tensor:
 def test_logits_equal_base_and_adapter(family: str, max_shard_size: str, targets: list[str], tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base", max_shard_size=max_shard_size)
     peft = make_adapter(base, tmp_path / "adapter", targets)
-    merged = export_merged(base, tmp_path / "adapter", tmp_path / "merged")
+    told: list[tuple[int, int]] = []
+    merged = export_merged(
+        base, tmp_path / "adapter", tmp_path / "merged", written=lambda done, total: told.append((done, total))
+    )
     with torch.no_grad():
         expected = peft(TOKENS).logits
+    assert told == sorted(told) and told[-1][0] == told[-1][1] > 10_000
     assert (logits_of(merged) - expected).abs().max() < 2e-5 * expected.abs().max()
     assert (logits_of(base) - expected).abs().max() > 0.01, "the adapter does something"
     names = {path.name for path in base.iterdir()}

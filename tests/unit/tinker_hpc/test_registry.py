@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tinker_hpc.private_files import write_json
 from tinker_hpc.registry import Registry, RunRow, row_from_folder
-from tinker_hpc.run_folder import RunFolder, write_json
+from tinker_hpc.run_folder import RunFolder
 
 
 @pytest.fixture

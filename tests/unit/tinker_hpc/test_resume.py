@@ -11,9 +11,10 @@ from launch import attempts
 from launch.job_spec import JobSpec
 from tinker_hpc.base_models import resolve
 from tinker_hpc.config import ClusterProfile, Config
+from tinker_hpc.private_files import write_json
 from tinker_hpc.resources import Resources, build_job_spec, driver_spec
 from tinker_hpc.resume import put_end_aside, resumed_spec
-from tinker_hpc.run_folder import RunFolder, write_json
+from tinker_hpc.run_folder import RunFolder
 
 MODEL = str(Path(__file__).parents[2] / "models" / "tiny-qwen3")
 DELLA = ClusterProfile("della", partition="gpu", gpu_type="a100", driver_partition="cpu")

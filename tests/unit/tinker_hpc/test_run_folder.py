@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tinker_hpc.errors import DataRootError, UnknownRunError
-from tinker_hpc.run_folder import RunFolder, check_data_root, read_json, write_bytes, write_json
+from tinker_hpc.private_files import check_data_root, read_json, write_bytes, write_json
+from tinker_hpc.run_folder import RunFolder
 
 
 def mode(path: Path) -> int:

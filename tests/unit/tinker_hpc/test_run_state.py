@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launch.job_state import JobState, JobStatus
-from tinker_hpc.run_folder import RunFolder, write_bytes, write_json
+from tinker_hpc.private_files import write_bytes, write_json
+from tinker_hpc.run_folder import RunFolder
 from tinker_hpc.run_state import OwnFiles, RunStatus, combine, read_json_lines, read_own_files
 
 

@@ -23,8 +23,10 @@ from tinker_hpc.errors import (
     UnknownRunError,
 )
 from tinker_hpc.payload import dump_error, dump_success
-from tinker_hpc.run_folder import RunFolder, write_bytes, write_json
-from tinker_hpc.runs import Run, check_call, submit
+from tinker_hpc.private_files import write_bytes, write_json
+from tinker_hpc.run_folder import RunFolder
+from tinker_hpc.runs import Run
+from tinker_hpc.submission import check_call, submit
 
 OURS = {"base_model": "m", "cluster": None, "nodes": None, "name": None, "time": None}
 

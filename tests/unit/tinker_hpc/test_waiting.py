@@ -10,7 +10,8 @@ import pytest
 
 from launch.job_state import JobState, JobStatus
 from launch.submitted import SubmittedJob
-from tinker_hpc.run_folder import RunFolder, write_bytes, write_json
+from tinker_hpc.private_files import write_bytes, write_json
+from tinker_hpc.run_folder import RunFolder
 from tinker_hpc.waiting import Ended, Patience, Waiter
 
 FUNCTION = {"kind": "run", "command": None}

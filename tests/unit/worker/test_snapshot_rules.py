@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tinker_hpc.log import Record
-from tinker_hpc.run_folder import make_private, read_json
+from tinker_hpc.private_files import make_private, read_json
 from tinker_hpc.worker import snapshot_files
 from tinker_hpc.worker.redo import Redo
 from tinker_hpc.worker.snapshot_clock import FIRST_S, LONGEST_S, interval_s, is_due
