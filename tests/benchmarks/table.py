@@ -1,4 +1,7 @@
-"""results/README.md from all results/*.json: python tests/benchmarks/table.py. Slower results stay in it."""
+"""results/README.md from all results/*.json: python tests/benchmarks/table.py. Slower results stay in it.
+
+First the ratios of the newest record of each benchmark and device, then every record whole.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,28 @@ number of threads says that other work ran beside it: then only the ratios mean 
 def main(folder: Path = RESULTS) -> None:
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     records.sort(key=lambda record: (record["what"], record["date"]))
-    (folder / "README.md").write_text(HEAD + "".join(section(record) for record in records))
+    (folder / "README.md").write_text(HEAD + at_a_glance(records) + "".join(section(record) for record in records))
+
+
+def at_a_glance(records: list[dict[str, Any]]) -> str:
+    """The ratios of the newest record of each benchmark on each kind of device; `records` in order of their dates."""
+    newest = {(record["what"], record["device"]["kind"]): record for record in records}
+    lines = [
+        "\n## At a glance",
+        "",
+        "| benchmark | case | metric | ratio | median | p10 to p90 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (what, kind), record in newest.items():
+        lines += [
+            f"| {what}, {kind}, {record['date']} | {case} | {metric} | {side.removeprefix('ratio_').replace('_', ' ')} "
+            f"| {row['median']:g} | {row['p10']:g} to {row['p90']:g} |"
+            for case, metrics in record["metrics"].items()
+            for metric, sides in metrics.items()
+            for side, row in sides.items()
+            if side.startswith("ratio_") or metric.endswith("_ratio")
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def section(record: dict[str, Any]) -> str:

@@ -38,10 +38,13 @@ def test_table_shows_every_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     outcome = record.Outcome("made_up", config={"size": 3}, warmup=0, repeats=3)
     outcome.add("case", "step_time_ms", {"ours": [1.0, 2.0, 3.0], "theirs": [2.0, 2.0, 1.0]})
     written = outcome.write(tmp_path)
-    assert json.loads(written.read_text())["metrics"]["case"]["step_time_ms"]["ratio_ours_to_theirs"]["median"] == 1.0
+    made = json.loads(written.read_text())
+    assert made["metrics"]["case"]["step_time_ms"]["ratio_ours_to_theirs"]["median"] == 1.0
     table.main(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "| case | step_time_ms | ours | 2 | 1.2 to 2.8 |" in text and "size: 3" in text
+    glance = f"made_up, {made['device']['kind']}, {made['date']} | case | step_time_ms | ours to theirs | 1 |"
+    assert glance in text
 
 
 def test_committed_table_is_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
