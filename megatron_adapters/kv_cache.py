@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from . import huge_pages
+
 _SMALLEST_LANE = 64
 
 
@@ -65,8 +67,10 @@ class LaneGroup:
 
     def _rows(self, num_rows: int, dim: int) -> Tensor:
         # Zeros, not empty: a masked position has weight 0, and 0 * NaN of uninitialised memory is NaN.
-        shape = self.shape
-        return torch.zeros(num_rows, shape.num_kv_heads, self.lane_tokens, dim, dtype=shape.dtype, device=shape.device)
+        shape, sizes = self.shape, (num_rows, self.shape.num_kv_heads, self.lane_tokens, dim)
+        if shape.device.type == "cpu":
+            return huge_pages.zeros(sizes, shape.dtype)
+        return torch.zeros(*sizes, dtype=shape.dtype, device=shape.device)
 
     def resize(self, num_rows: int) -> None:
         """Give the group this many rows, keeping the live ones; layer by layer, so the peak is one layer more."""
