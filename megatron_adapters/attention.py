@@ -5,7 +5,7 @@ unread as its `packed_seq_params`; there is no global state. For decoding, a con
 then rotates q and k at the context's positions and leaves the attending to `cache.attend` (kv_cache.py).
 
 Shapes: T packed tokens (all of them, also under sequence parallelism: megatron-core gathers before q, k, v),
-H local query heads, G local key-value heads, K head_dim.
+H local query heads, G local key-value heads, P = H / G, K head_dim.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ class AttentionCache(Protocol):
     """What decoding plugs in: it stores the new keys and values and attends over all stored ones."""
 
     def attend(
-        self, layer_number: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: PackedContext, /, *, rule: Rule
+        self, layer_number: int, q_TGPK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: PackedContext, /, *, rule: Rule
     ) -> Tensor:
-        """Return [T, H, K]. layer_number counts from 1; q and k are already rotated to context.positions_T."""
+        """Return [T, H, K]. layer_number counts from 1; q and k are already rotated to context.positions_T.
+
+        q_TGPK: see PackedAttention.attend.
+        """
         ...
 
 
@@ -99,15 +102,18 @@ class PackedAttention(nn.Module):
         assert context.cos_T1K is not None and context.sin_T1K is not None
         q_THK = rotate(q_THK, context.cos_T1K, context.sin_T1K)
         k_TGK = rotate(k_TGK, context.cos_T1K, context.sin_T1K)
-        return self.attend(q_THK, k_TGK, v_TGK, context)
+        return self.attend(q_THK.unflatten(1, (k_TGK.shape[1], -1)), k_TGK, v_TGK, context)
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: PackedContext) -> Tensor:
-        """As forward, of queries and keys that are rotated; values may have another head dim than they."""
+    def attend(self, q_TGPK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: PackedContext) -> Tensor:
+        """As forward, of queries and keys that are rotated; values may have another head dim than they.
+
+        q_TGPK: queries beside the key-value head that they read, P = H / G of each.
+        """
         rule = Rule(self.softmax_scale, self.window, self.sinks_H)
         if context.cache is not None:
-            out_THK = context.cache.attend(self.layer_number, q_THK, k_TGK, v_TGK, context, rule=rule)
+            out_THK = context.cache.attend(self.layer_number, q_TGPK, k_TGK, v_TGK, context, rule=rule)
         else:
-            out_THK = packed_attention(q_THK, k_TGK, v_TGK, context, rule)
+            out_THK = packed_attention(q_TGPK.flatten(1, 2), k_TGK, v_TGK, context, rule)
         return out_THK.flatten(-2)
 
 

@@ -9,7 +9,6 @@ G = Q / H, D head dim, N lanes of a group, L tokens in use, C tokens of a lane.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -41,7 +40,7 @@ class PrefillAttention:
     def attend(
         self,
         layer_number: int,
-        query_TQD: Tensor,
+        query_THGD: Tensor,
         key_THD: Tensor,
         value_THD: Tensor,
         context: PackedContext,
@@ -54,47 +53,64 @@ class PrefillAttention:
             for lane in lanes:
                 lane.group.keys_RHCD[layer][lane.row, :, : end - start] = key_THD[start:end].transpose(0, 1)
                 lane.group.values_RHCD[layer][lane.row, :, : end - start] = value_THD[start:end].transpose(0, 1)
-        return packed_attention(query_TQD, key_THD, value_THD, context, rule)
+        return packed_attention(query_THGD.flatten(1, 2), key_THD, value_THD, context, rule)
 
 
-@dataclass
 class _GroupStep:
-    """The rows of a decode step whose lanes are in one group, in the lanes' order."""
+    """The rows of a decode step whose lanes are in one group, in the lanes' order.
 
-    group: LaneGroup
-    batch_rows_N: Tensor
-    """int64: which row of the pass each lane is."""
-    lane_rows_N: Tensor
-    """int64: 0 to N - 1, the live lanes."""
-    positions_N: Tensor
-    """int64: where the new token goes, which is how many are cached."""
-    used: int
-    """L: tokens to read."""
-    is_batch: bool
-    """The lanes are the rows of the pass, in their order."""
-    mask_N11L: Tensor
-    """0 where a lane holds a token, -inf beyond."""
+    Attributes:
+        batch_rows_N: int64, which row of the pass each lane is.
+        is_batch: the lanes are the rows of the pass, in their order.
+    """
 
-    def attend(self, layer: int, query_NQD: Tensor, key_NHD: Tensor, value_NHD: Tensor, rule: Rule) -> Tensor:
+    def __init__(self, group: LaneGroup, batch_rows: list[int], *, is_batch: bool) -> None:
+        self.group, self.batch_rows, self.is_batch = group, batch_rows, is_batch
+        device = group.shape.device
+        self.batch_rows_N = torch.tensor(batch_rows, device=device)
+        self._lane_rows_N = torch.arange(len(batch_rows), device=device)  # the live lanes
+        self._used, self._mask_RC = 0, group.mask_RC  # L: tokens to read; and whose views are below
+        self._cached: list[tuple[Tensor, Tensor]] = []  # keys and values of every layer, [N, H, L, D]
+
+    def begin(self, positions: list[int]) -> None:
+        """`positions`: where each lane's new token goes, which is how many are cached."""
+        group, num_lanes = self.group, len(positions)
+        whole = _LENGTH_STEP[group.shape.device.type]
+        used = min(group.lane_tokens, -(-(max(positions) + 1) // whole) * whole)
+        # A group gives up unused rows, which moves it, whenever another looks for room.
+        if used != self._used or self._mask_RC is not group.mask_RC:
+            layers = zip(group.keys_RHCD, group.values_RHCD, strict=True)
+            self._cached = [(keys[:num_lanes, :, :used], values[:num_lanes, :, :used]) for keys, values in layers]
+            self._used, self._mask_RC = used, group.mask_RC
+        self._positions_N = torch.tensor(positions, device=self.batch_rows_N.device)
+        group.mask_RC[self._lane_rows_N, self._positions_N] = 0
+        self._mask_N11L = group.mask_RC[:num_lanes, None, None, :used]
+        # Where the new tokens go, of a layer's [R, H, C, D] as rows of D: index_copy_ is half of what index_put_ costs.
+        heads_H = torch.arange(group.shape.num_kv_heads, device=self.batch_rows_N.device)
+        places_NH = (self._lane_rows_N[:, None] * len(heads_H) + heads_H) * group.lane_tokens
+        self._places = (places_NH + self._positions_N[:, None]).flatten()
+
+    def attend(self, layer: int, query_NHGD: Tensor, key_NHD: Tensor, value_NHD: Tensor, rule: Rule) -> Tensor:
         """Store the new keys and values of a layer (from 0), attend to all cached ones: [N, Q, D]."""
-        num_lanes, num_heads, head_dim = query_NQD.shape
-        keys_RHCD, values_RHCD = self.group.keys_RHCD[layer], self.group.values_RHCD[layer]
-        keys_RHCD[self.lane_rows_N, :, self.positions_N] = key_NHD
-        values_RHCD[self.lane_rows_N, :, self.positions_N] = value_NHD
-        keys_NHLD, values_NHLD = (x[:num_lanes, :, : self.used] for x in (keys_RHCD, values_RHCD))
-        query_NHGD = query_NQD.view(num_lanes, key_NHD.shape[1], -1, head_dim)
+        for cached_RHCD, new_NHD in (
+            (self.group.keys_RHCD[layer], key_NHD),
+            (self.group.values_RHCD[layer], value_NHD),
+        ):
+            dim = new_NHD.shape[-1]
+            cached_RHCD.view(-1, dim).index_copy_(0, self._places, new_NHD.reshape(-1, dim))
+        keys_NHLD, values_NHLD = self._cached[layer]
         if rule.is_plain:
             # CUDA's kernels want the mask as large as the scores.
-            mask_N1GL = self.mask_N11L.expand(-1, -1, query_NHGD.shape[2], -1)
+            mask_N1GL = self._mask_N11L.expand(-1, -1, query_NHGD.shape[2], -1)
             out_NHGD = F.scaled_dot_product_attention(
                 query_NHGD, keys_NHLD, values_NHLD, attn_mask=mask_N1GL, scale=rule.scale
             )
         else:
-            mask_NL = self.mask_N11L[:, 0, 0]
+            mask_NL, positions_N = self._mask_N11L[:, 0, 0], self._positions_N
             out_NHGD = ruled_decode(
-                query_NHGD, keys_NHLD, values_NHLD, mask_NL=mask_NL, positions_N=self.positions_N, rule=rule
+                query_NHGD, keys_NHLD, values_NHLD, mask_NL=mask_NL, positions_N=positions_N, rule=rule
             )
-        return out_NHGD.reshape(num_lanes, num_heads, -1)
+        return out_NHGD.flatten(1, 2)
 
 
 class DecodeAttention:
@@ -109,26 +125,18 @@ class DecodeAttention:
         for group in dict.fromkeys(lane.group for lane in lanes):
             rows = sorted((lane.row, row) for row, lane in enumerate(lanes) if lane.group is group)
             assert [lane_row for lane_row, _ in rows] == list(range(len(group.lanes))), "every live lane must step"
-            device = group.shape.device
-            batch_rows_N = torch.tensor([row for _, row in rows], device=device)
-            lane_rows_N = torch.arange(len(rows), device=device)
-            is_batch = [row for _, row in rows] == list(range(len(lanes)))
-            self._steps.append(_GroupStep(group, batch_rows_N, lane_rows_N, batch_rows_N, 0, is_batch, group.mask_RC))
+            batch_rows = [row for _, row in rows]
+            self._steps.append(_GroupStep(group, batch_rows, is_batch=batch_rows == list(range(len(lanes)))))
 
     def begin(self, positions: Sequence[int]) -> None:
         """Start a step: `positions[i]` is the position of row i's new token, from 0."""
         for step in self._steps:
-            here = [positions[row] for row in step.batch_rows_N.tolist()]
-            step.positions_N = torch.tensor(here, device=step.batch_rows_N.device)
-            whole = _LENGTH_STEP[step.group.shape.device.type]
-            step.used = min(step.group.lane_tokens, -(-(max(here) + 1) // whole) * whole)
-            step.group.mask_RC[step.lane_rows_N, step.positions_N] = 0
-            step.mask_N11L = step.group.mask_RC[: len(here), None, None, : step.used]
+            step.begin([positions[row] for row in step.batch_rows])
 
     def attend(
         self,
         layer_number: int,
-        query_TQD: Tensor,
+        query_THGD: Tensor,
         key_THD: Tensor,
         value_THD: Tensor,
         context: PackedContext,
@@ -139,17 +147,17 @@ class DecodeAttention:
 
         Grouped queries ride as a query length of G, so that keys are never repeated.
 
-        Args: layer_number: from 1. query_TQD, key_THD, value_THD: this rank's heads. context: not read.
+        Args: layer_number: from 1. query_THGD, key_THD, value_THD: this rank's heads. context: not read.
         Returns: [T, Q, D], dtype of the query.
         """
-        num_tokens, num_heads, _ = query_TQD.shape
+        num_tokens = query_THGD.shape[0]
         first = self._steps[0] if self._steps else None
         if first is not None and first.is_batch and num_tokens == len(self._lanes):
-            return first.attend(layer_number - 1, query_TQD, key_THD, value_THD, rule)
-        new = query_TQD.new_zeros if num_tokens > len(self._lanes) else query_TQD.new_empty
-        out_TQD = new(num_tokens, num_heads, value_THD.shape[-1])
+            return first.attend(layer_number - 1, query_THGD, key_THD, value_THD, rule)
+        new = query_THGD.new_zeros if num_tokens > len(self._lanes) else query_THGD.new_empty
+        out_TQD = new(num_tokens, query_THGD.shape[1] * query_THGD.shape[2], value_THD.shape[-1])
         for step in self._steps:
             # A view where rows and lanes are the same, else copies.
             rows = slice(len(self._lanes)) if step.is_batch else step.batch_rows_N
-            out_TQD[rows] = step.attend(layer_number - 1, query_TQD[rows], key_THD[rows], value_THD[rows], rule)
+            out_TQD[rows] = step.attend(layer_number - 1, query_THGD[rows], key_THD[rows], value_THD[rows], rule)
         return out_TQD

@@ -25,23 +25,22 @@ from torch import Tensor
 from .attention import PackedAttention, PackedContext
 from .lora_linear import LoraLinear, Routing, Segment
 from .moe import MoeMlp
-from .rms_norm import RMSNorm, rms_norm
-from .rope import rotate
+from .rms_norm import FrozenNorm, RMSNorm
+from .rope import rotate_by_roll, signed_sin
 from .swiglu import SwiGlu, swiglu
 
 
 @dataclass(frozen=True)
 class _Layer:
-    attention_norm: RMSNorm
+    attention_norm: FrozenNorm
     qkv: LoraLinear
     groups: int
     head_dim: int
-    qk_weight_hK: Tensor | None
-    """of the norm of queries and keys, [P + 1, K]; None without one"""
-    qk_eps: float
+    qk_norm: FrozenNorm | None
+    """of queries and keys, its weight [P + 1, K]"""
     attention: PackedAttention
     proj: LoraLinear
-    mlp_norm: RMSNorm
+    mlp_norm: FrozenNorm
     mlp: Any
     """an MLP or MoeMlp"""
 
@@ -58,7 +57,7 @@ class Wanted(NamedTuple):
 class InferenceLayers:
     """Build it with `inference_layers`."""
 
-    def __init__(self, layers: list[_Layer], final_norm: RMSNorm | None, routing: Routing) -> None:
+    def __init__(self, layers: list[_Layer], final_norm: FrozenNorm | None, routing: Routing) -> None:
         self._layers = layers
         self._final_norm = final_norm
         self._routing = routing
@@ -68,10 +67,12 @@ class InferenceLayers:
 
         wanted: what to return alone, where no rank has but a part of the tokens.
         """
+        assert context.cos_T1K is not None and context.sin_T1K is not None
+        cos_sin = context.cos_T1K[:, None], signed_sin(context.sin_T1K)[:, None]
         for layer in self._layers[:-1]:
-            x_LD = _rest(layer, x_LD, _attended(layer, x_LD, context))
+            x_LD = _rest(layer, x_LD, _attended(layer, x_LD, context, cos_sin))
         layer = self._layers[-1]
-        out_TQ = _attended(layer, x_LD, context)
+        out_TQ = _attended(layer, x_LD, context, cos_sin)
         if wanted is None:
             x_LD = _rest(layer, x_LD, out_TQ)
         else:  # no other token meets these any more
@@ -103,7 +104,12 @@ def inference_layers(decoder: Any, routing: Routing) -> InferenceLayers | None:
         if any(type(norm) is not RMSNorm for norm in all_norms):
             return None
         layers.append(_layer(layer, *norms))
-    return InferenceLayers(layers, getattr(decoder, "final_layernorm", None), routing)
+    final_norm = getattr(decoder, "final_layernorm", None)
+    return InferenceLayers(layers, None if final_norm is None else _frozen(final_norm), routing)
+
+
+def _frozen(norm: RMSNorm) -> FrozenNorm:
+    return FrozenNorm(lambda: norm.weight, norm.eps)
 
 
 def _is_swiglu(mlp: Any) -> bool:
@@ -113,36 +119,34 @@ def _is_swiglu(mlp: Any) -> bool:
 def _layer(layer: Any, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> _Layer:
     attention = layer.self_attention
     groups = attention.num_query_groups_per_partition
-    qk_weight_hK = None
+    queries = attention.num_attention_heads_per_partition // groups
+    qk_norm = None
     if q_norm is not None and k_norm is not None:
-        queries = attention.num_attention_heads_per_partition // groups
-        qk_weight_hK = torch.cat((q_norm.weight.detach().expand(queries, -1), k_norm.weight.detach()[None]))
+        q_weight_K, k_weight_K = q_norm.weight, k_norm.weight
+        qk_norm = FrozenNorm(lambda: torch.cat((q_weight_K.expand(queries, -1), k_weight_K[None])), q_norm.eps)
     return _Layer(
-        attention_norm=layer.input_layernorm,
+        attention_norm=_frozen(layer.input_layernorm),
         qkv=attention.linear_qkv,
         groups=groups,
         head_dim=attention.hidden_size_per_attention_head,
-        qk_weight_hK=qk_weight_hK,
-        qk_eps=q_norm.eps if q_norm is not None else 0.0,
+        qk_norm=qk_norm,
         attention=attention.core_attention,
         proj=attention.linear_proj,
-        mlp_norm=layer.pre_mlp_layernorm,
+        mlp_norm=_frozen(layer.pre_mlp_layernorm),
         mlp=layer.mlp,
     )
 
 
-def _attended(layer: _Layer, x_LD: Tensor, context: PackedContext) -> Tensor:
+def _attended(layer: _Layer, x_LD: Tensor, context: PackedContext, cos_sin_T11K: tuple[Tensor, Tensor]) -> Tensor:
     """What attention gives, before its output projection: [T, G * P * K]."""
     qkv_TO = layer.qkv.infer(layer.attention_norm(x_LD))
     # megatron-core's order: of each group its queries, key, value.
     qkv_TGhK = qkv_TO.view(qkv_TO.shape[0], layer.groups, -1, layer.head_dim)
     qk_TGhK = qkv_TGhK[:, :, :-1]
-    if layer.qk_weight_hK is not None:
-        qk_TGhK = rms_norm(qk_TGhK, layer.qk_weight_hK, layer.qk_eps)
-    assert context.cos_T1K is not None and context.sin_T1K is not None
-    qk_TGhK = rotate(qk_TGhK, context.cos_T1K[:, None], context.sin_T1K[:, None])
-    q_THK = qk_TGhK[:, :, :-1].flatten(1, 2)
-    return layer.attention.attend(q_THK, qk_TGhK[:, :, -1], qkv_TGhK[:, :, -1], context)
+    if layer.qk_norm is not None:
+        qk_TGhK = layer.qk_norm(qk_TGhK)
+    qk_TGhK = rotate_by_roll(qk_TGhK, *cos_sin_T11K)
+    return layer.attention.attend(qk_TGhK[:, :, :-1], qk_TGhK[:, :, -1], qkv_TGhK[:, :, -1], context)
 
 
 def _rest(layer: _Layer, x_LD: Tensor, out_TQ: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class LatentAttention(nn.Module):
         q_THK = torch.cat((q_nope, q_rope), dim=-1)
         k_THK = torch.cat((k_nope, k_rope.expand(-1, self.local_heads, -1)), dim=-1)
         out: tuple[Tensor, Tensor | None] = self.linear_proj(
-            self.core_attention.attend(q_THK, k_THK, v_THV, context)[:, None]
+            self.core_attention.attend(q_THK[:, :, None], k_THK, v_THV, context)[:, None]
         )
         return out
 

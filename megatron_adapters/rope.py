@@ -40,6 +40,21 @@ def rotate(x_K: Tensor, cos_K: Tensor, sin_K: Tensor) -> Tensor:
     return _rotated(x_K, cos_K, sin_K, backwards=False)
 
 
+def signed_sin(sin_K: Tensor) -> Tensor:
+    """As `rotate_by_roll` takes it: negative in the first half."""
+    first, second = sin_K.chunk(2, dim=-1)
+    return torch.cat((-first, second), dim=-1)
+
+
+def rotate_by_roll(x_K: Tensor, cos_K: Tensor, signed_sin_K: Tensor) -> Tensor:
+    """`rotate` where no gradient is wanted, in 3 operations instead of 10: for few rows their number is what counts.
+
+    An operation that comes after a layer's weights went through the caches costs 20 microseconds on a CPU.
+    """
+    x = x_K.float()
+    return (x * cos_K).addcmul_(x.roll(x.shape[-1] // 2, -1), signed_sin_K).to(x_K.dtype)
+
+
 def _rotated(x_K: Tensor, cos_K: Tensor, sin_K: Tensor, *, backwards: bool) -> Tensor:
     """The same roundings as (x * cos) + (rotate_half(x) * sin), with a third of its fresh memory."""
     x = x_K.float()
