@@ -64,6 +64,7 @@ class Decoder:
             self._forward,
             self._cache,
             self._ranks,
+            vocab_size=self._vocab_size,
             decode_text=self._decode_text,
             prefill_tokens=self._prefill_tokens,
         )

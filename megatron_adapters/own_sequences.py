@@ -26,7 +26,7 @@ from .sample_ranks import SampleRanks
 from .sample_request import PromptScores, SampledSequence, SampleRequest, StopReason, TokenLogprobs
 from .stopping import DecodeText, StopRule
 from .token_forward import PrefillRow, TokenForward
-from .token_sampler import NOT_FINITE, SamplingRows, sample_tokens, top_logprobs
+from .token_sampler import NOT_FINITE, Draw, SamplingRows, top_logprobs
 
 
 @dataclass(eq=False)
@@ -102,6 +102,7 @@ class OwnSequences:
         cache: KvCache,
         ranks: SampleRanks,
         *,
+        vocab_size: int,
         decode_text: Callable[[], DecodeText],
         prefill_tokens: int,
     ) -> None:
@@ -109,6 +110,7 @@ class OwnSequences:
         self._forward = forward
         self._cache = cache
         self._ranks = ranks
+        self._vocab_size = vocab_size
         self._decode_text = decode_text
         self._prefill_tokens = prefill_tokens
         self.max_live: int | None = None
@@ -172,17 +174,18 @@ class OwnSequences:
     def _prefill(self, started: list[tuple[PrefillRow, list[_Live], Waiting]]) -> None:
         """Compute prompts and draw the first token of each of their samples."""
         self._attention = None
+        sequences = [sequence for _, started_here, _ in started for sequence in started_here]
+        draw = self._prepare_draw(sequences)
+        logits_rows = [place for place, (_, started_here, _) in enumerate(started) for _ in started_here]
+        logits_rows_B = torch.tensor(logits_rows, device=self._cache.shape.device)
         output = self._forward.prefill([row for row, _, _ in started])
-        sequences, logits_rows = [], []
-        for place, (row, started_here, waiting) in enumerate(started):
+        for place, (row, _, waiting) in enumerate(started):
             mark_filled(row.lanes, len(row.tokens))
             scores = output.scores[place]
             if waiting.scored and scores is not None:
                 self._events.append(Scored(waiting.request_index, scores))
                 waiting.scored = False  # once is enough, should its other samples start later
-            sequences += started_here
-            logits_rows += [place] * len(started_here)
-        self._draw(output.logits_BV[torch.tensor(logits_rows, device=output.logits_BV.device)], sequences)
+        self._draw(output.logits_BV[logits_rows_B], sequences, draw)
 
     def step(self) -> None:
         """One more token for every live sequence."""
@@ -194,30 +197,37 @@ class OwnSequences:
         live = list(self._live)
         positions = [sequence.last_position for sequence in live]
         self._attention.begin(positions)
+        draw = self._prepare_draw(live)
         logits_BV = self._forward.decode(
             [sequence.tokens[-1] for sequence in live],
             positions,
             [sequence.request.snapshot_id for sequence in live],
             self._attention,
         )
-        self._draw(logits_BV, live)
+        self._draw(logits_BV, live, draw)
 
-    def _draw(self, logits_BV: Tensor, sequences: list[_Live]) -> None:
+    def _prepare_draw(self, sequences: list[_Live]) -> Draw | None:
+        """The next draw of these sequences; None on a rank that does not draw."""
+        if self._ranks.tp_rank != 0:
+            return None
+        requests = [sequence.request for sequence in sequences]
+        rows = SamplingRows(
+            [request.temperature for request in requests],
+            [request.top_k for request in requests],
+            [request.top_p for request in requests],
+            uniform_numbers(
+                [request.seed for request in requests],
+                [sequence.sample_index for sequence in sequences],
+                [len(sequence.tokens) for sequence in sequences],
+            ),
+        )
+        return Draw(rows, self._vocab_size, self._cache.shape.device)
+
+    def _draw(self, logits_BV: Tensor, sequences: list[_Live], draw: Draw | None) -> None:
         """Draw and append one token for each sequence; those that end with it leave."""
         device = logits_BV.device
-        if self._ranks.tp_rank == 0:
-            requests = [sequence.request for sequence in sequences]
-            rows = SamplingRows(
-                [request.temperature for request in requests],
-                [request.top_k for request in requests],
-                [request.top_p for request in requests],
-                uniform_numbers(
-                    [request.seed for request in requests],
-                    [sequence.sample_index for sequence in sequences],
-                    [len(sequence.tokens) for sequence in sequences],
-                ),
-            )
-            tokens_B, logprobs_B = sample_tokens(logits_BV, rows)
+        if draw is not None:
+            tokens_B, logprobs_B = draw(logits_BV)
         else:
             tokens_B = torch.empty(len(sequences), dtype=torch.int64, device=device)
             logprobs_B = torch.empty(len(sequences), dtype=torch.float32, device=device)

@@ -46,13 +46,14 @@ class SampleRanks:
         Args: tokens_B: int64 [B]; logprobs_B: float32 [B]; of the right shape on every rank, read on TP rank 0 only.
         Collectives: one broadcast over tp_group where tp_size > 1, one over pp_group where pp_size > 1.
         """
-        if self.tp_size * self.pp_size > 1:
+        if self.tp_size * self.pp_size > 1 or tokens_B.is_cuda:  # one copy to the host, which waits for the device
             both_2B = torch.stack([tokens_B.double(), logprobs_B.double()])  # exact: ids stay below 2**53
             if self.tp_size > 1:
                 dist.broadcast(both_2B, group=self.tp_group, group_src=0)
             if self.pp_size > 1:
                 dist.broadcast(both_2B, group=self.pp_group, group_src=0)
-            tokens_B, logprobs_B = both_2B[0].long(), both_2B[1].float()
+            tokens, logprobs = both_2B.tolist()
+            return [int(token) for token in tokens], logprobs
         return tokens_B.tolist(), logprobs_B.tolist()
 
     def exchange(self, events: list[Event]) -> list[Event]:

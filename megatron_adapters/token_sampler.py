@@ -41,41 +41,70 @@ class SamplingRows:
 
 @torch.no_grad()
 def sample_tokens(logits_BV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
-    """Draw one token a row.
+    """Draw one token a row; see Draw."""
+    return Draw(rows, logits_BV.shape[1], logits_BV.device)(logits_BV)
 
-    Args:
-        logits_BV: any floating dtype; computed in float32.
-    Returns: tokens int64 [B] (`NOT_FINITE` where a row has no distribution) and logprobs float32 [B], natural log.
+
+class Draw:
+    """One draw, prepared on the device before there are logits.
+
+    A copy to a CUDA device waits for what was launched before it. Prepared before the model's pass, only operations
+    follow on it, and the host waits once, for the tokens. Rows with top-k or top-p wait twice more.
     """
-    vocab_size, device = logits_BV.shape[1], logits_BV.device
-    greedy = [row for row, temperature in enumerate(rows.temperatures) if temperature <= 0]
-    truncated = [
-        row
-        for row, temperature in enumerate(rows.temperatures)
-        if temperature > 0 and (0 < rows.top_ks[row] < vocab_size or rows.top_ps[row] < 1)
-    ]
-    temperatures = [temperature if temperature > 0 else 1.0 for temperature in rows.temperatures]
-    scaled_BV = logits_BV.float()
-    if any(temperature != 1 for temperature in temperatures):
-        scaled_BV = scaled_BV / torch.tensor(temperatures, dtype=torch.float32, device=device)[:, None]
-    largest_B = scaled_BV.amax(1)
-    mass_BV = (scaled_BV - largest_B[:, None]).exp_()  # unnormalised probabilities, the largest is 1
-    chunk_mass_BC = _chunked(mass_BV).sum(-1).double()
-    total_B = chunk_mass_BC.sum(-1)
 
-    uniform_B = torch.as_tensor(rows.uniforms, dtype=torch.float64, device=device)
-    tokens_B = _draw_from_all(mass_BV, chunk_mass_BC, uniform_B)
-    if greedy:
-        some = torch.tensor(greedy, device=device)
-        tokens_B[some] = scaled_BV[some].argmax(1)  # the first among equals, as torch.argmax documents
-    if truncated:
-        some = torch.tensor(truncated, device=device)
-        top_k = torch.tensor([rows.top_ks[row] for row in truncated], device=device)
-        top_p = torch.tensor([rows.top_ps[row] for row in truncated], dtype=torch.float64, device=device)
-        tokens_B[some] = _draw_truncated(mass_BV[some], total_B[some], top_k, top_p, uniform_B[some])
-    logprobs_B = scaled_BV.gather(1, tokens_B[:, None])[:, 0] - largest_B - total_B.log().float()
-    tokens_B = torch.where(total_B.isfinite() & largest_B.isfinite(), tokens_B, NOT_FINITE)
-    return tokens_B, logprobs_B
+    def __init__(self, rows: SamplingRows, vocab_size: int, device: torch.device) -> None:
+        greedy = [row for row, temperature in enumerate(rows.temperatures) if temperature <= 0]
+        truncated = [
+            row
+            for row, temperature in enumerate(rows.temperatures)
+            if temperature > 0 and (0 < rows.top_ks[row] < vocab_size or rows.top_ps[row] < 1)
+        ]
+        temperatures = [temperature if temperature > 0 else 1.0 for temperature in rows.temperatures]
+        self._temperatures_B1 = None
+        if any(temperature != 1 for temperature in temperatures):
+            self._temperatures_B1 = torch.tensor(temperatures, dtype=torch.float32, device=device)[:, None]
+        self._uniform_B = torch.as_tensor(rows.uniforms, dtype=torch.float64, device=device)
+        self._greedy = torch.tensor(greedy, device=device) if greedy else None
+        self._truncated = None
+        if truncated:
+            top_ks = [rows.top_ks[row] for row in truncated]
+            self._truncated = torch.tensor(truncated, device=device)
+            self._top_k = torch.tensor(top_ks, device=device)
+            self._top_p = torch.tensor([rows.top_ps[row] for row in truncated], dtype=torch.float64, device=device)
+            largest = max((top_k for top_k in top_ks if 0 < top_k < vocab_size), default=0)
+            self._num_candidates = min(vocab_size, max(_FIRST_CANDIDATES, largest))
+
+    @torch.no_grad()
+    def __call__(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw one token a row.
+
+        Args:
+            logits_BV: any floating dtype; computed in float32.
+        Returns: tokens int64 [B] (`NOT_FINITE` where a row has no distribution) and logprobs float32 [B], natural log.
+        """
+        scaled_BV = logits_BV.float()
+        if self._temperatures_B1 is not None:
+            scaled_BV = scaled_BV / self._temperatures_B1
+        largest_B = scaled_BV.amax(1)
+        mass_BV = (scaled_BV - largest_B[:, None]).exp_()  # unnormalised probabilities, the largest is 1
+        chunk_mass_BC = _chunked(mass_BV).sum(-1).double()
+        total_B = chunk_mass_BC.sum(-1)
+
+        tokens_B = _draw_from_all(mass_BV, chunk_mass_BC, self._uniform_B)
+        if (some := self._greedy) is not None:
+            tokens_B[some] = scaled_BV[some].argmax(1)  # the first among equals, as torch.argmax documents
+        if (some := self._truncated) is not None:
+            tokens_B[some] = _draw_truncated(
+                mass_BV[some],
+                total_B[some],
+                self._top_k,
+                self._top_p,
+                self._uniform_B[some],
+                num_candidates=self._num_candidates,
+            )
+        logprobs_B = scaled_BV.gather(1, tokens_B[:, None])[:, 0] - largest_B - total_B.log().float()
+        tokens_B = torch.where(total_B.isfinite() & largest_B.isfinite(), tokens_B, NOT_FINITE)
+        return tokens_B, logprobs_B
 
 
 @torch.no_grad()
@@ -116,15 +145,18 @@ def _draw_from_all(mass_BV: Tensor, chunk_mass_BC: Tensor, uniform_B: Tensor) ->
     return chunk_B * _CHUNK_WIDTH + _first_above(inside_BW.cumsum(1), inside_BW, rest_B)
 
 
-def _draw_truncated(mass_BV: Tensor, total_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, uniform_B: Tensor) -> Tensor:
+def _draw_truncated(
+    mass_BV: Tensor, total_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, uniform_B: Tensor, *, num_candidates: int
+) -> Tensor:
     """Inverse of the cumulative distribution over what top-k and then top-p leave, most probable first.
 
     top-p keeps the smallest number of candidates whose share of the mass *left by top-k* reaches top_p, at least one.
+
+    num_candidates: how many to sort at first, no fewer than any row's top-k.
     """
     vocabulary_size = mass_BV.shape[1]
     no_top_k_B = (top_k_B < 1) | (top_k_B >= vocabulary_size)
     limit_B = torch.where(no_top_k_B, vocabulary_size, top_k_B)
-    num_candidates = min(vocabulary_size, max(_FIRST_CANDIDATES, int(torch.where(no_top_k_B, 0, top_k_B).max())))
     while True:
         mass_BK, token_BK = _most_probable(mass_BV, num_candidates)
         allowed_BK = torch.arange(num_candidates, device=mass_BV.device) < limit_B[:, None]
