@@ -99,7 +99,8 @@ class MoeMlp(nn.Module):
         order_A = chosen_LK.flatten().argsort(stable=True)
         inverse_A = _inverse(order_A)
         rows_AD = _Spread.apply(x_LD, order_A, inverse_A, top_k)
-        counts_E = torch.bincount(chosen_LK.flatten(), minlength=self.router.experts.count)
+        chosen_A = chosen_LK.flatten()  # not bincount, for which the host waits on CUDA
+        counts_E = chosen_A.new_zeros(self.router.experts.count).scatter_add_(0, chosen_A, torch.ones_like(chosen_A))
         table, numbers_A = self.routing.table, None
         if len(table) > 1:
             numbers_A = self.routing.local_numbers(x_LD.device)[order_A // top_k]
