@@ -74,12 +74,12 @@ class Child:
 
 def gateway_argv(run_folder: RunFolder) -> list[str]:
     """The gateway of a run."""
-    return [sys.executable, "-m", "tinker_hpc.gateway", "--run-dir", str(run_folder.path)]
+    return [sys.executable, "-P", "-m", "tinker_hpc.gateway", "--run-dir", str(run_folder.path)]
 
 
 def worker_watch_argv(run_folder: RunFolder) -> list[str]:
     """Who writes the status of a run's further workers."""
-    return [sys.executable, "-m", "tinker_hpc.worker_watch", "--run-dir", str(run_folder.path)]
+    return [sys.executable, "-P", "-m", "tinker_hpc.worker_watch", "--run-dir", str(run_folder.path)]
 
 
 def loop_argv(spec: JobSpec, run_folder: RunFolder) -> list[str]:
@@ -128,6 +128,8 @@ def agent_environment(spec: JobSpec, environ: Mapping[str, str], *, cores: int) 
         # A store of its own for each start of the ranks. By default torch 2.13 keeps one for all starts, and ranks
         # started again find their predecessors' addresses in it: "Gloo connectFullMesh failed ... Connection refused".
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        # As -P, for the agent and the ranks it starts: see render.python_of.
+        "PYTHONSAFEPATH": "1",
         # Ranks put their state away when asked to end, or end at once; one that has not by then stands still.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(round(parting.LONGEST_S) + 5),
     }

@@ -66,7 +66,7 @@ class LocalJobExecutor(LocalExecutor):
             command = shlex.join(["bash", "-c", script])
         with (self.folder / "controller.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "submitit.local._local", str(self.folder)],
+                [sys.executable, "-P", "-m", "submitit.local._local", str(self.folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -75,8 +75,11 @@ def preview(spec: JobSpec, run_folder: Path) -> str:
 
 
 def python_of(spec: JobSpec) -> str:
-    """The interpreter on the nodes, quoted for a shell: the profile's, else the one running now (homes are shared)."""
-    return shlex.quote(spec.cluster.python or sys.executable)
+    """The interpreter on the nodes, for a shell: the profile's, else the one running now (homes are shared).
+
+    -P: a queue.py or torch.py in the folder the user works in must not take the place of the module of that name.
+    """
+    return f"{shlex.quote(spec.cluster.python or sys.executable)} -P"
 
 
 def gres(spec: JobSpec) -> str:

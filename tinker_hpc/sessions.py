@@ -170,7 +170,7 @@ class Session:
     def _start_keeper(self) -> subprocess.Popen[bytes]:
         with (self.folder.logs / "keeper.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "tinker_hpc.session_keeper", "--run-dir", str(self.folder.path)],
+                [sys.executable, "-P", "-m", "tinker_hpc.session_keeper", "--run-dir", str(self.folder.path)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -186,11 +186,20 @@ def test_run_ends_as_the_program_did(tmp_path: Path) -> None:
     assert done.returncode == 7
     assert set(done.stdout.split()) == {"out", "err"}
     assert "ended with exit code 7" in done.stderr and "Traceback" not in done.stderr
-    done = cli("run", "--base-model", TINY, "--json", "--", "python", str(program), "0")
+    # From a folder whose files are called like modules that all our processes import.
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for name in ("queue.py", "torch.py", "numpy.py"):
+        (folder / name).write_text("raise RuntimeError('shadowed')\n")
+    script = str(Path(sys.executable).with_name("tinker-hpc"))
+    argv = [script, "run", "--base-model", TINY, "--json", "--", "python", str(program), "0"]
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
     first, last = (json.loads(line) for line in done.stdout.splitlines())
     assert done.returncode == 0
     assert first["id"] == last["id"] and last["state"] == "COMPLETED" and last["exit_code"] == 0
     assert cli("logs", first["id"]).stdout.split() == ["out", "err"]
+    logs = Run(first["id"]).log_paths
+    assert "worker-0" in logs and not [name for name in logs if "shadowed" in Run(first["id"]).logs(name)]
 
 
 def test_a_detached_run_is_followed_and_cancelled_by_others(tmp_path: Path) -> None:
