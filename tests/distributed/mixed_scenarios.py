@@ -243,7 +243,7 @@ def samples(bench: Bench, names: Sequence[str] = tuple(SPECS), max_tokens: int =
     for name in names:
         engine.drop_adapter(name)
         engine.drop_snapshot(name)
-    return {"together": together, "alone": alone}
+    return {"names": list(names), "together": together, "alone": alone}
 
 
 def many_targets(bench: Bench) -> Outcome:

@@ -112,10 +112,11 @@ def test_two_passes_of_one_adapter(outcome: dict[str, Any]) -> None:
 @pytest.mark.parametrize("job", [*JOBS, *WITH_EXPERTS], ids=str)
 def test_samples_alone_equal_together(job: Job, outcome_of: Callable[[Job], Any]) -> None:
     found = outcome_of(job)["samples"]
-    for together, alone in zip(found["together"], found["alone"], strict=True):
-        for (tokens, logprobs), (own_tokens, own_logprobs) in zip(together, alone, strict=True):
-            assert np.array_equal(tokens, own_tokens)
-            assert np.abs(logprobs - own_logprobs).max() <= 1e-5
+    for name, together, alone in zip(found["names"], found["together"], found["alone"], strict=True):
+        assert all(np.array_equal(tokens, own) for (tokens, _), (own, _) in zip(together, alone, strict=True)), name
+        gaps = [gap(logprobs, own) for (_, logprobs), (_, own) in zip(together, alone, strict=True)]
+        print(name, f"sampled logprobs {max(gaps):.1e}")
+        assert max(gaps) <= CLOSE, name
     assert len({tuple(samples[0][0]) for samples in found["together"]}) > 1
 
 
