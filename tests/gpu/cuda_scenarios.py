@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from parity_scenarios import Bench, batch, cross_entropy
 
-from megatron_adapters.engine import AdamParams, Datum, Engine, Layout, LoraSpec, Pass, PassOutput
+from megatron_adapters.engine import AdamParams, Datum, Engine, Layout, LoraSpec, Pass, PassOutput, SampleRequest
 from megatron_adapters.out_of_memory import is_out_of_memory
 from megatron_adapters.packing import smaller_budget
 
@@ -52,6 +52,29 @@ def recompute(model_folder: Path, adapter_folder: Path, layout: Layout, dtype: s
         found[name] = {"logprobs": logprobs, "grads": grads}
     engine.stop()
     return found
+
+
+def sample(model_folder: Path, adapter_folder: Path, layout: Layout, dtype: str, folder: Path) -> dict[str, Any]:
+    """Samples with every setting of a draw side by side, and what the trainer makes of the same tokens."""
+    engine = Engine.start(model_folder, layout, dtype=dtype)
+    engine.load_adapter("a", adapter_folder, optimizer=False)
+    engine.snapshot("a", "a")
+    rng = np.random.default_rng(0)
+    settings: list[dict[str, Any]] = [{}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.7}]
+    prompts = [rng.integers(3, 120, 5 + 3 * place, dtype=np.int32) for place in range(len(settings))]
+    results = engine.sample(
+        [SampleRequest("a", prompt, 2, 40, seed=7, **more) for prompt, more in zip(prompts, settings, strict=True)]
+    )
+    data, sampled = [], []
+    for prompt, result in zip(prompts, results, strict=True):
+        for sequence in result.sequences:
+            whole = np.concatenate((prompt, sequence.tokens))
+            data.append(Datum(whole[:-1], {"target_tokens": whole[1:].astype(np.int64)}))
+            sampled.append(sequence.logprobs)
+    trained = engine.run_pass("a", data, logprob_sum, backward=False).logprobs
+    gaps = [np.abs(ours - theirs[-len(ours) :]) for ours, theirs in zip(sampled, trained, strict=True)]
+    engine.stop()
+    return {"errors": [result.error for result in results], "gaps": gaps}
 
 
 def out_of_memory(model_folder: Path) -> dict[str, Any]:

@@ -97,6 +97,15 @@ def test_recomputed_activations_give_the_same_gradients(reference: Reference, la
         assert float((again["grads"][key] - x).abs().max() / x.abs().max()) < 1e-5, key
 
 
+@pytest.mark.parametrize("reference", [*DENSE, *EXPERTS], indirect=True)
+@pytest.mark.parametrize("layout", [Layout(1, 1), Layout(2, 1)], ids=["tp1", "tp2"])
+def test_sampled_logprobs_are_the_trainers(reference: Reference, layout: Layout, tmp_path: Path) -> None:
+    result = run(reference, layout, "float32", tmp_path, "sample")
+    assert not any(result["errors"])
+    assert len(result["gaps"]) == 8
+    assert max(gap.max() for gap in result["gaps"]) < 2e-4  # as above
+
+
 def test_a_pass_that_does_not_fit_is_cut_smaller(reference: Reference, tmp_path: Path) -> None:
     """The want of memory is the allocator's own limit; the CPU form, through a worker, is in tests/distributed."""
     result = run_ranks("cuda_scenarios:out_of_memory", 1, tmp_path, reference.model_folder, modules=HERE)
