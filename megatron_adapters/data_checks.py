@@ -47,8 +47,22 @@ def check_data(data: Sequence[Datum], model: ModelInfo) -> None:
                     f"datum {index}: {key} has shape {list(values.shape)}, that of datum 0 is "
                     f"{list(data[0].inputs[key].shape)}. Within one call only the number of tokens may differ."
                 )
+        if datum.experts is not None:
+            _check_experts(index, datum.experts, length, model)
         _check_ids(index, "tokens", datum.tokens, model)
         _check_ids(index, "target_tokens", datum.inputs["target_tokens"], model)
+
+
+def _check_experts(index: int, experts: np.ndarray, length: int, model: ModelInfo) -> None:
+    expected = (length, model.expert_layers, model.experts_per_token)
+    if experts.shape != expected:
+        raise ShapeError(
+            f"datum {index}: the experts to go through have shape {list(experts.shape)}, expected {list(expected)}: "
+            "tokens, layers with experts, experts of a token. Were they sampled by another model?"
+        )
+    low, high = int(experts.min()), int(experts.max())
+    if low < 0 or high >= model.num_experts:
+        raise RequestError(f"datum {index}: expert {low if low < 0 else high} of {model.num_experts} was asked for.")
 
 
 def _check_ids(index: int, name: str, ids: np.ndarray, model: ModelInfo) -> None:

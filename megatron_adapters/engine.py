@@ -76,6 +76,9 @@ class Engine:
             num_layers=arch.num_layers,
             hidden_size=arch.hidden_size,
             eos_token_ids=arch.eos_token_ids,
+            num_experts=0 if arch.experts is None else arch.experts.count,
+            expert_layers=len(arch.expert_layers),
+            experts_per_token=0 if arch.experts is None else arch.experts.top_k,
         )
         self.global_rank = self.runtime.global_rank
         self.world_size = self.runtime.layout.world_size

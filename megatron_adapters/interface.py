@@ -11,7 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
+
+Choices = npt.NDArray[np.uint8 | np.int16]
+"""[.., M, K]: the experts that tokens go through, in each of the M layers that have experts, best first. uint8 where
+there are at most 256 experts, else int16."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class Datum:
     """int32 [N]"""
     inputs: Mapping[str, np.ndarray]
     """each [N, ...]"""
+    experts: Choices | None = None
+    """[N, M, K], the experts to go through in each of the M layers that have some; None: those the routers choose"""
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,10 @@ class ModelInfo:
     num_layers: int
     hidden_size: int
     eos_token_ids: tuple[int, ...]
+    num_experts: int = 0
+    expert_layers: int = 0
+    """how many have experts"""
+    experts_per_token: int = 0
 
 
 LossFn = Callable[[Tensor, Mapping[str, Tensor], Tensor], Tensor]

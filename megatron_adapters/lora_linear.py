@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from . import lora_inference, lora_training
 from .adapters import LoraPair, LoraWeights
 from .frozen_linear import frozen_linear
+from .routing_replay import Given
 
 
 class Segment(NamedTuple):
@@ -47,22 +48,41 @@ class Segment(NamedTuple):
         return sum(self.lora.rank for pair in self.pairs(paths) if pair and self.lora)
 
 
+class Routes(NamedTuple):
+    """See Routing.use."""
+
+    all: tuple[Segment, ...] = ()
+    local: tuple[Segment, ...] = ()
+    """of this rank's share of the tokens"""
+    table: tuple[LoraWeights | None, ...] = ()
+    given: Given | None = None
+    """of this rank's share"""
+
+
 class Routing:
-    """Which segment of the tokens belongs to which adapter, during one forward."""
+    """Which segment of the tokens belongs to which adapter, during one forward; and to which experts they go.
+
+    Attributes: noted: what routers choose, by the layer's place; None where nobody wants to know (routing_replay.py).
+    """
+
+    noted: dict[int, Tensor] | None = None
 
     def __init__(self, tp_rank: int, tp_size: int) -> None:
         self.tp_rank, self.tp_size = tp_rank, tp_size
-        self._set((), (), ())
+        self._set(Routes())
 
-    def _set(
-        self, all_: tuple[Segment, ...], local: tuple[Segment, ...], table: tuple[LoraWeights | None, ...]
-    ) -> None:
-        self.all, self.local, self.table = all_, local, table
+    def _set(self, routes: Routes) -> None:
+        self.routes = routes
+        self.all, self.local, self.table, self.given = routes
         self._numbers_L: Tensor | None = None
 
     @contextmanager
     def use(
-        self, segments: Sequence[Segment], num_tokens: int, table: Sequence[LoraWeights | None] | None = None
+        self,
+        segments: Sequence[Segment],
+        num_tokens: int,
+        table: Sequence[LoraWeights | None] | None = None,
+        given: Given | None = None,
     ) -> Iterator[None]:
         """Route the forward inside the `with`.
 
@@ -71,26 +91,36 @@ class Routing:
             table: every adapter (None: the base alone) that the ranks sharing experts with this one may use in this
                 forward, the same list on all of them: tokens travel to experts with their adapter's place in it. None:
                 those of the segments, where the ranks that share experts have the same segments.
+            given: the experts that the tokens go through; None: those that the routers choose.
         """
         check_tiling(segments, num_tokens)
         share = num_tokens // self.tp_size
-        local = clip_segments(segments, self.tp_rank * share, (self.tp_rank + 1) * share)
+        start, end = self.tp_rank * share, (self.tp_rank + 1) * share
+        local = clip_segments(segments, start, end)
         if table is None:
             table = list({id(segment.lora): segment.lora for segment in segments}.values())
-        with self.as_it_was(tuple(segments), tuple(local), tuple(table)):
+        own = None if given is None else given.share(start, end)
+        with self.as_it_was(Routes(tuple(segments), tuple(local), tuple(table), own)):
             yield
 
     @contextmanager
-    def as_it_was(
-        self, all_: tuple[Segment, ...], local: tuple[Segment, ...], table: tuple[LoraWeights | None, ...]
-    ) -> Iterator[None]:
+    def as_it_was(self, routes: Routes) -> Iterator[None]:
         """Route as during an earlier `use`: a layer that is computed again for its backward."""
-        before = (self.all, self.local, self.table)
-        self._set(all_, local, table)
+        before = self.routes
+        self._set(routes)
         try:
             yield
         finally:
-            self._set(*before)
+            self._set(before)
+
+    @contextmanager
+    def noting(self) -> Iterator[dict[int, Tensor]]:
+        """Note what the routers of the forward inside the `with` choose: by place, int64 [L, K]."""
+        self.noted = {}
+        try:
+            yield self.noted
+        finally:
+            self.noted = None
 
     def adapts(self, paths: Sequence[str]) -> bool:
         return any(segment.lora and path in segment.lora.pairs for segment in self.all for path in paths)

@@ -21,6 +21,7 @@ from .adapters import LoraWeights
 from .head import LmHead
 from .interface import Datum, Pass, PassOutput
 from .lora_linear import Segment
+from .routing_replay import Given
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,19 @@ class MicroBatch:
             end = start + sum(len(item.datum.tokens) for item in members)
             self.parts.append(_Part(pass_index, members, start, end))
             start = end
+
+    def given(self, device: torch.device) -> Given | None:
+        """The experts that its data bring along; None where none does."""
+        having = [item.datum.experts for item in self.items if item.datum.experts is not None]
+        if not having:
+            return None
+        experts_TMK = np.zeros((len(self.tokens), *having[0].shape[1:]), having[0].dtype)
+        replayed_T = np.zeros(len(self.tokens), bool)
+        for item, start in zip(self.items, self.bounds, strict=False):
+            if item.datum.experts is not None:
+                end = start + len(item.datum.tokens)
+                experts_TMK[start:end], replayed_T[start:end] = item.datum.experts, True
+        return Given(torch.from_numpy(experts_TMK).to(device), torch.from_numpy(replayed_T).to(device))
 
     def segments(self, adapters: Mapping[str, LoraWeights]) -> list[Segment]:
         """One for each adapter in it; the padding goes with the last."""

@@ -37,6 +37,7 @@ from .moe import MoeMlp, Router
 from .placement import FIRST_RANK, Place, kv_heads_of_rank, stage_layers, vocab_rows_of_rank
 from .projections import layer_path, shared_expert_path
 from .rope import RotaryTable
+from .routing_replay import Given
 from .runtime import Runtime
 from .stage_head import shared_head
 from .swiglu import SwiGlu
@@ -155,6 +156,7 @@ class Model:
         table: Table = None,
         recompute: bool = False,
         wanted: Wanted | None = None,
+        given: Given | None = None,
     ) -> Tensor:
         """This stage's layers: hidden states of this rank's share of the tokens, [L, 1, D]; normed on the last stage.
 
@@ -165,11 +167,12 @@ class Model:
             table: see Routing.use.
             recompute: do not keep the activations for the backward; the same on every rank that takes part.
             wanted: may be given on a last stage without TP and without gradients: the rows to return.
+            given: of all tokens and all layers of the model, the experts to go through (routing_replay.py).
         Collectives: per layer the sequence-parallel gathers and reduce-scatters of megatron-core and LoRA over the TP
             group, and MoeMlp's over the EP group.
         """
         self._recompute.active = recompute or self._always_recompute
-        with self.routing.use(segments, tokens_T.shape[0], table):
+        with self.routing.use(segments, tokens_T.shape[0], table, given):
             if arrived_L1D is None:
                 embedded: Tensor = self.gpt.embedding(tokens_T[None], None)
                 # Experts exchange gradients in backward: on every rank and in every layer, whatever is trained.
@@ -281,7 +284,7 @@ def _wrap_linears(gpt: nn.Module, arch: Architecture, runtime: Runtime, routing:
         if not isinstance(layer.mlp, MoeMlp):
             wrap(layer.mlp, mlp_linears(ffn), partial(layer_path, index))
             continue
-        layer.mlp.connect(routing, runtime.ep_group)
+        layer.mlp.connect(routing, runtime.ep_group, arch.expert_place(index))
         if layer.mlp.shared is not None and arch.experts is not None:
             width = arch.experts.shared_ffn_size // tp_size
             wrap(layer.mlp.shared, mlp_linears(width), partial(shared_expert_path, index))

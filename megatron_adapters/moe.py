@@ -11,6 +11,8 @@ Shapes: L this rank's tokens, K experts of a token, A = L * K, N rows that arriv
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ from .families import Experts
 from .frozen_linear import frozen_linear
 from .grouped import Groups
 from .lora_linear import Routing
+
+Choose = Callable[[Tensor], Tensor]
+"""From the experts that the router would choose, int64 [L, K], those that are taken."""
 
 
 class Router(nn.Module):
@@ -40,17 +45,23 @@ class Router(nn.Module):
         self.correction = None if correction is None else nn.Parameter(correction, requires_grad=False)
         self.experts = experts
 
-    def forward(self, x_LD: Tensor) -> tuple[Tensor, Tensor]:
-        """Chosen experts int64 [L, K], best first, and their weights [L, K], dtype of x."""
+    def forward(self, x_LD: Tensor, choose: Choose | None = None) -> tuple[Tensor, Tensor]:
+        """Chosen experts int64 [L, K], best first, and their weights [L, K], dtype of x.
+
+        Where `choose` takes others, these weights are of the same scores: the experts taken share what they have.
+        """
         if self.correction is not None:
-            return self._by_sigmoid(x_LD, self.correction)
+            return self._by_sigmoid(x_LD, self.correction, choose)
         probabilities_LE = frozen_linear(x_LD, self.weight, self.bias).softmax(dim=-1, dtype=torch.float32)
         weights_LK, chosen_LK = probabilities_LE.topk(self.experts.top_k, dim=-1)
+        if choose is not None:
+            chosen_LK = choose(chosen_LK)
+            weights_LK = probabilities_LE.gather(1, chosen_LK)
         if self.experts.normalize_weights:
             weights_LK = weights_LK / weights_LK.sum(dim=-1, keepdim=True)
         return chosen_LK, weights_LK.to(x_LD.dtype)
 
-    def _by_sigmoid(self, x_LD: Tensor, correction_E: Tensor) -> tuple[Tensor, Tensor]:
+    def _by_sigmoid(self, x_LD: Tensor, correction_E: Tensor, choose: Choose | None) -> tuple[Tensor, Tensor]:
         """DeepSeek-V3's choice: arXiv:2412.19437, section 2.1.2, without the auxiliary loss."""
         experts = self.experts
         scores_LE = F.linear(x_LD.float(), self.weight.float()).sigmoid()
@@ -63,6 +74,8 @@ class Router(nn.Module):
                 closed_LG.scatter_(1, group_LG.topk(experts.top_groups, dim=-1).indices, False)
                 biased_LE = by_group_LGM.masked_fill(closed_LG[..., None], float("-inf")).flatten(1)
             chosen_LK = biased_LE.topk(experts.top_k, dim=-1).indices
+            if choose is not None:
+                chosen_LK = choose(chosen_LK)
         weights_LK = scores_LE.gather(1, chosen_LK)
         if experts.normalize_weights:
             weights_LK = weights_LK / (weights_LK.sum(dim=-1, keepdim=True) + 1e-20)
@@ -74,6 +87,7 @@ class MoeMlp(nn.Module):
 
     routing: Routing
     ep_group: dist.ProcessGroup
+    place: int
 
     def __init__(self, router: Router, experts: StackedExperts, shared: nn.Module | None = None) -> None:
         """`shared`: megatron-core's MLP beside the experts, split over TP like any other."""
@@ -82,10 +96,13 @@ class MoeMlp(nn.Module):
         self.experts = experts
         self.shared = shared
 
-    def connect(self, routing: Routing, ep_group: dist.ProcessGroup) -> None:
-        """Before the first forward: which adapters the tokens use, and the ranks that hold the other experts."""
+    def connect(self, routing: Routing, ep_group: dist.ProcessGroup, place: int) -> None:
+        """Before the first forward: which adapters the tokens use, the ranks that hold the other experts, and this
+        layer's number among all that have experts.
+        """
         self.routing = routing
         self.ep_group = ep_group
+        self.place = place
 
     def forward(self, x_L1D: Tensor, **_: Any) -> tuple[Tensor, None]:
         """[L, 1, D] -> ([L, 1, D], no bias).
@@ -94,7 +111,10 @@ class MoeMlp(nn.Module):
         rows, of adapter numbers where adapters are mixed, of results; in backward two of rows.
         """
         x_LD = x_L1D[:, 0]
-        chosen_LK, weights_LK = self.router(x_LD)
+        given, noted = self.routing.given, self.routing.noted
+        chosen_LK, weights_LK = self.router(x_LD, given and partial(given.choose, self.place))
+        if noted is not None:
+            noted[self.place] = chosen_LK
         num_tokens, top_k = chosen_LK.shape
         order_A = chosen_LK.flatten().argsort(stable=True)
         inverse_A = _inverse(order_A)

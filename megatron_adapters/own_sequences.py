@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from .cached_attention import DecodeAttention, mark_filled
+from .interface import Choices
 from .kv_cache import KvCache, Lane
 from .philox import uniform_numbers
 from .sample_ranks import SampleRanks
-from .sample_request import PromptScores, SampledSequence, SampleRequest, StopReason, TokenLogprobs
+from .sample_request import PromptScores, RoutedExperts, SampledSequence, SampleRequest, StopReason, TokenLogprobs
 from .stopping import DecodeText, StopRule
 from .token_forward import PrefillRow, TokenForward
 from .token_sampler import NOT_FINITE, Draw, SamplingRows, top_logprobs
@@ -41,6 +42,8 @@ class _Live:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     topk: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]] = field(default_factory=list)
+    experts: list[Choices] = field(default_factory=list)
+    """where they are to be noted: of the prompt [P, M, K], then of each sampled token that went on [M, K]"""
 
     @property
     def last_position(self) -> int:
@@ -179,12 +182,15 @@ class OwnSequences:
         logits_rows = [place for place, (_, started_here, _) in enumerate(started) for _ in started_here]
         logits_rows_B = torch.tensor(logits_rows, device=self._cache.shape.device)
         output = self._forward.prefill([row for row, _, _ in started])
-        for place, (row, _, waiting) in enumerate(started):
+        for place, (row, started_here, waiting) in enumerate(started):
             mark_filled(row.lanes, len(row.tokens))
             scores = output.scores[place]
             if waiting.scored and scores is not None:
                 self._events.append(Scored(waiting.request_index, scores))
                 waiting.scored = False  # once is enough, should its other samples start later
+            if (experts := output.experts[place]) is not None:
+                for sequence in started_here:
+                    sequence.experts.append(experts)
         self._draw(output.logits_BV[logits_rows_B], sequences, draw)
 
     def step(self) -> None:
@@ -198,13 +204,18 @@ class OwnSequences:
         positions = [sequence.last_position for sequence in live]
         self._attention.begin(positions)
         draw = self._prepare_draw(live)
-        logits_BV = self._forward.decode(
+        decoded = self._forward.decode(
             [sequence.tokens[-1] for sequence in live],
             positions,
             [sequence.request.snapshot_id for sequence in live],
             self._attention,
+            note_experts=any(sequence.request.note_experts for sequence in live),
         )
-        self._draw(logits_BV, live, draw)
+        if decoded.experts_BMK is not None:
+            for sequence, experts_MK in zip(live, decoded.experts_BMK, strict=False):
+                if sequence.request.note_experts:
+                    sequence.experts.append(experts_MK.copy())  # a view would keep those of the whole batch
+        self._draw(decoded.logits_BV, live, draw)
 
     def _prepare_draw(self, sequences: list[_Live]) -> Draw | None:
         """The next draw of these sequences; None on a rank that does not draw."""
@@ -289,7 +300,15 @@ def _ended(sequence: _Live, reason: StopReason, dp_rank: int) -> Ended:
     topk = None
     if sequence.request.topk_sample_logprobs and sequence.tokens:
         topk = TokenLogprobs(*(np.stack(column) for column in zip(*sequence.topk, strict=True)))
+    experts = None
+    if sequence.experts:
+        prompt, *steps = sequence.experts
+        experts = RoutedExperts(prompt, np.stack(steps) if steps else prompt[:0])
     sampled = SampledSequence(
-        np.asarray(sequence.tokens, dtype=np.int32), np.asarray(sequence.logprobs, dtype=np.float32), reason, topk
+        np.asarray(sequence.tokens, dtype=np.int32),
+        np.asarray(sequence.logprobs, dtype=np.float32),
+        reason,
+        topk,
+        experts,
     )
     return Ended(sequence.request_index, sequence.sample_index, sampled, dp_rank)

@@ -39,10 +39,10 @@ def _forward(
 ) -> Any:
     if not (switch.active and torch.is_grad_enabled()):
         return compute(hidden_states=hidden_states, **arguments)
-    state = routing.all, routing.local, routing.table  # of another micro-batch when the backward comes
+    routes = routing.routes  # those of another micro-batch when the backward comes
 
     def routed(hidden_L1D: torch.Tensor) -> Any:
-        with routing.as_it_was(*state):
+        with routing.as_it_was(routes):
             return compute(hidden_states=hidden_L1D, **arguments)
 
     # early_stop off: every rank must repeat every collective of the layer.

@@ -11,6 +11,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from .interface import Choices
+
 StopReason = Literal["stop", "length"]
 
 
@@ -72,6 +74,9 @@ class SampleRequest:
     prompt_alt_tokens_k: int = 0
     """K tokens drawn at the request's temperature, without top-k and top-p, in place of each prompt token."""
 
+    note_experts: bool = False
+    """Also the experts that every token went through, of the prompt and of what is sampled."""
+
     @property
     def scores_prompt(self) -> bool:
         """Whether anything is asked about the prompt itself."""
@@ -84,6 +89,16 @@ class SampleRequest:
 
 
 @dataclass(frozen=True)
+class RoutedExperts:
+    """What the routers chose for the tokens of one sequence that went through the model: all but the last."""
+
+    prompt: Choices
+    """[P, M, K]; one array for samples whose prompt was computed once"""
+    sampled: Choices
+    """[N - 1, M, K]"""
+
+
+@dataclass(frozen=True)
 class SampledSequence:
     """tokens int32 [N], logprobs float32 [N] (temperature-scaled, before top-k and top-p), why it ended."""
 
@@ -92,6 +107,7 @@ class SampledSequence:
     stop_reason: StopReason
     topk: TokenLogprobs | None = None
     """[N, K], most probable first."""
+    experts: RoutedExperts | None = None
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .adapters import LoraWeights
+from .attention import PackedContext
 from .cached_attention import DecodeAttention, PrefillAttention
 from .inference_layers import Wanted
+from .interface import Choices
 from .lora_linear import Segment
 from .model import Model
 from .prompt_scores import Prompt, score_prompts
-from .token_forward import Prefilled, PrefillRow
+from .routing_replay import gather_noted
+from .token_forward import Decoded, Prefilled, PrefillRow
 
 
 class ModelForward:
@@ -33,7 +36,9 @@ class ModelForward:
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[PrefillRow]) -> Prefilled:
-        """Collectives: those of `Model.hidden_states`, `LmHead.logits`, and `score_prompts`."""
+        """Collectives: those of `Model.hidden_states`, `LmHead.logits`, and `score_prompts`; before these, where
+        experts are to be noted, of `gather_noted`.
+        """
         self._announce(True)
         device = self._model.runtime.device
         lengths = [len(row.tokens) for row in rows]
@@ -48,24 +53,29 @@ class ModelForward:
         snapshot_ids = [row.snapshot_id for row in rows]
         last_B = torch.tensor(bounds[1 : len(rows) + 1], device=device) - 1
         last = Wanted(last_B, self._segments(snapshot_ids, [1] * len(rows)))
-        scored = any(row.scored for row in rows)
-        hidden_TD = self._model.hidden_states(
+        scored, noted = any(row.scored for row in rows), any(row.request.note_experts for row in rows)
+        whole = scored or noted  # else the last layer leaves out most tokens
+        hidden_TD, experts_TMK = self._hidden(
             torch.from_numpy(tokens_T.astype(np.int64)).to(device),
             context,
             self._segments(snapshot_ids, lengths, padding),
-            self._table(),
-            None if scored else last,
+            None if whole else last,
+            note_experts=noted,
         )
-        logits_BV = self._model.head.logits(hidden_TD[last_B] if scored else hidden_TD, last.segments)
+        logits_BV = self._model.head.logits(hidden_TD[last_B] if whole else hidden_TD, last.segments)
+        experts: list[Choices | None] = [None] * len(rows)
+        if experts_TMK is not None:
+            for place, (row, (start, end)) in enumerate(zip(rows, pairwise(bounds), strict=False)):
+                experts[place] = experts_TMK[start:end].copy() if row.request.note_experts else None
         if not scored:
-            return Prefilled(logits_BV, [None] * len(rows))
+            return Prefilled(logits_BV, [None] * len(rows), experts)
         prompts = [
             Prompt(row.request, hidden_TD[start:end], self._segments([row.snapshot_id], [1])[0].lora)
             if row.scored
             else None
             for row, (start, end) in zip(rows, pairwise(bounds), strict=False)
         ]
-        return Prefilled(logits_BV, score_prompts(self._model.head, prompts))
+        return Prefilled(logits_BV, score_prompts(self._model.head, prompts), experts)
 
     @torch.no_grad()
     def decode(
@@ -74,8 +84,12 @@ class ModelForward:
         positions: Sequence[int],
         snapshot_ids: Sequence[str | None],
         attention: DecodeAttention,
-    ) -> Tensor:
-        """Collectives: those of `Model.hidden_states` and `LmHead.logits`."""
+        *,
+        note_experts: bool = False,
+    ) -> Decoded:
+        """Collectives: those of `Model.hidden_states` and `LmHead.logits`; between these, with `note_experts`, of
+        `gather_noted`.
+        """
         self._announce(True)
         device = self._model.runtime.device
         num_rows = len(tokens)
@@ -84,13 +98,35 @@ class ModelForward:
         context = self._model.context(
             range(num_rows + padding + 1), torch.tensor([*positions, *[0] * padding], device=device), attention
         )
-        hidden_TD = self._model.hidden_states(
+        hidden_TD, experts_TMK = self._hidden(
             torch.tensor([*tokens, *[0] * padding], device=device),
             context,
             self._segments(snapshot_ids, ones, padding),
-            self._table(),
+            note_experts=note_experts,
         )
-        return self._model.head.logits(hidden_TD[:num_rows], self._segments(snapshot_ids, ones))
+        logits_BV = self._model.head.logits(hidden_TD[:num_rows], self._segments(snapshot_ids, ones))
+        return Decoded(logits_BV, experts_TMK)
+
+    def _hidden(
+        self,
+        tokens_T: Tensor,
+        context: PackedContext,
+        segments: Sequence[Segment],
+        wanted: Wanted | None = None,
+        *,
+        note_experts: bool,
+    ) -> tuple[Tensor, Choices | None]:
+        """`Model.hidden_states`, and the experts of all tokens [T, M, K] where they are to be noted."""
+        model = self._model
+        if not note_experts:
+            return model.hidden_states(tokens_T, context, segments, self._table(), wanted), None
+        arch = model.arch
+        assert arch.experts is not None, "a model without experts was asked which it chose"
+        with model.routing.noting() as noted:
+            hidden_TD = model.hidden_states(tokens_T, context, segments, self._table(), wanted)
+        layers = len(arch.expert_layers)
+        found = gather_noted(noted, len(tokens_T), num_layers=layers, experts=arch.experts, runtime=model.runtime)
+        return hidden_TD, found
 
     @torch.no_grad()
     def join_others(self) -> None:

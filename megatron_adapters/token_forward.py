@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from .cached_attention import DecodeAttention
+from .interface import Choices
 from .kv_cache import Lane
 from .sample_request import PromptScores, SampleRequest
 
@@ -42,6 +43,15 @@ class Prefilled:
 
     logits_BV: Tensor
     scores: list[PromptScores | None]
+    experts: list[Choices | None]
+    """of the prompts that are to have them noted: [P, M, K]"""
+
+
+class Decoded(NamedTuple):
+    """logits_BV after these tokens; the experts that they went through, [B, M, K], where any is to have them noted."""
+
+    logits_BV: Tensor
+    experts_BMK: Choices | None = None
 
 
 class TokenForward(Protocol):
@@ -55,8 +65,10 @@ class TokenForward(Protocol):
         positions: Sequence[int],
         snapshot_ids: Sequence[str | None],
         attention: DecodeAttention,
-    ) -> Tensor:
-        """Logits [B, V] after these tokens at these positions."""
+        *,
+        note_experts: bool = False,
+    ) -> Decoded:
+        """What follows these tokens at these positions."""
         ...
 
     def join_others(self) -> None:

@@ -107,7 +107,15 @@ class TrainingPass:
             tokens_T = torch.from_numpy(batch.tokens).to(device)
             # Every adapter of the group, since other ranks' tokens may come to this one's experts with any of them.
             table = list(self.loras.values())
-            hidden_L1D = model.stage(tokens_T, context, segments, arrived_L1D=arrived, table=table, recompute=is_long)
+            hidden_L1D = model.stage(
+                tokens_T,
+                context,
+                segments,
+                arrived_L1D=arrived,
+                table=table,
+                recompute=is_long,
+                given=batch.given(device),
+            )
             links.send_hidden(hidden_L1D)
             if model.own_head is None:
                 return _Running(hidden_L1D, arrived)

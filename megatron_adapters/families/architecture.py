@@ -96,6 +96,10 @@ class Architecture:
     fp8_block: tuple[int, int] | None = None
     """rows and columns that share a factor, where a checkpoint holds matrices in FP8; see tinker_hpc/quantised.py"""
 
+    def expert_place(self, layer: int) -> int:
+        """The number of a layer with experts among all that have some."""
+        return sum(other < layer for other in self.expert_layers)
+
     @property
     def q_size(self) -> int:
         return self.num_heads * self.head_dim

@@ -14,7 +14,7 @@ from megatron_adapters.decode import Decoder
 from megatron_adapters.kv_cache import KvCache, KvShape
 from megatron_adapters.sample_ranks import SampleRanks
 from megatron_adapters.sample_request import PromptScores, PromptTargets, SampleRequest, SampleResult
-from megatron_adapters.token_forward import Prefilled, PrefillRow
+from megatron_adapters.token_forward import Decoded, Prefilled, PrefillRow
 
 VOCABULARY = 50
 SHAPE = KvShape(num_layers=1, num_kv_heads=1, head_dim=2, dtype=torch.float32, device=torch.device("cpu"))
@@ -39,7 +39,7 @@ class Forward:
         self.prefills.append([len(row.tokens) for row in rows])
         logits = [logits_after(row.snapshot_id, len(row.tokens) - 1, int(row.tokens[-1])) for row in rows]
         scores = [PromptScores(np.arange(len(row.tokens), dtype=np.float32)) if row.scored else None for row in rows]
-        return Prefilled(torch.stack(logits), scores)
+        return Prefilled(torch.stack(logits), scores, [None] * len(rows))
 
     def join_others(self) -> None:
         pass
@@ -50,10 +50,12 @@ class Forward:
         positions: Sequence[int],
         snapshot_ids: Sequence[str | None],
         attention: DecodeAttention,
-    ) -> Tensor:
+        *,
+        note_experts: bool = False,
+    ) -> Decoded:
         self.steps.append(list(snapshot_ids))
         rows = zip(snapshot_ids, positions, tokens, strict=True)
-        return torch.stack([logits_after(snapshot, position, token) for snapshot, position, token in rows])
+        return Decoded(torch.stack([logits_after(snapshot, position, token) for snapshot, position, token in rows]))
 
 
 def make_decoder(budget_tokens: int = 10_000, max_rows: int = 64) -> tuple[Decoder, Forward, KvCache]:
@@ -289,7 +291,7 @@ def test_a_bad_request_fails_alone_and_says_what_to_change() -> None:
 def test_lanes_are_free_again_after_an_exception() -> None:
     decoder, forward, cache = make_decoder()
 
-    def broken(*_: object) -> Tensor:
+    def broken(*_: object, **__: object) -> Tensor:
         raise RuntimeError("out of memory")
 
     whole, forward.decode = forward.decode, broken  # type: ignore[method-assign]
