@@ -44,6 +44,13 @@ class BaseModel:
     model_type: str
 
     @property
+    def num_experts(self) -> int:
+        """Of a layer; 0 for a model without."""
+        text = self.config.get("text_config") or self.config
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        return next((int(text[name]) for name in names if text.get(name)), 0)
+
+    @property
     def tokenizer_name(self) -> str:
         """What transformers' AutoTokenizer can load anywhere on this filesystem: the folder."""
         return str(self.folder)

@@ -128,6 +128,10 @@ class Config:
     """LoRA on a mixture of experts. "shared_outer", as Tinker trains: of each expert matrix the factor on the hidden
     side is one for all experts of a layer. "per_expert": every expert has an A and B of its own, 3.4 times the state on
     Qwen3-30B-A3B. Of adapters that are created from now on; one made from a checkpoint is as that was."""
+    routing_replay: bool = False
+    """On a mixture of experts: train every token with the experts that it went through while it was sampled, as
+    "rollout routing replay" does (arXiv:2510.11370). In bfloat16 sampler and trainer choose others now and then. Data
+    that are no sampled sequence are trained as the routers choose. A base without experts is refused."""
     path: Path | None = None
     """The file this came from; None if there is none."""
 
@@ -192,7 +196,7 @@ def build_config(
     """
     where = str(path) if path else "the configuration"
     known = {"data_root": str, "cluster": str, "state_dir": str, "clusters": dict, "base_models": dict}
-    known["stable_reinforce"] = known["expert_lora"] = str
+    known |= {"stable_reinforce": str, "expert_lora": str, "routing_replay": bool}
     _check_keys(table, known, where)
     clusters = {"local": ClusterProfile("local", executor="local"), "slurm": ClusterProfile("slurm")}
     described = {name: _profile(name, entry, where) for name, entry in table.get("clusters", {}).items()}
@@ -230,6 +234,7 @@ def build_config(
         ),
         stable_reinforce=stable_reinforce,
         expert_lora=expert_lora,
+        routing_replay=table.get("routing_replay", False),
         path=path,
     )
 
@@ -264,14 +269,20 @@ _KINDS: dict[str, type] = {
     "extra": list,
     "environment": dict,
 }
-_TOML_NAMES = {str: "a string", int: "a whole number", list: "a list of strings", dict: "a table"}
+_TOML_NAMES = {
+    str: "a string",
+    int: "a whole number",
+    bool: "true or false",
+    list: "a list of strings",
+    dict: "a table",
+}
 
 
 def _check_keys(table: Mapping[str, Any], known: Mapping[str, type], where: str) -> None:
     for key, value in table.items():
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}; valid keys are {', '.join(sorted(known))}.")
-        if not isinstance(value, known[key]) or isinstance(value, bool):
+        if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is not bool):
             raise ConfigError(f"{where}: {key} is {value!r}; expected {_TOML_NAMES[known[key]]}.")
 
 

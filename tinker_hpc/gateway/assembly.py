@@ -17,6 +17,7 @@ from tinker_hpc.gateway.models import Models
 from tinker_hpc.gateway.replay import Replay, tell_again
 from tinker_hpc.gateway.retention import Reads
 from tinker_hpc.gateway.retrieval import HOLD_S, Retrieval
+from tinker_hpc.gateway.routing import RoutingReplay
 from tinker_hpc.gateway.samplers import Samplers
 from tinker_hpc.gateway.sessions import Sessions
 from tinker_hpc.gateway.shelf import Shelf
@@ -64,11 +65,12 @@ def assemble(run: RunFolder, config: Config, lease: Lease, *, api_key: str, hold
         replay=replay,
         run_seed=run_seed,
     )
+    routing = RoutingReplay(ledger, on=config.routing_replay, config=config.path)
     application = app.build(
         desk=desk,
-        models=Models(desk, per_expert=config.expert_lora == "per_expert"),
-        training=Training(desk, losses),
-        samplers=Samplers(desk),
+        models=Models(desk, routing, per_expert=config.expert_lora == "per_expert"),
+        training=Training(desk, losses, routing),
+        samplers=Samplers(desk, routing),
         lookup=Lookup(run.data_root, ledger, workers, sessions),
         retrieval=Retrieval(ledger, workers, hold_s=hold_s),
         shelf=Shelf(run.data_root, run.exports),

@@ -13,6 +13,7 @@ from tinker_hpc.errors import RequestError
 from tinker_hpc.gateway import validate
 from tinker_hpc.gateway.desk import Desk, Payload, metadata, record_header, rejected, state_fields, with_optimizer
 from tinker_hpc.gateway.refusals import bad_request
+from tinker_hpc.gateway.routing import RoutingReplay
 from tinker_hpc.gateway.wire import json_digest
 from tinker_hpc.gateway.workers import WorkerLink
 
@@ -20,9 +21,10 @@ from tinker_hpc.gateway.workers import WorkerLink
 class Models:
     """create_model, and load_weights that names a session."""
 
-    def __init__(self, desk: Desk, *, per_expert: bool) -> None:
+    def __init__(self, desk: Desk, routing: RoutingReplay, *, per_expert: bool) -> None:
         """per_expert: new adapters have LoRA matrices of their own for every expert (Config.expert_lora)."""
         self._desk = desk
+        self._routing = routing
         self._per_expert = per_expert
 
     async def create(self, payload: Payload) -> Payload:
@@ -31,6 +33,7 @@ class Models:
         async def judge() -> tuple[WorkerLink, Payload]:
             link = await self._desk.serving(validate.text(payload, "base_model"))
             validate.optimizer_config(payload.get("optimizer_config"))
+            self._routing.check(link.base)
             lora = validate.lora(payload.get("lora_config"), link.base)
             seed = self._desk.seed(lora["seed"], f"{model_id}:lora")
             lora |= {"seed": seed, "per_expert": self._per_expert}
@@ -45,6 +48,7 @@ class Models:
             checkpoint = await self._desk.checkpoint(payload, "path")
             link = await self._desk.serving(payload.get("base_model") or checkpoint.base_model)
             validate.optimizer_config(payload.get("optimizer_config"))
+            self._routing.check(link.base)
             optimizer = with_optimizer(payload, checkpoint)
             lora = {key: checkpoint.lora.get(key, True) for key in ("train_mlp", "train_attn", "train_unembed")}
             seed = self._desk.seed(checkpoint.lora.get("seed"), f"{model_id}:lora")

@@ -13,14 +13,16 @@ from tinker_hpc.gateway import sampling, validate
 from tinker_hpc.gateway.desk import Desk, Payload, record_header, rejected
 from tinker_hpc.gateway.ledger import SamplerState
 from tinker_hpc.gateway.refusals import Refusal, bad_request, unknown
+from tinker_hpc.gateway.routing import RoutingReplay
 from tinker_hpc.gateway.wire import json_digest
 
 
 class Samplers:
     """create_sampling_session, asample, join_sampling_session, cancel_future."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, routing: RoutingReplay) -> None:
         self._desk = desk
+        self._routing = routing
 
     async def open(self, payload: Payload) -> Payload:
         """Answered directly, so that a wrong one is refused directly; nothing is ordered behind it."""
@@ -60,7 +62,7 @@ class Samplers:
         try:
             fields, arrays = sampling.sample(payload, link.base)
             fields["seed"] = self._desk.seed(fields["seed"], f"{sampler.label}:{seq_id}")
-            header.update(fields)
+            header.update(fields | self._routing.of_sample(link.base))
         except RequestError as error:
             header.update(rejected("sample", error))
         return await self._desk.accept(link, header, arrays)

@@ -19,6 +19,7 @@ from tinker_hpc.gateway.custom_losses import creation_id
 from tinker_hpc.gateway.desk import Desk, Payload, metadata, record_header, rejected, state_fields, with_optimizer
 from tinker_hpc.gateway.ledger import ModelState
 from tinker_hpc.gateway.refusals import bad_request, try_again, unknown
+from tinker_hpc.gateway.routing import RoutingReplay
 from tinker_hpc.gateway.wire import decode_forward_backward, forward_backward_digest, json_digest
 
 # Smaller bodies are judged on the event loop: going to a thread and back would cost more.
@@ -28,9 +29,10 @@ INLINE_BYTES = 64 * 2**10
 class Training:
     """forward_backward, optim_step, the saves, load_weights into a model; and the losses that passes may use."""
 
-    def __init__(self, desk: Desk, losses: passes.Losses) -> None:
+    def __init__(self, desk: Desk, losses: passes.Losses, routing: RoutingReplay) -> None:
         self._desk = desk
         self._losses = losses
+        self._routing = routing
 
     async def forward_backward(self, body: bytes) -> Payload:
         def prepare() -> tuple[ModelState, Payload, Mapping[str, np.ndarray]]:
@@ -52,6 +54,8 @@ class Training:
         else:
             model, header, arrays = await asyncio.get_running_loop().run_in_executor(self._desk.intake.pool, prepare)
         link = self._desk.workers.links[model.worker_index]
+        if header["op"] == "forward_backward":
+            header |= await self._routing.of_pass(link, arrays)
         return await self._desk.accept(link, header, arrays)
 
     async def create_custom_loss(self, payload: Payload) -> Payload:

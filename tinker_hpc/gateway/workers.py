@@ -24,6 +24,7 @@ from tinker_hpc.log import Bell, Lease, LogReader, RequestLog, ResultFinder, Res
 from tinker_hpc.log.rewinds import read_rewinds, taken_back
 from tinker_hpc.patience import Complaint, passes
 from tinker_hpc.private_files import read_json
+from tinker_hpc.routing_record import SampledIndex
 from tinker_hpc.run_folder import RunFolder, WorkerFolder
 
 STATUS_EVERY_S = 1.0
@@ -83,6 +84,9 @@ class WorkerLink:
         self.bell = Bell(folder.path, side="gateway")
         self.status = Status.read(folder.status)
         self.trouble: str | None = None
+        self.sampled = SampledIndex()
+        self.caught_up = False
+        """All results that there were when this gateway was started have been read."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -175,9 +179,12 @@ class WorkerLink:
                     future = futures.get(request_id)
                     if future is None:
                         continue  # taken back
+                    if "experts" in record.header:
+                        self.sampled.add(record.header)
                     where = (record.header["fence"], record.header["number"])
                     answers.append((request_id, answer_of(record, future.facts), where))
                 trouble = None
+                self.caught_up |= reader.at_end
             except DataRootError as error:
                 if passes(error):
                     refusal.say(error)

@@ -31,7 +31,7 @@ from tinker_hpc.errors import CorruptLogError
 MAGIC = b"TKHPCREC"
 VERSION = 1
 ALIGNMENT = 64
-DTYPES = frozenset({"int32", "int64", "float32", "float64", "uint8", "bool"})
+DTYPES = frozenset({"int16", "int32", "int64", "float32", "float64", "uint8", "bool"})
 _HEAD = struct.Struct("<8sHHIQQ")
 _CRC_STARTS = 16
 

@@ -113,6 +113,8 @@ class ResultReader:
         self._readers: dict[int, LogReader] = {}
         self._limits: dict[int, int] = {}
         self._sealed_by = 0  # the fence `_limits` are from
+        self.at_end = False
+        """The last poll held nothing back and left nothing unread that was there."""
 
     def poll(self, max_bytes: int = POLL_BYTES) -> list[Record]:
         """Records that became visible and count, older fences first, each fence in order; [] if there are none.
@@ -130,6 +132,7 @@ class ResultReader:
 
     def _poll(self, found: list[Record], max_bytes: int) -> None:
         newest = max(_list_fences(self._results), default=0)
+        self.at_end = newest == 0
         if newest == 0 or not self._read_seal(newest):
             return
         for fence, limit in sorted(self._limits.items()):
@@ -149,6 +152,7 @@ class ResultReader:
                 reader.position = before
         if counts:
             found += fresh
+            self.at_end = not fresh
 
     def _read_seal(self, fence: int) -> bool:
         if self._sealed_by != fence:

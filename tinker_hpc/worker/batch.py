@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_adapters.interface import Datum, LoraSpec, ModelInfo, PassOutput
 from megatron_adapters.sample_request import PromptTargets, SampleRequest, SampleResult
+from tinker_hpc import routing_record
 from tinker_hpc.errors import RequestError
 from tinker_hpc.log import Record
 from tinker_hpc.loss_table import KNOWN_LOSSES
@@ -67,9 +68,31 @@ def to_data(request: Record) -> list[Datum]:
     if missing:
         raise RequestError(f"loss_fn {loss!r} needs {', '.join(required)}; {', '.join(missing)} not given")
     return [
-        Datum(tokens[start:end], {RENAMED.get(key, key): values[start:end] for key, values in inputs.items()})
-        for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+        Datum(tokens[start:end], {RENAMED.get(key, key): values[start:end] for key, values in inputs.items()}, experts)
+        for start, end, experts in zip(offsets[:-1].tolist(), offsets[1:].tolist(), _experts(request), strict=True)
     ]
+
+
+def _experts(request: Record) -> list[np.ndarray | None]:
+    """Of each datum the experts that it is to go through, [N, M, K]."""
+    offsets, experts = request.arrays["offsets"].tolist(), request.arrays.get("experts")
+    if experts is None:
+        return [None] * (len(offsets) - 1)
+    found: list[np.ndarray | None] = []
+    position = 0
+    for source, start, end in zip(request.header["routing_from"], offsets[:-1], offsets[1:], strict=True):
+        taken = 0 if source is None else end - start
+        found.append(None if source is None else experts[position : position + taken])
+        position += taken
+    return found
+
+
+def replayed_share(request: Record) -> dict[str, float]:
+    """As a metric, the tokens that go through the experts of the sampler; nothing where routing is not replayed."""
+    if "routing_from" not in request.header:
+        return {}
+    experts = request.arrays.get("experts", ())
+    return {"routing_replayed:mean": len(experts) / request.arrays["tokens"].size}
 
 
 def custom_inputs(request: Record, keys: Sequence[tuple[str, int]]) -> list[list[np.ndarray]]:
@@ -135,6 +158,7 @@ def to_sample(request: Record, info: ModelInfo, *, snapshot_id: str | None) -> S
         topk_sample_logprobs=header.get("topk_sample_logprobs", 0),
         target_prompt_logprobs=_targets(request),
         prompt_alt_tokens_k=header.get("prompt_alt_tokens_k", 0),
+        note_experts=bool(header.get("note_experts")),
     )
 
 
@@ -157,6 +181,13 @@ def sample_result(request: Record, result: SampleResult) -> tuple[dict[str, Any]
     tokens, offsets = _flat([s.tokens for s in result.sequences], np.int32)
     logprobs, _ = _flat([s.logprobs for s in result.sequences], np.float32)
     arrays = {"tokens": tokens, "logprobs": logprobs, "offsets": offsets}
+    routed = [
+        routing_record.Sampled(s.tokens, s.experts.prompt, s.experts.sampled)
+        for s in result.sequences
+        if s.experts is not None
+    ]
+    if routed:
+        fields["experts"], arrays["experts"] = routing_record.encode(request.arrays["prompt"], routed)
     if request.header.get("topk_sample_logprobs"):
         fields["topk_sample"] = request.header["topk_sample_logprobs"]
         pieces = [s.topk for s in result.sequences if s.topk is not None]

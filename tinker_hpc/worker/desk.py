@@ -19,6 +19,7 @@ from tinker_hpc.worker.batch import train_groups
 from tinker_hpc.worker.parting import Parting
 from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.ranks import EndWorker, Failure
+from tinker_hpc.worker.recorded_experts import RecordedExperts
 from tinker_hpc.worker.redo import Redo
 from tinker_hpc.worker.rewinds import Rewinds
 from tinker_hpc.worker.schedule import Batch, Refusal, Schedule
@@ -58,6 +59,7 @@ class Desk:
         snapshots: SnapshotStep,
         rewinds: Rewinds,
         parting: Parting,
+        recorded: RecordedExperts,
     ) -> None:
         """poison: requests not to be run, by seq; alone: passes not to be mixed with others; budgets: passes
         to be cut into smaller micro-batches (poison.py).
@@ -73,6 +75,7 @@ class Desk:
         self._snapshots = snapshots
         self._rewinds = rewinds
         self._parting = parting
+        self._recorded = recorded
         self._rewound = False
         self._open: set[int] = set()  # read from the log and not finished
         self._schedule = Schedule()
@@ -147,7 +150,7 @@ class Desk:
                 self._record_batch(requests)
         self._note_sampling(samples)
         order = {"command": "join", "num_samples": len(samples), "snapshot": snapshot, "cancelled": cancelled}
-        return [Record({**order, **self._how(joined)}), *joined]
+        return [Record({**order, **self._how(joined)}), *map(self._complete, joined)]
 
     def coverage(self) -> Coverage:
         """What the state of this moment, between two batches, holds."""
@@ -319,7 +322,11 @@ class Desk:
         if command == "sample":
             self._note_sampling(requests)
         order = {"command": command, "touched": touched, "snapshot": snapshot, **self._how(requests, groups)}
-        return [Record(order), *requests]
+        return [Record(order), *map(self._complete, requests)]
+
+    def _complete(self, request: Record) -> Record:
+        """With what the request says is in results."""
+        return self._guard(lambda: self._recorded.beside(request))
 
     def _how(
         self, requests: Sequence[Record], groups: Sequence[Sequence[Record]] | None = None

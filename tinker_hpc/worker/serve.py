@@ -29,6 +29,7 @@ from tinker_hpc.worker.parting import Parting
 from tinker_hpc.worker.poison import read_alone_notes, read_budget_notes, read_notes
 from tinker_hpc.worker.publisher import Publisher
 from tinker_hpc.worker.ranks import Ranks
+from tinker_hpc.worker.recorded_experts import RecordedExperts
 from tinker_hpc.worker.redo import Redo
 from tinker_hpc.worker.rewinds import Rewinds
 from tinker_hpc.worker.sample_step import SampleStep
@@ -167,6 +168,7 @@ class _FirstRank:
             snapshots=snapshots,
             rewinds=self._rewinds,
             parting=parting,
+            recorded=RecordedExperts(self._folder.path),
         )
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from tinker_hpc.log import Record
 from tinker_hpc.patience import Wait
 from tinker_hpc.worker import checkpoint
 from tinker_hpc.worker.aside import SnapshotsAside
-from tinker_hpc.worker.batch import lora_spec, num_loss_tokens, pass_result, to_data
+from tinker_hpc.worker.batch import lora_spec, num_loss_tokens, pass_result, replayed_share, to_data
 from tinker_hpc.worker.checkpoint import Checkpoint
 from tinker_hpc.worker.custom_loss import CustomLossFn, numbered
 from tinker_hpc.worker.losses import bind
@@ -206,7 +206,8 @@ class TrainStep:
             gap = sampler_gap(passes[index].data, output.logprobs)
             loss_fn = passes[index].loss_fn
             custom = loss_fn.metrics(output.logprobs) if isinstance(loss_fn, CustomLossFn) else {}
-            fields, arrays = pass_result(replace(output, metrics=output.metrics | gap.metrics() | custom))
+            metrics = output.metrics | gap.metrics() | replayed_share(request) | custom
+            fields, arrays = pass_result(replace(output, metrics=metrics))
             outcomes[index] = (fields if token_budget is None else {**fields, "token_budget": token_budget}), arrays
             if backward:
                 size = int(request.arrays["tokens"].size)

@@ -69,13 +69,15 @@ def test_results_are_held_back_while_a_takeover_is_under_way(tmp_path: Path) -> 
     old = take_over(tmp_path)
     old.publish([Record({"name": "a"})])
     reader = ResultReader(tmp_path)
-    assert names(reader.poll()) == ["a"]
+    assert names(reader.poll()) == ["a"] and not reader.at_end
+    assert reader.poll() == [] and reader.at_end
     old.publish([Record({"name": "b"})])
     _fence_folder(tmp_path / "results", 2).mkdir()  # the new worker got this far
-    assert reader.poll() == []
+    assert reader.poll() == [] and not reader.at_end
     Lease.acquire(tmp_path / "lease", {})
     ResultLog(tmp_path, Lease(tmp_path / "lease", 2))
     assert names(reader.poll()) == ["b"]
+    assert reader.poll() == [] and reader.at_end
 
 
 def test_a_takeover_between_the_readers_two_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

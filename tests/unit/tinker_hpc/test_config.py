@@ -47,7 +47,7 @@ def test_every_field_of_a_profile_arrives() -> None:
     [
         (
             {"dataroot": "/x"},
-            ["dataroot", "base_models, cluster, clusters, data_root, expert_lora, stable_reinforce, state_dir"],
+            ["dataroot", "base_models, cluster, clusters, data_root, expert_lora, routing_replay, stable_reinforce"],
         ),
         ({"clusters": {"c": {"acount": "lab"}}}, ["[clusters.c]", "acount", "account"]),
         ({"clusters": {"c": {"gpus_per_node": "4"}}}, ["gpus_per_node", "'4'", "whole number"]),
@@ -65,6 +65,8 @@ def test_every_field_of_a_profile_arrives() -> None:
         ({"clusters": {"c": 3}}, ["[clusters.c]", "table"]),
         ({"stable_reinforce": "ppo"}, ["stable_reinforce is 'ppo'", '"importance_sampling"']),
         ({"stable_reinforce": True}, ["stable_reinforce is True; expected a string"]),
+        ({"routing_replay": "yes"}, ["routing_replay is 'yes'; expected true or false"]),
+        ({"routing_replay": 1}, ["routing_replay is 1; expected true or false"]),
         ({"expert_lora": "own"}, ["expert_lora is 'own'", '"shared_outer" or "per_expert"']),
         ({"base_models": {"Qwen/Qwen3-8B": 3}}, ["Qwen/Qwen3-8B", "folder"]),
         ({"data_root": "$NO_SUCH/x"}, ["$NO_SUCH", "not set"]),
