@@ -18,7 +18,7 @@ import tinker
 import torch
 
 from tinker_hpc.log import LogReader, ResultReader
-from tinker_hpc.run_folder import RunFolder, WorkerFolder, write_json
+from tinker_hpc.run_folder import RunFolder, WorkerFolder, read_json, write_json
 
 sys.path.append(str(serving.HERE.parent / "models"))
 
@@ -61,8 +61,8 @@ def test_what_was_sampled_is_trained_with_its_experts_and_redone_to_the_bit(
     (tmp_path / "config.toml").write_text("routing_replay = true\n")
     env = {"TINKER_HPC_CONFIG": str(tmp_path / "config.toml")}
     run, worker = serving.new_run(tmp_path / "root", base)
-    declared = {"base_model": str(base), "base_model_folder": str(base), "layout": {"dtype": "bfloat16"}}
-    write_json(worker.declaration, declared)
+    how = {"layout": {"dtype": "bfloat16"}, "snapshot_interval_s": 3600}  # without a snapshot all of it is redone
+    write_json(worker.declaration, read_json(worker.declaration) | how)
     dense = str(serving.TINY)
     run.worker(1).create(base_model=dense, base_model_folder=dense)
     service = serving.start_gateway(processes, run, env=env)

@@ -3,7 +3,8 @@
 With the weights that sampled it is numerics alone: sampler and trainer run different operations, in another order.
 tests/benchmarks/bench_sampler_gap.py measures it on 12 layers x 512: in float32 4e-6 on average and 2e-5 at most, in
 bfloat16 0.03 and 0.13 (transformers' own generate and forward: 0.02 and 0.10), so an importance ratio is off by a few
-per cent a token there. With experts a rounding may choose another expert, in bfloat16 that moves a few tokens by a nat.
+per cent a token there. With experts a rounding may choose another expert, in bfloat16 that moves a few tokens by a nat,
+unless routing is replayed (megatron_adapters/routing_replay.py).
 Much larger says that sampler and trainer compute different things. With older weights it is also how far off-policy the
 data are. Tokens without advantage do not count: prompts and observations carry made-up logprobs.
 """
