@@ -92,10 +92,10 @@ def _trained(bench: Bench, data: list[Datum]) -> tuple[list[Choices], list[np.nd
 
 
 def _whole(engine: Engine, noted: dict[int, torch.Tensor], length: int) -> Choices:
-    """A single datum is the first data-parallel rank's; the others had padding alone."""
+    """Of a single datum, which is the first data-parallel rank's; the others had padding alone."""
     model, runtime = engine.model, engine.runtime
     assert model.arch.experts is not None
-    num_tokens = model.padded_length(length if runtime.dp_rank == 0 else 0)
+    num_tokens = len(next(iter(noted.values()))) * runtime.layout.tp_size
     layers = len(model.arch.expert_layers)
     found = gather_noted(noted, num_tokens, num_layers=layers, experts=model.arch.experts, runtime=runtime)
     return found[:length]
