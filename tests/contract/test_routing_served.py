@@ -18,7 +18,8 @@ import tinker
 import torch
 
 from tinker_hpc.log import LogReader, ResultReader
-from tinker_hpc.run_folder import RunFolder, WorkerFolder, read_json, write_json
+from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.run_folder import RunFolder, WorkerFolder
 
 sys.path.append(str(serving.HERE.parent / "models"))
 
@@ -62,7 +63,7 @@ def test_what_was_sampled_is_trained_with_its_experts_and_redone_to_the_bit(
     env = {"TINKER_HPC_CONFIG": str(tmp_path / "config.toml")}
     run, worker = serving.new_run(tmp_path / "root", base)
     how = {"layout": {"dtype": "bfloat16"}, "snapshot_interval_s": 3600}  # without a snapshot all of it is redone
-    write_json(worker.declaration, read_json(worker.declaration) | how)
+    write_json(worker.declaration, (read_json(worker.declaration) or {}) | how)
     dense = str(serving.TINY)
     run.worker(1).create(base_model=dense, base_model_folder=dense)
     service = serving.start_gateway(processes, run, env=env)
