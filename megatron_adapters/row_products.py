@@ -46,13 +46,17 @@ def linear(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
 
 def linear_without_graph(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     """The same by frozen_product, for functions that write their own backward."""
-    return frozen_product(more_rows(x_NI), _two_rows(weight_OI))[: len(x_NI), : len(weight_OI)]
+    if _are_few(x_NI) or len(weight_OI) == 1:
+        return frozen_product(more_rows(x_NI), _two_rows(weight_OI))[: len(x_NI), : len(weight_OI)]
+    return frozen_product(x_NI, weight_OI)
 
 
 def linear_grad(grad_NO: Tensor, weight_OI: Tensor) -> Tensor:
     """Its gradient by x: grad W, [N, I]."""
-    grad_NI = frozen_linear_grad(more_rows(grad_NO), _two_columns(weight_OI))
-    return grad_NI[: len(grad_NO), : weight_OI.shape[1]]
+    num_inputs = weight_OI.shape[1]
+    if _are_few(grad_NO) or num_inputs == 1:
+        return frozen_linear_grad(more_rows(grad_NO), _two_columns(weight_OI))[: len(grad_NO), :num_inputs]
+    return frozen_linear_grad(grad_NO, weight_OI)
 
 
 def add_product_(rows_NO: Tensor, x_NR: Tensor, weight_RO: Tensor) -> None:
@@ -65,7 +69,9 @@ def add_product_(rows_NO: Tensor, x_NR: Tensor, weight_RO: Tensor) -> None:
 
 def product(x_NR: Tensor, weight_RO: Tensor) -> Tensor:
     """x w, [N, O]."""
-    return torch.mm(more_rows(x_NR), weight_RO)[: len(x_NR)]
+    if _are_few(x_NR):
+        return torch.mm(more_rows(x_NR), weight_RO)[: len(x_NR)]
+    return torch.mm(x_NR, weight_RO)
 
 
 def _are_few(x_NI: Tensor) -> bool:
