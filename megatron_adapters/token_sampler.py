@@ -39,7 +39,6 @@ class SamplingRows:
     """in [0, 1), see philox.py"""
 
 
-@torch.no_grad()
 def sample_tokens(logits_BV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
     """Draw one token a row; see Draw."""
     return Draw(rows, logits_BV.shape[1], logits_BV.device)(logits_BV)
