@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tinker_hpc.base_models import NUM_EXPERTS_KEYS, language_model
 from tinker_hpc.errors import ConfigError
 from tinker_hpc.quantised import fp8_block
 
@@ -131,7 +132,7 @@ def read_sizes(config: Mapping[str, Any], where: str = "config.json") -> ModelSi
     Raises: ConfigError naming a field that is missing or not a positive number, or a quantisation that is not read.
     """
     fp8_block(config, where)  # whatever a model is stored in, it is loaded in bfloat16
-    text: Mapping[str, Any] = config.get("text_config") or config
+    text = language_model(config)
     model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
 
     def number(*names: str, otherwise: int | None = None) -> int:
@@ -150,7 +151,7 @@ def read_sizes(config: Mapping[str, Any], where: str = "config.json") -> ModelSi
         return otherwise
 
     num_layers, hidden, heads = number("num_hidden_layers"), number("hidden_size"), number("num_attention_heads")
-    num_experts = number("num_experts", "num_local_experts", "n_routed_experts", otherwise=0)
+    num_experts = number(*NUM_EXPERTS_KEYS, otherwise=0)
     expert_ffn = number("moe_intermediate_size", "intermediate_size") if num_experts else 0
     latent = None
     if "kv_lora_rank" in text:

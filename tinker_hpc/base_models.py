@@ -19,6 +19,8 @@ from tinker_hpc.errors import UnknownBaseModelError, WeightsError
 from tinker_hpc.model_folder import HUB_FILES, weight_files
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""What families call the number of a layer's experts in config.json."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,18 @@ class BaseModel:
     @property
     def num_experts(self) -> int:
         """Of a layer; 0 for a model without."""
-        text = self.config.get("text_config") or self.config
-        names = ("num_experts", "num_local_experts", "n_routed_experts")
-        return next((int(text[name]) for name in names if text.get(name)), 0)
+        text = language_model(self.config)
+        return next((int(text[name]) for name in NUM_EXPERTS_KEYS if text.get(name)), 0)
 
     @property
     def tokenizer_name(self) -> str:
         """What transformers' AutoTokenizer can load anywhere on this filesystem: the folder."""
         return str(self.folder)
+
+
+def language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that describes the language model; where there is more, it is in `text_config`."""
+    return config.get("text_config") or config
 
 
 def resolve(name: str, mapping: Mapping[str, str] | None = None, *, weights: bool = True) -> BaseModel:
@@ -113,7 +119,7 @@ def read(name: str, folder: Path) -> BaseModel:
         raise UnknownBaseModelError(
             f"base model {name!r}: cannot read {path}: {error}. Copy or download the model again.", name=name
         ) from error
-    text = config.get("text_config") or config
+    text = language_model(config)
     facts: dict[str, int] = {}
     for key in ("vocab_size", "max_position_embeddings", "hidden_size"):
         value = text.get(key, config.get(key))
@@ -137,8 +143,10 @@ def read(name: str, folder: Path) -> BaseModel:
 
 def _with_weights(model: BaseModel, weights: bool) -> BaseModel:
     """The same model. Raises: UnknownBaseModelError if weights are asked for and its folder lacks some."""
+    if not weights:
+        return model
     try:
-        weight_files(model.folder) if weights else None
+        weight_files(model.folder)
     except WeightsError as error:
         raise UnknownBaseModelError(f"base model {model.name!r}: {error}", name=model.name) from error
     return model
@@ -186,8 +194,10 @@ def _in_cache(name: str, searched: list[str], weights: bool) -> Path | None:
     except (LocalEntryNotFoundError, HFValidationError, OSError):
         searched.append(f"not in the Hugging Face cache {constants.HF_HUB_CACHE}")
         return None
+    if not weights:
+        return folder
     try:
-        weight_files(folder) if weights else None
+        weight_files(folder)
     except WeightsError as error:  # a download that was cut short, or of config.json alone: what is missing is got
         searched.append(f"not whole in the Hugging Face cache: {error}")
         return None
