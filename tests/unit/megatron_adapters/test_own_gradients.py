@@ -13,7 +13,8 @@ from torch import Tensor
 from megatron_adapters.adapters import LoraPair, LoraWeights
 from megatron_adapters.attention import PackedContext, packed_attention
 from megatron_adapters.lora_linear import Segment
-from megatron_adapters.lora_training import Frozen, adapted_linear, as_one, stacked
+from megatron_adapters.lora_stack import Stack, as_one
+from megatron_adapters.lora_training import Frozen, adapted_linear
 from megatron_adapters.rms_norm import rms_norm
 from megatron_adapters.rope import rotate
 from megatron_adapters.swiglu import swiglu
@@ -110,7 +111,10 @@ def test_neighbouring_matrices_are_one_without_a_copy(in_one_buffer: bool) -> No
         matrices[1] = matrices[1].clone()
     whole = as_one(matrices)
     assert (whole is not None) == in_one_buffer
-    assert torch.equal(stacked(matrices), torch.cat(matrices))
+    pairs = {str(place): LoraPair(matrix, matrix) for place, matrix in enumerate(matrices)}
+    stack = Stack(LoraWeights(2, 2.0, (), pairs), tuple(pairs))
+    for dtype in (torch.float64, torch.float32):
+        assert torch.equal(stack.a_WI(dtype), torch.cat(matrices).to(dtype))
     if whole is not None:
         whole[2] = 7.0
         assert (matrices[1] == 7.0).all()
