@@ -43,7 +43,10 @@ def frozen_linear(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, 
         return out_O if plus_O is None else out_O.add_(plus_O)
     if needs_grad:
         if x_I.requires_grad and _TRAINS_BY_ONEDNN:
-            return _FrozenLinear.apply(x_I, weight_OI, bias_O)  # type: ignore[no-any-return]
+            # As a matrix: oneDNN gives a view of one for more dimensions, and what a function of our own returns as a
+            # view nobody may change in place, as the adapters' updates do (lora_training.py).
+            out: Tensor = _FrozenLinear.apply(x_I.flatten(0, -2), weight_OI, bias_O)  # type: ignore[assignment]
+            return out.view(*x_I.shape[:-1], -1)
         return frozen_product(x_I, weight_OI, bias_O)
     weight_OI = _reorder(weight_OI)
     if plus_O is None:
