@@ -18,7 +18,7 @@ from torch import Tensor
 from .frozen_linear import frozen_linear
 from .row_products import linear, more_rows
 
-_ALIGNMENT = 8
+ALIGNMENT = 8
 """grouped_mm wants strides of whole 16 bytes: eight numbers of half precision."""
 
 
@@ -75,5 +75,5 @@ def _by_kernel(x: Tensor) -> bool:
 
 def _aligned(x: Tensor, dim: int) -> Tensor:
     """Zeros after the end of `dim`, up to a multiple of what grouped_mm takes: a LoRA rank may be any number."""
-    missing = -x.shape[dim] % _ALIGNMENT
+    missing = -x.shape[dim] % ALIGNMENT
     return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing)) if missing else x

@@ -4,7 +4,8 @@ What eight adapters cost beside one is not their products, which are as many ope
 stands around them: a graph of slices, each with a gradient as large as the whole batch, and gradients of all matrices
 that are made and then added to those of before. So the forward adds every update into the base's output in place, and
 the backward adds every product into the matrix's own gradient (as Megatron's fused gradient accumulation does). The
-factor alpha / rank goes with the products that are added, where it costs nothing.
+factor alpha / rank goes with the products that are added, where it costs nothing. On a GPU several adapters are grouped
+instead (lora_grouped.py), but for tensor parallelism.
 
 Shapes: as in lora_linear.py; N tokens of one segment, R its adapter's rank.
 """
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .frozen_linear import frozen_linear_grad, frozen_product
+from . import lora_grouped
+from .frozen_linear import frozen_linear, frozen_linear_grad, frozen_product
 from .lora_stack import Stack, add_gradient_, stack_of
 from .row_products import add_product_, linear_grad, linear_without_graph
 
@@ -64,6 +66,10 @@ def adapted_linear(
     """
     parts = parts_of(segments, paths)
     matrices = [matrix for part in parts for matrix in (*part.stack.a_RI, *part.stack.b_OR)]
+    if lora_grouped.is_better(x_TI, frozen.weight_OI, len(parts)):
+        out_TO = frozen_linear(x_TI, frozen.weight_OI, frozen.bias_O)
+        plan = lora_grouped.make_plan(parts, len(paths), x_TI)
+        return lora_grouped.Updates.apply(out_TO, x_TI, plan, split, *matrices)  # type: ignore[no-any-return]
     return _AdaptedLinear.apply(x_TI, frozen, split, parts, *matrices)  # type: ignore[no-any-return]
 
 

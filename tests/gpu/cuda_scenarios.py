@@ -41,6 +41,31 @@ def train(model_folder: Path, adapter_folder: Path, layout: Layout, dtype: str, 
     }
 
 
+def mixed(model_folder: Path, adapter_folder: Path, layout: Layout, dtype: str, folder: Path) -> dict[str, Any]:
+    """Logprobs and gradients of three adapters in one batch, and of each alone."""
+    engine = Engine.start(model_folder, layout, dtype=dtype)
+    bench = Bench(engine, folder)
+    engine.load_adapter("imported", adapter_folder, optimizer=False)
+    engine.create_adapter("rank-1", LoraSpec(rank=1, seed=1))
+    engine.create_adapter("mlp", LoraSpec(rank=19, seed=2, train_attn=False, train_unembed=False))
+    names = list(engine.adapters)
+    for name in names[1:]:  # B is zero at first
+        engine.run_pass(name, batch(), cross_entropy, backward=True)
+        engine.optim_step(name, AdamParams(learning_rate=1e-2))
+    found: dict[str, Any] = {}
+    for how in ("alone", "together"):
+        passes = [Pass(name, batch(), cross_entropy) for name in names]
+        groups = [passes] if how == "together" else [[one] for one in passes]
+        outputs = [output for group in groups for output in engine.run_passes(group, backward=True)]
+        for name, output in zip(names, outputs, strict=True):
+            assert isinstance(output, PassOutput), output
+            grads = torch.cat([x.cpu().flatten() for _, x in sorted(bench.grads(name).items())])
+            found.setdefault(name, {})[how] = {"logprobs": np.concatenate(output.logprobs), "grads": grads}
+            engine.adapters[name].zero_grad()
+    engine.stop()
+    return found
+
+
 def recompute(model_folder: Path, adapter_folder: Path, layout: Layout, dtype: str, folder: Path) -> dict[str, Any]:
     """One pass with the activations kept, and with those of each layer computed again."""
     found = {}

@@ -108,6 +108,17 @@ def test_routing_is_replayed(reference: Reference, layout: str, tmp_path: Path) 
     assert gaps[0].mean() <= 1.1 * gaps[1].mean()  # few choices differ where scores are float32 (DeepSeek-V3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", [Layout(1, 1), Layout(2, 1)], ids=["tp1", "tp2"])
+def test_adapters_mixed_equal_each_alone(reference: Reference, layout: Layout, dtype: str, tmp_path: Path) -> None:
+    """In bf16 on one GPU by grouped products; the CPU form is tests/unit/megatron_adapters/test_lora_grouped.py."""
+    bounds = {"float32": 2e-4, "bfloat16": 0.1}  # bf16: other sums round to the neighbouring number
+    for found in run(reference, layout, dtype, tmp_path, "mixed").values():
+        alone, together = found["alone"], found["together"]
+        assert np.abs(together["logprobs"] - alone["logprobs"]).mean() < bounds[dtype]
+        assert float((together["grads"] - alone["grads"]).norm() / alone["grads"].norm()) < bounds[dtype]
+
+
 @pytest.mark.parametrize("layout", [Layout(1, 1), Layout(2, 1)], ids=["tp1", "tp2"])
 def test_recomputed_activations_give_the_same_gradients(reference: Reference, layout: Layout, tmp_path: Path) -> None:
     result = run(reference, layout, "float32", tmp_path, "recompute")
