@@ -10,7 +10,7 @@ Shapes: T tokens, I inputs, O outputs of a projection, G groups of consecutive t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,9 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .grouped import ALIGNMENT
-from .lora_stack import Stack, gradient_of
-
-Split = Callable[[Tensor], list[Tensor]]
+from .lora_stack import Split, Stack, gradient_of
 
 
 class Group(NamedTuple):
@@ -89,7 +87,7 @@ def _on_device(ends: tuple[int, ...], scalings: tuple[float, ...], device: torch
 
 class Updates(torch.autograd.Function):
     """out + the updates of all groups; `out` [T, O] itself, changed in place. Differentiable in out and x; the
-    gradients of A and B are added to what they have (`.grad`) in the backward. `split`: see lora_training.py.
+    gradients of A and B are added to what they have (`.grad`) in the backward. `split`: see lora_stack.py.
     """
 
     @staticmethod

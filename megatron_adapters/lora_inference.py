@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .adapters import LoraPair, LoraWeights
-from .lora_training import Split
+from .lora_stack import Split
 
 if TYPE_CHECKING:
     from .lora_linear import Segment

@@ -4,18 +4,21 @@ An adapter's A of projections that share an input lie one above the other in mem
 matrix without a copy, and so are their gradients. What a step of eight adapters costs beside one is to a part the
 Python between many small products: what does not change from step to step is made once.
 
-Shapes: I inputs, O outputs of a projection, R rank, W columns of all projections together (R times their number).
+Shapes: T tokens, I inputs, O outputs of a projection, R rank, W columns of all projections together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .adapters import LoraWeights
 from .row_products import add_outer_
+
+Split = Callable[[Tensor], list[Tensor]]
+"""The part of each projection in a fused output, as views: [T, O_p] or [T, groups, O_p / groups]."""
 
 
 class Stack:

@@ -12,7 +12,7 @@ Shapes: as in lora_linear.py; N tokens of one segment, R its adapter's rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,14 +20,11 @@ from torch import Tensor
 
 from . import lora_grouped
 from .frozen_linear import frozen_linear, frozen_linear_grad, frozen_product
-from .lora_stack import Stack, add_gradient_, stack_of
+from .lora_stack import Split, Stack, add_gradient_, stack_of
 from .row_products import add_product_, linear_grad, linear_without_graph
 
 if TYPE_CHECKING:
     from .lora_linear import Segment
-
-Split = Callable[[Tensor], list[Tensor]]
-"""The part of each projection in a fused output, as views: [T, O_p] or [T, groups, O_p / groups]."""
 
 
 class Part(NamedTuple):

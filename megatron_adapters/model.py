@@ -32,7 +32,7 @@ from .latent_attention import LatentAttention, latent_linears
 from .layers import block_spec, transformer_config
 from .links import Links
 from .lora_linear import LoraLinear, Routing, Segment
-from .lora_training import Split
+from .lora_stack import Split
 from .moe import MoeMlp, Router
 from .placement import FIRST_RANK, Place, kv_heads_of_rank, stage_layers, vocab_rows_of_rank
 from .projections import layer_path, shared_expert_path

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from megatron_adapters import optimizer
 from megatron_adapters.interface import AdamParams
 from megatron_adapters.optimizer import adamw_, clip_
 
@@ -15,7 +19,7 @@ def test_ten_steps_equal_torch(weight_decay: float) -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(200, generator=generator)
     theirs = torch.nn.Parameter(start.clone())
-    optimizer = torch.optim.AdamW(
+    reference = torch.optim.AdamW(
         [theirs],
         lr=adam.learning_rate,
         betas=(adam.beta1, adam.beta2),
@@ -28,9 +32,27 @@ def test_ten_steps_equal_torch(weight_decay: float) -> None:
         grad = torch.randn(200, generator=generator)
         grad[:5] = 0.0  # entries that never get a gradient: 0 / (0 + eps)
         theirs.grad = grad.clone()
-        optimizer.step()
+        reference.step()
         adamw_(ours, grad, exp_avg, exp_avg_sq, step=step, adam=adam)
         torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=1e-6)
+
+
+def test_a_step_in_pieces_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipped, counted once, and the gradients dropped."""
+    generator = torch.Generator().manual_seed(1)
+    grads = 3.0 * torch.randn(100, generator=generator)
+    adam = AdamParams(learning_rate=1e-2, grad_clip_norm=0.5)
+    expected = torch.zeros(100), torch.zeros(100), torch.zeros(100)
+    adamw_(expected[0], grads * (0.5 / (grads.norm() + 1e-6)), *expected[1:], step=1, adam=adam)
+    monkeypatch.setattr(optimizer, "_PIECE", 7)
+    adapter: Any = SimpleNamespace(
+        weights=torch.zeros(100), grads=grads.clone(), exp_avg=torch.zeros(100), exp_avg_sq=torch.zeros(100),
+        step=0, has_gradients=True,
+    )  # fmt: skip
+    optimizer.step_(adapter, adam, float(grads.norm()))
+    for ours, theirs in zip((adapter.weights, adapter.exp_avg, adapter.exp_avg_sq), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+    assert adapter.step == 1 and not adapter.has_gradients and not adapter.grads.any()
 
 
 def test_first_step_is_the_learning_rate_times_the_sign() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_adapters.adapter_room import AdapterRoom
 from megatron_adapters.adapters import Adapter
 from megatron_adapters.interface import AdamParams, Layout
+from megatron_adapters.lora_stack import stack_of
 from megatron_adapters.optimizer import step_
 from megatron_adapters.placement import place_of
 from megatron_adapters.projections import Projection
@@ -48,6 +49,23 @@ def train(adapter: Adapter, seed: int) -> None:
 
 def state(adapter: Adapter) -> list[torch.Tensor]:
     return [x.clone() for x in (adapter.weights, adapter.grads, adapter.exp_avg, adapter.exp_avg_sq)]
+
+
+def test_what_was_put_together_stays_the_adapters() -> None:
+    """The views that training keeps (lora_stack.py) are of the memory that comes back."""
+    room = AdapterRoom(CPU, most_bytes=0)
+    adapter, other = make(2), make(2, seed=1)
+    room.add("a", adapter)
+    stack = stack_of(adapter.lora, ("lm_head",))
+    room.add("b", other)
+    assert room.is_away("a")
+    room.use(["a"])
+    adapter.weights.add_(1.0)
+    assert torch.equal(stack.a_WI(torch.float32), adapter.lora.pairs["lm_head"].a)
+    assert torch.equal(stack.b_RO(torch.float32)[0], adapter.lora.pairs["lm_head"].b.t())
+    stack.add_gradient_of_a(torch.ones(3, 2), torch.ones(3, 12))
+    assert adapter.grads.sum() == 3 * 2 * 12 * stack.scaling
+    room.close()
 
 
 SIZE = {rank: 16 * make(rank).weights.numel() for rank in (1, 2, 4)}
