@@ -216,7 +216,9 @@ def load_snapshot(
             key = peft_key(path, letter)
             part = file.read(key, shards[key].slice_of(runtime.place))
             # Through float32 whatever is stored, as a trained adapter goes.
-            return part.to(torch.float32).to(device=runtime.device, dtype=runtime.dtype)
+            # Copied also where nothing changes: the file is mapped, may be deleted, and its numbers lie at any address,
+            # on which the last bits of a product depend (MKL with AVX2).
+            return part.to(torch.float32).to(device=runtime.device, dtype=runtime.dtype, copy=True)
 
         pairs = {p.path: LoraPair(read(p.path, "A"), read(p.path, "B")) for p in wanted}
     return LoraWeights(config.rank, config.alpha, config.targets, pairs, config.per_expert)

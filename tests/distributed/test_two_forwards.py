@@ -87,8 +87,9 @@ def test_bfloat16_rounds_as_transformers_does(job: Job, outcome_of: Outcomes, re
     gaps |= {f"{side} to float32": np.concatenate(outcome["base"][side]) - exact for side in ("sampled", "trained")}
     medians = {what: float(np.median(np.abs(gap))) for what, gap in gaps.items()}
     print(f"\nTWO FORWARDS {job} in bfloat16: transformers {theirs:.1e}, {medians}")
-    assert theirs > 1e-4  # bfloat16 indeed
-    assert all(1e-4 < median <= BFLOAT16_BOUND * theirs for median in medians.values()), (theirs, medians)
+    # bfloat16 indeed; the two forwards may give the same bits, as they do for the base where MKL uses AVX2
+    assert all(median > 1e-4 for median in (theirs, medians["sampled to float32"], medians["trained to float32"]))
+    assert all(median <= BFLOAT16_BOUND * theirs for median in medians.values()), (theirs, medians)
 
 
 @pytest.mark.parametrize("job", [Job("TP1", "two_forward_scenarios:little_cache", "qwen3")], ids=str)
