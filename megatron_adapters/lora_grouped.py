@@ -93,11 +93,11 @@ class Updates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out_TO: Tensor, x_TI: Tensor, plan: Plan, split: Split, *matrices: Tensor) -> Tensor:
         ctx.mark_dirty(out_TO)
-        h_TW = _scaled(F.grouped_mm(x_TI, _all_a(plan, x_TI).transpose(1, 2), offs=plan.ends_G), plan)
+        h_TW = _scaled(_grouped(x_TI, _all_a(plan, x_TI).transpose(1, 2), plan), plan)
         for place, out in enumerate(split(out_TO)):
             b_GOR = _all_b(plan, place, x_TI)
             if b_GOR is not None:
-                update = F.grouped_mm(_columns(h_TW, place, plan), b_GOR.transpose(1, 2), offs=plan.ends_G)
+                update = _grouped(_columns(h_TW, place, plan), b_GOR.transpose(1, 2), plan)
                 out.add_(update.view_as(out))
         ctx.plan, ctx.split = plan, split
         ctx.save_for_backward(x_TI, h_TW)
@@ -113,13 +113,13 @@ class Updates(torch.autograd.Function):
             if b_GOR is None:
                 continue
             grad_TO = grad.flatten(1).contiguous()
-            _columns(h_grad_TW, place, plan).copy_(F.grouped_mm(grad_TO, b_GOR, offs=plan.ends_G))
-            b_grads_GRO = F.grouped_mm(_columns(h_TW, place, plan).t(), grad_TO, offs=plan.ends_G)
+            _columns(h_grad_TW, place, plan).copy_(_grouped(grad_TO, b_GOR, plan))
+            b_grads_GRO = _grouped(_columns(h_TW, place, plan).t(), grad_TO, plan)
             for number, stack, own in plan.having(place):
                 if stack.b_OR[own].requires_grad:
                     gradient_of(stack.b_OR[own]).add_(b_grads_GRO[number, : stack.rank].t())
         h_grad_TW = _scaled(h_grad_TW, plan)
-        a_grads_GWI = F.grouped_mm(h_grad_TW.t(), x_TI, offs=plan.ends_G)
+        a_grads_GWI = _grouped(h_grad_TW.t(), x_TI, plan)
         for place in range(plan.num_paths):
             first = place * plan.rank
             for number, stack, own in plan.having(place):
@@ -127,13 +127,13 @@ class Updates(torch.autograd.Function):
                     gradient_of(stack.a_RI[own]).add_(a_grads_GWI[number, first : first + stack.rank])
         x_grad_TI = None
         if ctx.needs_input_grad[1]:
-            x_grad_TI = F.grouped_mm(h_grad_TW, _all_a(plan, x_TI), offs=plan.ends_G)
+            x_grad_TI = _grouped(h_grad_TW, _all_a(plan, x_TI), plan)
         return (grads[0], x_grad_TI, *[None] * (len(ctx.needs_input_grad) - 2))
 
 
-def _grouped(x_TI: Tensor, weight_GIO: Tensor, plan: Plan) -> Tensor:
-    """x w of each token's group, [T, O]."""
-    return F.grouped_mm(x_TI, weight_GIO, offs=plan.ends_G)
+def _grouped(left: Tensor, right: Tensor, plan: Plan) -> Tensor:
+    """[T, I] by each group's own of [G, I, O]: [T, O]. Or each group's part of [R, T] by that of [T, O]: [G, R, O]."""
+    return F.grouped_mm(left, right, offs=plan.ends_G)
 
 
 def _columns(h_TW: Tensor, place: int, plan: Plan) -> Tensor:
