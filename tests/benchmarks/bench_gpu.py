@@ -251,9 +251,11 @@ def main(argv: list[str] | None = None) -> Path:
             side.stop()
             del side
             torch.cuda.empty_cache()
+    mixed = found["tinker_hpc"].pop("mixed tokens_per_s")
     for key in found["tinker_hpc"]:
         case, metric = key.split()
-        outcome.add(case, metric, {name: values[key] for name, values in found.items() if key in values})
+        outcome.add(case, metric, {name: values[key] for name, values in found.items()})
+    outcome.add("mixed", "tokens_per_s", {"mixed": mixed, "one": found["tinker_hpc"]["training tokens_per_s"]})
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     peak = next((tflops for word, tflops in PEAK_TFLOPS.items() if word in device), None)
     if peak is not None:
