@@ -1,4 +1,5 @@
-"""What Python runs first in a user's loop (https://docs.python.org/3/library/site.html): its draws become the run's.
+"""What Python runs first in a user's loop (https://docs.python.org/3/library/site.html): its draws become the run's,
+and it ends as it would have without the SDK's threads.
 
 A loop that is started again begins at its beginning, and is given the recorded answers as long as it asks the same. So
 `random` and numpy's global generator start alike in every job of one run. torch's own default seed is a constant, and
@@ -11,14 +12,17 @@ this one is run after it.
 
 from __future__ import annotations
 
+import atexit
 import importlib.machinery
 import importlib.util
 import os
 import random
 import sys
+import time
 from types import ModuleType
 
 SEED_VARIABLE = "TINKER_HPC_LOOP_SEED"
+_LAST_REPORTS_S = 0.2
 
 
 class SeedsNumpy:
@@ -44,6 +48,36 @@ class SeedsNumpy:
         return spec
 
 
+def end_the_sdks_requests() -> None:
+    """Cancel what the tinker SDK still asks for, stop its event loop, and let its HTTP client's threads finish.
+
+    One of these that has something to report while Python ends aborts the process, without a word: CPython before 3.14
+    ends the thread where it asks for the interpreter (https://github.com/python/cpython/issues/87135). With SDK 0.38
+    (pyqwest) on two loaded cores that was one in thirty programs that had done all they were to do: their runs failed.
+    """
+    module = sys.modules.get("tinker.lib.internal_client_holder")
+    holder = getattr(module, "_internal_client_holder_thread_singleton", None)
+    loop, thread = getattr(holder, "_loop", None), getattr(holder, "_thread", None)
+    if loop is None or thread is None or not thread.is_alive():
+        return
+    import asyncio
+
+    async def cancel_all() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        for task in (await asyncio.wait(tasks, timeout=2.0))[0] if tasks else ():
+            _ = task.cancelled() or task.exception()  # looked at, or asyncio complains of it
+
+    try:
+        asyncio.run_coroutine_threadsafe(cancel_all(), loop).result(5.0)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(2.0)
+    except Exception:  # an SDK with other insides: it ends as it would have
+        return
+    time.sleep(_LAST_REPORTS_S)
+
+
 def leave_the_path() -> None:
     """Take this folder out of what this process and its children import from."""
     here = os.path.dirname(os.path.abspath(__file__))
@@ -64,6 +98,7 @@ def run_the_hidden_one() -> None:
 
 if (given := os.environ.pop(SEED_VARIABLE, None)) is not None:
     leave_the_path()
+    atexit.register(end_the_sdks_requests)  # the first to be registered is the last to be called
     random.seed(int(given))
     sys.meta_path.insert(0, SeedsNumpy(int(given)))  # type: ignore[arg-type]
     run_the_hidden_one()

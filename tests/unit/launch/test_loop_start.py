@@ -39,3 +39,37 @@ def test_every_start_of_one_run_draws_the_same(tmp_path: Path) -> None:
     assert drawn("r-2", PYTHONHASHSEED="7")[0] == drawn("r-3", PYTHONHASHSEED="7")[0]
     assert len({*first[1], *again[1]}) == 4, "what the loop starts does not draw alike"
     assert first[2:] == [None, None] and again[2:] == [str(tmp_path), True], "nothing of the user's is hidden"
+
+
+SDK = """
+import asyncio, atexit, sys, threading, types
+
+async def ask():
+    try:
+        await asyncio.sleep(60)
+    finally:
+        print("cancelled", flush=True)
+
+loop = asyncio.new_event_loop()
+holder = types.SimpleNamespace(_loop=loop, _thread=threading.Thread(target=loop.run_forever, daemon=True))
+module = types.SimpleNamespace(_internal_client_holder_thread_singleton=holder)
+sys.modules["tinker.lib.internal_client_holder"] = module
+holder._thread.start()
+asyncio.run_coroutine_threadsafe(ask(), loop)
+atexit.register(lambda: print("the program's own end", flush=True))
+raise SystemExit(3)
+"""
+
+
+def test_what_the_sdk_still_asks_for_is_cancelled_last_and_the_exit_code_stays() -> None:
+    spec = JobSpec("r-1", "run", "r", "m", "/m", ClusterProfile("della"))
+    env = loop_environment(spec, os.environ, base_url="http://127.0.0.1:1", api_key="tml-x")
+    done = subprocess.run([sys.executable, "-c", SDK], env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout.splitlines() == ["the program's own end", "cancelled"]
+
+
+def test_the_stock_sdk_has_what_is_looked_for() -> None:
+    from tinker.lib.internal_client_holder import _internal_client_holder_thread_singleton as holder
+
+    assert {"_loop", "_thread"} <= vars(holder).keys()
