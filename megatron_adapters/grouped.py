@@ -45,7 +45,7 @@ class Groups:
 
 def frozen_grouped(x_NI: Tensor, weight_EOI: Tensor, matrices: Sequence[Tensor], groups: Groups) -> Tensor:
     """x W^T of each row's expert, [N, O]; W is never trained. `matrices`: weight_EOI unbound, once and for all."""
-    if _by_kernel(x_NI):
+    if by_kernel(x_NI):
         return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=groups.ends_E)
     parts = zip(x_NI.split(groups.sizes), matrices, strict=True)
     if torch.is_grad_enabled():
@@ -57,10 +57,10 @@ def frozen_grouped(x_NI: Tensor, weight_EOI: Tensor, matrices: Sequence[Tensor],
 
 def grouped(x_NI: Tensor, weight_EOI: Tensor, groups: Groups) -> Tensor:
     """The same for a W that is trained; one that all experts share, [1, O, I], is a plain linear."""
-    product = linear if torch.is_grad_enabled() and not _by_kernel(x_NI) else F.linear
+    product = linear if torch.is_grad_enabled() and not by_kernel(x_NI) else F.linear
     if weight_EOI.shape[0] == 1:
         return product(x_NI, weight_EOI[0])
-    if _by_kernel(x_NI):
+    if by_kernel(x_NI):
         num_outputs = weight_EOI.shape[1]
         x_NI, weight_EOI = _aligned(x_NI, 1), _aligned(_aligned(weight_EOI, 1), 2)
         return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=groups.ends_E)[:, :num_outputs]
@@ -69,7 +69,8 @@ def grouped(x_NI: Tensor, weight_EOI: Tensor, groups: Groups) -> Tensor:
     return torch.cat(outputs) if outputs else F.linear(x_NI, weight_EOI[0])
 
 
-def _by_kernel(x: Tensor) -> bool:
+def by_kernel(x: Tensor) -> bool:
+    """Whether grouped_mm is one kernel here."""
     return x.is_cuda and x.dtype == torch.bfloat16
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grouped import ALIGNMENT
+from .grouped import ALIGNMENT, by_kernel
 from .lora_stack import Split, Stack, gradient_of
 
 
@@ -52,8 +52,7 @@ class Plan(NamedTuple):
 
 def is_better(x_TI: Tensor, weight_OI: Tensor, num_parts: int) -> bool:
     """Whether the updates of as many adapters beside this weight are grouped."""
-    by_kernel = x_TI.is_cuda and x_TI.dtype == torch.bfloat16
-    return by_kernel and num_parts > 1 and all(size % ALIGNMENT == 0 for size in weight_OI.shape)
+    return by_kernel(x_TI) and num_parts > 1 and all(size % ALIGNMENT == 0 for size in weight_OI.shape)
 
 
 def make_plan(parts: Sequence[tuple[int, int, Stack]], num_paths: int, x_TI: Tensor) -> Plan:

@@ -63,7 +63,7 @@ def linear_grad(grad_NO: Tensor, weight_RO: Tensor) -> Tensor:
     return linear_without_graph(grad_NO, weight_RO.contiguous() if narrow else weight_RO)
 
 
-def add_product_(rows_NO: Tensor, x_NR: Tensor, weight_RO: Tensor, scaling: float = 1.0) -> None:
+def add_product_(rows_NO: Tensor, x_NR: Tensor, weight_RO: Tensor, scaling: float) -> None:
     """rows += scaling * x w, in place."""
     if _are_few(x_NR):
         rows_NO.copy_(more_rows(rows_NO).addmm_(more_rows(x_NR), weight_RO, alpha=scaling)[: x_NR.shape[0]])
