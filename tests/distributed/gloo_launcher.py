@@ -18,6 +18,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tinker_hpc.worker.parting import end
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
@@ -86,6 +88,7 @@ def _main(target: str, folder: Path) -> None:
     result = call(*pickle.loads((folder / "arguments.pkl").read_bytes()))
     if os.environ["RANK"] == "0":
         (folder / "result.pkl").write_bytes(pickle.dumps(result))
+    end(0)
 
 
 def _end_with(parent: int) -> None:

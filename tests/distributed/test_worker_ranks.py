@@ -32,6 +32,11 @@ def test_ranks_talk_and_agree(tmp_path: Path) -> None:
     assert message.startswith("another rank ended") and failure is None, "its request is run again, not failed"
 
 
+def test_a_rank_ends_in_good_order_while_a_collective_is_under_way(tmp_path: Path) -> None:
+    """By Python's own end it would abort: a gloo thread lets go of a tensor while the interpreter is taken down."""
+    assert run_ranks("worker_rank_scenarios:end_in_the_middle", 2, tmp_path) == 200
+
+
 def make(folder: Path) -> Path:
     folder.mkdir()
     return folder

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from tinker_hpc.errors import RequestError
@@ -63,6 +64,23 @@ def talk(folder: Path) -> dict[str, Any]:
     while len(list(folder.glob("*.txt"))) < world_size and time.monotonic() < deadline:
         time.sleep(0.05)
     return {path.stem: path.read_text() for path in folder.glob("*.txt")}
+
+
+def end_in_the_middle() -> int:
+    """Rank 0 returns while the other still comes to what both began."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    works = []
+    for _ in range(200):
+        flags = [torch.zeros(1) for _ in range(2)]
+        if dist.get_rank() == 0:
+            works.append(dist.all_gather(flags, torch.ones(1), async_op=True))
+        else:
+            time.sleep(0.002)
+            try:
+                dist.all_gather(flags, torch.ones(1))
+            except RuntimeError:  # rank 0 is gone
+                break
+    return len(works)
 
 
 def throw(error: Exception) -> None:

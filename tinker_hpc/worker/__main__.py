@@ -19,7 +19,7 @@ from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.patience import words_may_be_lost
 from tinker_hpc.run_folder import WorkerFolder
 from tinker_hpc.worker import agent
-from tinker_hpc.worker.parting import Parted, Parting, leave
+from tinker_hpc.worker.parting import Parted, Parting, end, leave
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,22 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             serve(folder, owner, Parting())
         except EndWorker as error:
-            _end(f"worker rank {rank} ends: {error}")
+            _fail(f"worker rank {rank} ends: {error}")
         except Parted:
             sys.stdout.flush()
             leave()
     except TinkerHpcError as error:
-        _end(f"worker rank {rank} ends: {error}")
+        _fail(f"worker rank {rank} ends: {error}")
     except Exception as error:
         traceback.print_exc()
-        _end(f"worker rank {rank} ends: {type(error).__name__}: {error}")
+        _fail(f"worker rank {rank} ends: {type(error).__name__}: {error}")
+    end(0)
 
 
-def _end(message: str) -> NoReturn:
+def _fail(message: str) -> NoReturn:
     """Leave at once: other ranks may hang in a collective, and leaving the groups in good order would wait for them."""
     print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
+    end(1)
 
 
 if __name__ == "__main__":
