@@ -18,6 +18,7 @@ from launch.plan import Machine, Plan, Wish, make_plan
 from tinker_hpc.base_models import BaseModel
 from tinker_hpc.config import ClusterProfile, parse_memory_gib, parse_time_limit_min
 from tinker_hpc.errors import ConfigError
+from tinker_hpc.supported_models import check_supported
 
 CPUS_PER_GPU = 4
 GPU_MEMORY_GIB = {
@@ -174,9 +175,12 @@ def plan_for(
 ) -> Plan:
     """The layout of this model on this machine, chosen but for what is given.
 
-    Raises: ConfigError if the model's config.json does not say its size, or nothing divides model and machine.
+    Raises: ConfigError if the worker would not run the model, its config.json does not say its size, or nothing
+        divides model and machine.
     """
-    sizes = read_sizes(base_model.config, str(base_model.folder / "config.json"))
+    where = str(base_model.folder / "config.json")
+    check_supported(base_model.config, where)
+    sizes = read_sizes(base_model.config, where)
     wish = Wish(tp_size=tp_size, ep_size=ep_size, pp_size=pp_size)
     plan = make_plan(sizes, machine, wish=wish, lora_rank=lora_rank, num_adapters=num_adapters, per_expert=per_expert)
     if plan is not None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tinker_hpc.errors import ConfigError
 from tinker_hpc.quantised import fp8_block
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those whose frequencies do not depend on the length of the sequence at hand."""
+from tinker_hpc.supported_models import check_supported
 
 
 @dataclass(frozen=True)
@@ -119,18 +116,16 @@ class Architecture:
         return self.head_dim if self.latent is None else self.latent.rope_dim
 
 
-def decoder(
-    hf_config: Any, *, knows: tuple[str, ...] = (), qkv_bias: bool = False, qk_norm: bool = False, **more: Any
-) -> Architecture:
+def decoder(hf_config: Any, *, qkv_bias: bool = False, qk_norm: bool = False, **more: Any) -> Architecture:
     """The architecture of a decoder that names its sizes as Llama does.
 
     Args:
         hf_config: a transformers configuration.
-        knows: switches that the family reads itself, and that are refused elsewhere.
         more: further fields of `Architecture`, or others than Llama's.
     Raises: ConfigError for a switch we do not implement; better than wrong numbers.
     """
-    _refuse_unsupported(hf_config, knows)
+    config, where = hf_config.to_dict(), f"config.json of this {hf_config.model_type} model"
+    check_supported(config, where)  # again: with what transformers takes for switches that the file leaves out
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     fields: dict[str, Any] = {
         "model_type": hf_config.model_type,
@@ -147,7 +142,7 @@ def decoder(
         "qkv_bias": qkv_bias,
         "qk_norm": qk_norm,
         "eos_token_ids": as_ids(getattr(hf_config, "eos_token_id", None)),
-        "fp8_block": fp8_block(hf_config.to_dict(), f"config.json of this {hf_config.model_type} model"),
+        "fp8_block": fp8_block(config, where),
     }
     return Architecture(**(fields | more))
 
@@ -156,23 +151,3 @@ def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
-
-
-def _refuse_unsupported(hf_config: Any, knows: tuple[str, ...]) -> None:
-    rope = getattr(hf_config, "rope_parameters", None) or {}
-    problems = []
-    if getattr(hf_config, "hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act {hf_config.hidden_act!r} (only silu)")
-    if getattr(hf_config, "attention_bias", False) and "attention_bias" not in knows:
-        problems.append("attention_bias true")
-    if getattr(hf_config, "mlp_bias", False):
-        problems.append("mlp_bias true")
-    if getattr(hf_config, "use_sliding_window", False):
-        problems.append("use_sliding_window true")
-    if rope.get("rope_type", "default") not in ROPE_TYPES:
-        problems.append(f"rope_type {rope['rope_type']!r} (only {', '.join(ROPE_TYPES)})")
-    if problems:
-        raise ConfigError(
-            f"this {hf_config.model_type} model uses {'; '.join(problems)}, which is not implemented. "
-            "Choose another base model."
-        )

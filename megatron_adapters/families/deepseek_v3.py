@@ -12,8 +12,6 @@ from typing import Any
 
 from .architecture import Architecture, Experts, Latent, decoder
 
-MODEL_TYPE = "deepseek_v3"
-
 
 def architecture(hf_config: Any) -> Architecture:
     latent = Latent(

@@ -10,8 +10,6 @@ from typing import Any
 
 from .architecture import Architecture, Experts, decoder
 
-MODEL_TYPE = "gpt_oss"
-
 
 def architecture(hf_config: Any) -> Architecture:
     layers = range(hf_config.num_hidden_layers)
@@ -30,7 +28,6 @@ def architecture(hf_config: Any) -> Architecture:
     sliding = frozenset(i for i in layers if hf_config.layer_types[i] == "sliding_attention")
     return decoder(
         hf_config,
-        knows=("attention_bias",),
         qkv_bias=bool(hf_config.attention_bias),
         out_bias=bool(hf_config.attention_bias),
         sinks=True,

@@ -6,8 +6,6 @@ from typing import Any
 
 from .architecture import Architecture, decoder
 
-MODEL_TYPE = "qwen2"
-
 
 def architecture(hf_config: Any) -> Architecture:
     return decoder(hf_config, qkv_bias=True)

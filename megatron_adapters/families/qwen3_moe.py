@@ -9,8 +9,6 @@ from typing import Any
 
 from .architecture import Architecture, Experts, decoder
 
-MODEL_TYPE = "qwen3_moe"
-
 
 def architecture(hf_config: Any) -> Architecture:
     experts = Experts(

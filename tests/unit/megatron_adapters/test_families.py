@@ -10,10 +10,17 @@ import torch
 from transformers import GptOssConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from megatron_adapters.families import architecture, check_layout, read_architecture
+from megatron_adapters import families
+from megatron_adapters.families import FAMILIES, architecture, check_layout, read_architecture
 from megatron_adapters.interface import Layout
 from megatron_adapters.rope import RotaryTable, rotate
 from tinker_hpc.errors import ConfigError
+
+
+def test_every_family_has_the_file_of_its_name() -> None:
+    files = {path.stem for path in Path(families.__file__).parent.glob("*.py")}
+    assert set(FAMILIES) == files - {"__init__", "architecture", "layouts"}
+    assert all(callable(family.architecture) for family in FAMILIES.values())
 
 
 def test_an_unknown_model_type_is_told_the_supported_ones(tmp_path: Path) -> None:

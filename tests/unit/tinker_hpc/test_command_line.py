@@ -151,7 +151,7 @@ def test_dry_run_writes_nothing(root: Path, call, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     facts = {"vocab_size": 8, "max_position_embeddings": 8, "hidden_size": 8, "num_key_value_heads": 2}
-    facts |= {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    facts |= {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "model_type": "llama"}
     (model / "config.json").write_text(json.dumps(facts))
     argv = ("run", "--base-model", str(model), "--cluster", "slurm", "--gpus-per-node", "4", "--time", "8:00:00")
     code, out, err = call(*argv, "--dry-run", "--", "python", "x.py", "--json")
@@ -246,3 +246,6 @@ def test_plan(root: Path, call, tmp_path: Path) -> None:
     assert code == 2 and "memory is '64X'; write a number and K, M, G or T" in err
     code, _, err = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "80", "--tp-size", "3")
     assert code == 2 and "tp_size is 3, which does not divide the 4 ranks" in err
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(widths | config | {"model_type": "mistral"}))
+    code, out, err = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "80")
+    assert code == 2 and out == "" and "says model_type 'mistral', which is not supported" in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,26 @@ def test_what_cannot_fit_is_refused_before_it_queues() -> None:
     assert by_hand.layout.tp_size == 2, "who gives a size by hand gets it"
     assumed = spec(Resources(gpus_per_node=2), ClusterProfile("c"), published("Llama-3.1-70B"))
     assert assumed.layout.world_size == 2, "an assumption refuses nobody"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"model_type": "mistral"},
+            r"/m/config\.json says model_type 'mistral', .*Supported: deepseek_v3, gpt_oss",
+        ),
+        ({"model_type": "qwen3_next"}, "model_type 'qwen3_next': .*gated delta nets.* Choose another"),
+        ({"mlp_bias": True}, r"/m/config\.json: this llama model uses mlp_bias true, which is not implemented"),
+        ({"hidden_act": "gelu", "attention_bias": True}, r"hidden_act 'gelu' \(only silu\); attention_bias true"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"rope_scaling": None, "rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
+    ],
+)
+def test_what_the_worker_would_refuse_is_refused_before_it_queues(change, words) -> None:
+    model = published("Llama-3.1-8B")
+    with pytest.raises(ConfigError, match=words):
+        spec(Resources(gpus_per_node=4), base_model=replace(model, config=model.config | change))
 
 
 @pytest.mark.parametrize(
