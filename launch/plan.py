@@ -2,10 +2,11 @@
 
 Every layout that the model's heads, experts, layers and vocabulary allow is costed (memory_model.py), once with the
 activations kept for the backward and once with those of each layer computed again: a third more time, for micro-batches
-many times as large. Of those with room for a micro-batch worth computing, the cheapest is taken: the fewest pipeline
-stages, then activations that are kept, then the smallest tensor parallel size, then the smallest expert parallel size;
-all other ranks are copies that share the batch. A single sequence longer than a micro-batch is computed again whatever
-the layout (megatron_adapters/training_pass.py), so the longest that can be trained is that of recomputation.
+many times as large. Of those with room for a micro-batch worth computing (and, where activations are computed again,
+for sequences worth sampling), the cheapest is taken: the fewest pipeline stages, then activations that are kept, then
+the smallest tensor parallel size, then the smallest expert parallel size; all other ranks are copies that share the
+batch. A single sequence longer than a micro-batch is computed again whatever the layout
+(megatron_adapters/training_pass.py), so the longest that can be trained is that of recomputation.
 
 World size = tp_size * pp_size * dp_size. Expert parallel ranks are taken out of the tp_size * dp_size ranks of a
 pipeline stage, so ep_size divides that product (Megatron's "parallel folding", expert tensor parallel size 1).
@@ -38,6 +39,11 @@ GOOD_TOKENS = 4096
 """Of a micro-batch: matrix products of this many rows keep a GPU busy; more is hardly faster."""
 ENOUGH_TOKENS = 2048
 """With room for the activations of this many, they are kept; with less, computed again in the backward."""
+GOOD_CONTEXT = 32_768
+"""Of a sequence, or a quarter of the model's context if that is less: a layout that computes activations again is among
+the good ones only if a sequence so long can be trained, and sampled from its cache. Otherwise ranks are better spent on
+cutting the model: longer sequences are not refused, and decoding, which reads the weights once for all samples under
+way, has more of them. It is what the model cards of Qwen3 generate (max_new_tokens)."""
 LEAST_TOKENS = 512
 """A job that cannot train this many tokens at once is said not to fit."""
 MAX_TOKENS = 8192
@@ -178,8 +184,16 @@ class _Costed:
     def fits(self) -> bool:
         return self.has_room_for(LEAST_TOKENS)
 
+    @property
+    def reach(self) -> int:
+        """Tokens of the longest sequence that has room both in a micro-batch and in the cache."""
+        return min(self.tokens, self.cache_tokens)
+
     def has_room_for(self, tokens: int) -> bool:
         return self.tokens >= min(tokens, self.max_context)
+
+    def reaches_far(self) -> bool:
+        return self.reach >= min(GOOD_CONTEXT, self.max_context // 4)
 
 
 def _cost(sizes: ModelSizes, machine: Machine, split: Split, job: Job) -> _Costed:
@@ -209,12 +223,12 @@ def _preference(costed: _Costed) -> tuple[float, ...]:
     communicate; others by their room.
     """
     split, again = costed.split, costed.recompute
-    if costed.has_room_for(GOOD_TOKENS):
+    if costed.has_room_for(GOOD_TOKENS) and (costed.reaches_far() or not again):
         return (0, split.pp_size, again, 0, 0, split.tp_size, split.ep_size)
     if costed.has_room_for(ENOUGH_TOKENS) and not again:
         return (0, split.pp_size, again, 1, -costed.tokens, split.tp_size, split.ep_size)
     if costed.fits and again:
-        return (1, -costed.tokens, split.pp_size, split.tp_size, split.ep_size)
+        return (1, -costed.reach, split.pp_size, split.tp_size, split.ep_size)
     return (2, -costed.room, not again, split.pp_size, split.tp_size, split.ep_size)
 
 
@@ -236,10 +250,7 @@ def _reasons(
     if sizes.num_experts:
         words.append(_why_ep(sizes, wish, chosen, costed))
     if split.pp_size > 1:
-        words.append(
-            f"{split.pp_size} pipeline stages: "
-            + ("as given." if wish.pp_size else "without them a rank would have no room for the weights it holds.")
-        )
+        words.append(_why_pp(wish, chosen, costed))
     if chosen.recompute and chosen.fits:
         words.append(_why_recompute(chosen, costed))
     if not chosen.fits:
@@ -250,7 +261,7 @@ def _reasons(
         )
         words.append(_what_would_fit(sizes, machine, wish, job))
     else:
-        words.append(_why_long(sizes, chosen, longest))
+        words.append(_why_long(sizes, chosen, longest, costed))
     return words
 
 
@@ -286,6 +297,15 @@ def _why_ep(sizes: ModelSizes, wish: Wish, chosen: _Costed, costed: list[_Costed
     return f"{words}; {best.split.ep_size} would leave {_left(best)}."
 
 
+def _why_pp(wish: Wish, chosen: _Costed, costed: list[_Costed]) -> str:
+    size = chosen.split.pp_size
+    if wish.pp_size:
+        return f"{size} pipeline stages, as given."
+    best = max((c for c in costed if c.split.pp_size < size), key=lambda c: (c.reach, c.room))
+    room = _left(best) + (f" and {best.cache_tokens} in the KV cache" if best.room > 0 else "")
+    return f"{size} pipeline stages: {best.split.pp_size} would leave {room}."
+
+
 def _left(costed: _Costed) -> str:
     return f"room for {costed.tokens} tokens at a time" if costed.room > 0 else "no room beside the weights"
 
@@ -299,12 +319,16 @@ def _why_recompute(chosen: _Costed, costed: list[_Costed]) -> str:
     )
 
 
-def _why_long(sizes: ModelSizes, chosen: _Costed, longest: int) -> str:
+def _why_long(sizes: ModelSizes, chosen: _Costed, longest: int, costed: list[_Costed]) -> str:
     words = f"Sequences of up to {longest} tokens can be trained"
     if not chosen.recompute and longest > chosen.token_budget:
         words += f" (activations of those beyond {chosen.token_budget} are computed again in the backward)"
     if longest < sizes.max_context:
-        words += f"; the model's context of {sizes.max_context} needs more memory"
+        words += f"; the model's context of {sizes.max_context} needs more memory than this layout leaves"
+        best = min(costed, key=lambda c: (-c.tokens, _preference(c)))
+        if best.tokens > longest:
+            cut = ", ".join(f"{name} {size}" for name, size in asdict(best.split).items() if size > 1)
+            words += f". More ranks for a copy of the model ({cut}) would leave room for {best.tokens}"
     return words + "."
 
 

@@ -27,7 +27,7 @@ from launch.memory_model import (
     workspace_bytes,
 )
 from launch.model_sizes import ModelSizes, Split, read_sizes
-from launch.plan import Machine, Plan, Wish, make_plan, possible_layouts
+from launch.plan import GOOD_CONTEXT, Machine, Plan, Wish, make_plan, possible_layouts
 
 JOB = Job(2, on_gpu=True)
 MODELS = st.sampled_from(sorted(PUBLISHED))
@@ -59,6 +59,11 @@ def layout(made: Plan) -> tuple[int, int, int, int]:
         ("Qwen3-8B", Machine(1, 4, 80), (1, 1, 1, 4)),
         ("Llama-3.2-1B", Machine(1, 1, 24), (1, 1, 1, 1)),
         ("Llama-3.1-70B", Machine(2, 4, 40), (4, 1, 2, 1)),
+        ("Qwen3-235B-A22B", Machine(2, 4, 80), (4, 8, 1, 2)),
+        # Copies of the model that compute activations again would fit, and train 4,242, 6,470 and 9,455 tokens.
+        ("Qwen3-32B", Machine(1, 3, 80), (1, 1, 3, 1)),
+        ("Qwen3-30B-A3B", Machine(1, 6, 40), (2, 2, 3, 1)),
+        ("Qwen3-30B-A3B", Machine(1, 12, 24), (4, 4, 1, 3)),
     ],
 )
 def test_known_cases(name: str, machine: Machine, expected: tuple[int, ...]) -> None:
@@ -104,6 +109,19 @@ def test_reasons_say_why() -> None:
     assert "Tensor parallel size 4: 2 would leave" in text
     assert "8 of the 128 experts of a layer; 8 would leave" in text
     assert f"up to {made.longest_sequence} tokens" in text
+
+
+def test_reasons_say_what_another_layout_would_give() -> None:
+    text = " ".join(plan("Qwen3-32B", Machine(1, 3, 80)).reasons)
+    assert "3 pipeline stages: 1 would leave room for 4242 tokens at a time and 6860 in the KV cache." in text
+    assert "1 would leave no room beside the weights" in " ".join(plan("Llama-3.1-70B", Machine(2, 4, 40)).reasons)
+    longer = plan("Qwen3-30B-A3B", Machine(1, 12, 24), wish=Wish(tp_size=2, ep_size=4, pp_size=3)).longest_sequence
+    assert (
+        "context of 40960 needs more memory than this layout leaves. More ranks for a copy of the model "
+        f"(tp_size 2, ep_size 4, pp_size 3) would leave room for {longer}."
+    ) in " ".join(plan("Qwen3-30B-A3B", Machine(1, 12, 24)).reasons)
+    alone = plan("Qwen3-8B", Machine(1, 1, 24)).reasons[-1]
+    assert alone.endswith("context of 40960 needs more memory than this layout leaves.")
 
 
 def test_wishes_are_kept() -> None:
@@ -172,7 +190,7 @@ def test_activations_of_an_8b_layer() -> None:
 
 
 MACHINES = st.builds(
-    Machine, nodes=st.sampled_from([1, 2, 3, 4]), ranks_per_node=st.sampled_from([1, 2, 4, 6, 8]),
+    Machine, nodes=st.sampled_from([1, 2, 3, 4]), ranks_per_node=st.sampled_from([1, 2, 3, 4, 6, 8, 12]),
     memory_gib=st.sampled_from([16, 24, 40, 80, 141]),
 )  # fmt: skip
 
@@ -200,3 +218,19 @@ def test_more_memory_never_hurts(name: str, machine: Machine) -> None:
     if plan(name, machine).fits:
         assert plan(name, larger).fits
         assert plan(name, larger).pp_size <= plan(name, machine).pp_size
+
+
+@settings(deadline=None, max_examples=50)
+@given(MODELS, MACHINES)
+def test_short_sequences_are_the_last_resort(name: str, machine: Machine) -> None:
+    """Where activations are computed again and sequences are short all the same, no other layout does better."""
+
+    def reach(made: Plan) -> int:
+        return min(made.longest_sequence, made.cache_tokens)
+
+    made = plan(name, machine)
+    if not made.fits or not made.recompute or reach(made) >= min(GOOD_CONTEXT, sizes(name).max_context // 4):
+        return
+    for split in possible_layouts(sizes(name), machine, Wish()):
+        other = plan(name, machine, wish=Wish(split.tp_size, split.ep_size, split.pp_size))
+        assert not other.fits or reach(other) <= reach(made)
