@@ -60,6 +60,8 @@ class Machine:
     ranks_per_node: int
     memory_gib: float
     on_gpu: bool = True
+    sliced: bool = False
+    """The GPU is a slice of one (MIG): a rank there is alone, without NVLink or CUDA IPC to others."""
 
     @property
     def world_size(self) -> int:
@@ -334,6 +336,8 @@ def _why_long(sizes: ModelSizes, chosen: _Costed, longest: int, costed: list[_Co
 
 def _what_would_fit(sizes: ModelSizes, machine: Machine, wish: Wish, job: Job) -> str:
     """The smallest number of such ranks on a node, and of such nodes, with which it would fit."""
+    if machine.sliced:
+        return "Slices of GPUs (MIG) cannot share a model: take a larger slice, whole GPUs, or a smaller model."
     job = replace(job, recompute=True)
 
     def fits(more: Machine) -> bool:

@@ -26,6 +26,9 @@ GPU_MEMORY_GIB = {
     "gh200": 96, "b200": 180,
 }  # fmt: skip
 """By the word in `gpu_type`; where one was sold in several sizes, the smallest."""
+MIG_SLICE = re.compile(r"(?<![a-z0-9])[1-7]g[^a-z0-9](\d+)gb")
+"""The slices of a GPU that Slurm gives out like whole ones, by NVIDIA's names: 3g.20gb in `a100_3g.20gb` is three
+sevenths of the cores and 20 GB (docs.nvidia.com/datacenter/tesla/mig-user-guide)."""
 ASSUMED_GPU_MEMORY_GIB = 40
 """Where neither the profile nor the GPU's type says: a layout for a smaller GPU also runs on a larger one."""
 DRIVER_CPUS = 2
@@ -93,6 +96,7 @@ def build_job_spec(
         ranks_per_node=ranks_per_node,
         memory_gib=rank_memory_gib(profile, gpus_per_node, ranks_per_node, resources.memory or profile.memory),
         on_gpu=gpus_per_node > 0,
+        sliced=gpus_per_node > 0 and has_slices(profile),
     )
     plan = plan_for(
         base_model,
@@ -175,9 +179,15 @@ def plan_for(
 ) -> Plan:
     """The layout of this model on this machine, chosen but for what is given.
 
-    Raises: ConfigError if the worker would not run the model, its config.json does not say its size, or nothing
-        divides model and machine.
+    Raises: ConfigError if the worker would not run the model, its config.json does not say its size, several ranks
+        are asked for on slices of GPUs, or nothing divides model and machine.
     """
+    if machine.sliced and machine.world_size > 1:
+        raise ConfigError(
+            f"{machine.nodes} node(s) with {machine.ranks_per_node} rank(s) each were asked for, but gpu_type is a "
+            "slice of a GPU (MIG), and ranks on slices cannot communicate. Ask for one node with one GPU (nodes, "
+            "gpus_per_node), or set the gpu_type of whole GPUs in the cluster's profile."
+        )
     where = str(base_model.folder / "config.json")
     check_supported(base_model.config, where)
     sizes = read_sizes(base_model.config, where)
@@ -216,8 +226,16 @@ def known_gpu_memory_gib(profile: ClusterProfile) -> int | None:
     """Memory of a GPU of this cluster, from the profile or the type of its GPUs; None if neither says."""
     if profile.gpu_memory_gib is not None:
         return profile.gpu_memory_gib
-    words = re.split(r"[^a-z0-9]+", (profile.gpu_type or "").lower())
+    gpu_type = (profile.gpu_type or "").lower()
+    if part := MIG_SLICE.search(gpu_type):
+        return int(part[1])
+    words = re.split(r"[^a-z0-9]+", gpu_type)
     return next((GPU_MEMORY_GIB[word] for word in words if word in GPU_MEMORY_GIB), None)
+
+
+def has_slices(profile: ClusterProfile) -> bool:
+    """Whether the GPUs of this cluster, by their type, are slices of one (MIG)."""
+    return MIG_SLICE.search((profile.gpu_type or "").lower()) is not None
 
 
 def check_run_name(name: str | None, *, otherwise: str) -> str:

@@ -44,14 +44,20 @@ def plan(
     from launch.plan import Machine
     from tinker_hpc.base_models import resolve
     from tinker_hpc.config import load_config
-    from tinker_hpc.resources import known_gpu_memory_gib, plan_for, rank_memory_gib
+    from tinker_hpc.resources import has_slices, known_gpu_memory_gib, plan_for, rank_memory_gib
 
     config = load_config()
     profile = config.profile(cluster)
     gpus_per_node = profile.default_gpus_per_node if gpus is None else gpus
     ranks_per_node = gpus_per_node or 1
     known = rank_memory_gib(profile, gpus_per_node, ranks_per_node, memory or profile.memory)
-    machine = Machine(nodes, ranks_per_node, gpu_memory if gpu_memory and gpus_per_node else known, gpus_per_node > 0)
+    machine = Machine(
+        nodes,
+        ranks_per_node,
+        gpu_memory if gpu_memory and gpus_per_node else known,
+        on_gpu=gpus_per_node > 0,
+        sliced=gpus_per_node > 0 and gpu_memory is None and has_slices(profile),  # else another GPU is asked about
+    )
     model = resolve(base_model, config.base_models, weights=False)
     per_expert = config.expert_lora == "per_expert"
     made = plan_for(model, machine, tp_size=tp_size, lora_rank=lora_rank, num_adapters=adapters, per_expert=per_expert)

@@ -19,6 +19,8 @@ from tinker_hpc.config import ClusterProfile
 from tinker_hpc.private_files import write_json
 from tinker_hpc.run_folder import RunFolder, checkpoint_folder
 
+TINY = Path(__file__).parents[2] / "models" / "tiny-qwen3"
+
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -249,3 +251,13 @@ def test_plan(root: Path, call, tmp_path: Path) -> None:
     (tmp_path / "llama" / "config.json").write_text(json.dumps(widths | config | {"model_type": "mistral"}))
     code, out, err = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "80")
     assert code == 2 and out == "" and "says model_type 'mistral', which is not supported" in err
+
+
+def test_plan_on_slices_of_a_gpu(root: Path, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.toml").write_text('[clusters.mig]\ngpu_type = "a100_1g.5gb"\n')
+    monkeypatch.setenv("TINKER_HPC_CONFIG", str(tmp_path / "config.toml"))
+    code, out, _ = call("plan", "--base-model", str(TINY), "--cluster", "mig", "--json")
+    assert code == 0 and json.loads(out)["capacity"] == 5 * 2**30
+    code, _, err = call("plan", "--base-model", str(TINY), "--cluster", "mig", "--gpus", "2")
+    assert code == 2 and "gpu_type is a slice of a GPU (MIG)" in err
+    assert call("plan", "--base-model", str(TINY), "--cluster", "mig", "--gpus", "2", "--gpu-memory", "80")[0] == 0

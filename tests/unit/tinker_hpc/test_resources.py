@@ -145,6 +145,11 @@ def test_what_the_worker_would_refuse_is_refused_before_it_queues(change, words)
     [
         (ClusterProfile("c"), 1, 1, None, 40),
         (ClusterProfile("c", gpu_type="h200"), 1, 1, "8G", 141),
+        (ClusterProfile("c", gpu_type="a100_1g.5gb"), 1, 1, None, 5),
+        (ClusterProfile("c", gpu_type="nvidia_a100_3g.20gb"), 1, 1, None, 20),
+        (ClusterProfile("c", gpu_type="nvidia_h100_80gb_hbm3_1g.10gb"), 1, 1, None, 10),
+        (ClusterProfile("c", gpu_type="1g.12gb+me"), 1, 1, None, 12),
+        (ClusterProfile("c", gpu_type="a100_3g.20gb", gpu_memory_gib=19), 1, 1, None, 19),
         (ClusterProfile("c"), 0, 2, "64G", 32),
         (ClusterProfile("c"), 0, 1, "2048", 2),
         (ClusterProfile("c"), 0, 1, None, math.inf),
@@ -152,6 +157,19 @@ def test_what_the_worker_would_refuse_is_refused_before_it_queues(change, words)
 )
 def test_memory_of_a_rank(profile, gpus, ranks, memory, expected) -> None:
     assert rank_memory_gib(profile, gpus, ranks, memory) == expected
+
+
+@pytest.mark.parametrize(
+    "resources", [Resources(gpus_per_node=2), Resources(nodes=2), Resources(ranks_per_node=2), Resources(2, tp_size=1)]
+)
+def test_ranks_on_slices_of_a_gpu_are_refused(resources) -> None:
+    sliced, small = ClusterProfile("mig", gpu_type="A100_3g.20gb"), published("Llama-3.2-1B")
+    with pytest.raises(ConfigError, match=r"gpu_type is a slice of a GPU .*Ask for one node with one GPU"):
+        spec(resources, sliced, small)
+    assert spec(Resources(), sliced, small).layout.world_size == 1
+    assert spec(Resources(2, 0), sliced, small).layout.world_size == 2, "without GPUs"
+    with pytest.raises(ConfigError, match=r"does not fit .* 20 GiB.* take a larger slice, whole GPUs, or a smaller"):
+        spec(Resources(), sliced, published("Qwen3-32B"))
 
 
 @pytest.mark.parametrize(
