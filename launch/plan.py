@@ -15,9 +15,8 @@ pipeline stage, so ep_size divides that product (Megatron's "parallel folding", 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from typing import Any
 
 from launch.memory_model import (
@@ -48,6 +47,8 @@ LEAST_TOKENS = 512
 """A job that cannot train this many tokens at once is said not to fit."""
 MAX_TOKENS = 8192
 """Micro-batches are not made larger than this, whatever the room (and no larger than GOOD_TOKENS if it is unknown)."""
+RANKS_OF_A_NODE, MOST_NODES = 8, 64
+"""What is tried, to say what a model that does not fit would fit on."""
 MAX_ROWS = 256
 """Samples at a time (megatron_adapters/sampler.py): more cache than they can fill is not planned."""
 
@@ -335,23 +336,39 @@ def _why_long(sizes: ModelSizes, chosen: _Costed, longest: int, costed: list[_Co
 
 
 def _what_would_fit(sizes: ModelSizes, machine: Machine, wish: Wish, job: Job) -> str:
-    """The smallest number of such ranks on a node, and of such nodes, with which it would fit."""
+    """The smallest number of such ranks on a node, of such nodes, and of both together, with which it would fit."""
     if machine.sliced:
         return "Slices of GPUs (MIG) cannot share a model: take a larger slice, whole GPUs, or a smaller model."
     job = replace(job, recompute=True)
 
-    def fits(more: Machine) -> bool:
-        return any(_cost(sizes, more, split, job).fits for split in possible_layouts(sizes, more, wish))
+    def first(machines: Iterable[Machine]) -> Machine | None:
+        return next((m for m in machines if _fits(sizes, m, wish, job)), None)
 
     what = "GPUs" if machine.on_gpu else "ranks, each with as much memory,"
-    wider = (n for n in (2, 4, 8) if n > machine.ranks_per_node and fits(replace(machine, ranks_per_node=n)))
-    longer = (n for n in range(machine.nodes + 1, 65) if fits(replace(machine, nodes=n)))
-    ways = [f"with {n} such {what} on a node" for n in islice(wider, 1)] + [
-        f"on {n} such nodes" for n in islice(longer, 1)
-    ]
+    widths = range(machine.ranks_per_node + 1, RANKS_OF_A_NODE + 1)
+    lengths = range(machine.nodes + 1, MOST_NODES + 1)
+    ways = []
+    if wider := first(replace(machine, ranks_per_node=n) for n in widths):
+        ways.append(f"with {wider.ranks_per_node} such {what} on a node")
+    else:
+        larger = (replace(machine, nodes=nodes, ranks_per_node=n) for nodes in lengths for n in widths)
+        if both := first(sorted(larger, key=lambda m: (m.world_size, m.nodes))):
+            ways.append(f"on {both.nodes} nodes with {both.ranks_per_node} such {what} each")
+    if longer := first(replace(machine, nodes=n) for n in lengths):
+        ways.append(f"on {longer.nodes} such nodes")
     if ways:
         return f"It would fit {', or '.join(ways)}."
-    return "It would not fit on 64 such nodes either: take GPUs with more memory, or a smaller model."
+    most = max(RANKS_OF_A_NODE, machine.ranks_per_node)
+    return (
+        f"It would not fit on {MOST_NODES} nodes with {most} such {what} each either: take GPUs with more memory, or a "
+        "smaller model."
+    )
+
+
+def _fits(sizes: ModelSizes, machine: Machine, wish: Wish, job: Job) -> bool:
+    if sizes.num_parameters * job.bytes_per_number > machine.world_size * machine.memory_gib * GIB:
+        return False  # soon said, and needs no layout
+    return any(_cost(sizes, machine, split, job).fits for split in possible_layouts(sizes, machine, wish))
 
 
 def _size_text(num_bytes: float) -> str:

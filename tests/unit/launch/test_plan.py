@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -92,14 +93,29 @@ def test_does_not_fit_and_says_what_would() -> None:
     assert any("does not fit" in reason for reason in made.reasons)
     assert "It would fit on 2 such nodes." in made.reasons
     assert (
-        "It would fit with 4 such GPUs on a node, or on 3 such nodes."
+        "It would fit with 3 such GPUs on a node, or on 3 such nodes."
         in plan("Llama-3.1-70B", Machine(1, 1, 80)).reasons
     )
-    assert plan("Llama-3.1-70B", Machine(1, 4, 80)).fits and plan("Llama-3.1-70B", Machine(3, 1, 80)).fits
+    assert plan("Llama-3.1-70B", Machine(1, 3, 80)).fits and plan("Llama-3.1-70B", Machine(3, 1, 80)).fits
     assert not plan("Llama-3.1-70B", Machine(1, 2, 80)).fits
     assert plan("Qwen3-235B-A22B", Machine(2, 8, 40)).fits
-    hopeless = plan("Llama-3.1-70B", Machine(1, 1, 4))
-    assert any("more memory" in reason for reason in hopeless.reasons)
+    assert "It would fit on 8 nodes with 8 such GPUs each." in plan("Qwen3-235B-A22B", Machine(1, 1, 11)).reasons
+    assert plan("Qwen3-235B-A22B", Machine(8, 8, 11)).fits
+    both = "It would fit on 4 nodes with 8 such GPUs each, or on 16 such nodes."
+    assert both in plan("gpt-oss-120b", Machine(1, 3, 11)).reasons
+    hopeless = plan("DeepSeek-V3", Machine(1, 1, 4))
+    assert "not fit on 64 nodes with 8 such GPUs each either: take GPUs with more memory" in hopeless.reasons[-1]
+
+
+@settings(deadline=None, max_examples=20)
+@given(MODELS, st.builds(Machine, st.integers(1, 3), st.integers(1, 8), st.sampled_from([4, 11, 16, 24, 40])))
+def test_no_fewer_would_fit(name: str, machine: Machine) -> None:
+    reason = plan(name, machine).reasons[-1]
+    if wider := re.search(r"with (\d+) such GPUs on a node", reason):
+        fits = [plan(name, replace(machine, ranks_per_node=n)).fits for n in range(1, int(wider[1]) + 1)]
+        assert fits[-1] and not any(fits[machine.ranks_per_node - 1 : -1])
+    if both := re.search(r"on (\d+) nodes with (\d+) such GPUs each\.", reason):
+        assert plan(name, replace(machine, nodes=int(both[1]), ranks_per_node=int(both[2]))).fits
 
 
 def test_reasons_say_why() -> None:
