@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -58,3 +59,17 @@ def test_pins_satisfy_what_is_declared() -> None:
             continue
         assert name in pins, f"{name} is declared in pyproject.toml and not pinned"
         assert requirement.specifier.contains(pins[name]), f"{name} {pins[name]} is pinned, declared is {requirement}"
+
+
+def test_every_editable_install_named_is_one_by_path() -> None:
+    """setuptools' other kind is found after a folder `tinker_hpc` in the working directory, an empty namespace package
+    to Python: what a user has who clones to /scratch and keeps a loop beside the clone."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "Makefile", ROOT / "environment.yml"]
+    installs = [
+        (page.name, line)
+        for page in pages
+        for line in page.read_text().splitlines()
+        if re.search(r"(pip.* install .*|- )-e \S*\.", line)
+    ]
+    assert len(installs) >= 5
+    assert [found for found in installs if "--config-settings editable_mode=compat" not in found[1]] == []
