@@ -45,7 +45,8 @@ class Host(Protocol):
     def run(self, argv: Sequence[str], *, timeout_s: float = COMMAND_TIMEOUT_S) -> CommandResult:
         """Run a command to its end, with no input.
 
-        Raises: SlurmUnavailableError if it is not installed there or does not end in time.
+        Raises: SlurmUnavailableError if it is not installed there (`missing`), cannot be started, or does not end in
+        time (`timed_out`).
         """
         ...
 
@@ -80,6 +81,13 @@ class LocalHost:
                 'node of the cluster, or use cluster="local".',
                 command=argv[0],
                 missing=True,
+            ) from error
+        except OSError as error:
+            # Some sites leave the file there and take the right to run it; a node may also be out of processes.
+            raise SlurmUnavailableError(
+                f"`{argv[0]}` cannot be started on this machine ({os.uname().nodename}): {error.strerror}.",
+                command=argv[0],
+                missing=isinstance(error, PermissionError),
             ) from error
         except subprocess.TimeoutExpired as error:
             raise SlurmUnavailableError(

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from launch import lineage, site
 from launch.host import Host
 from launch.job_spec import JobSpec
+from launch.refusals import Verdict, verdict
 from launch.sbatch import sbatch
 from launch.squeue import live_jobs
 from launch.submitted import SubmittedJob
@@ -32,9 +33,10 @@ _LIMITS = ("limit", "quota", "temporarily", "too many")
 class Successor:
     """Sees to it that the run goes on after this job. `step` is called again and again until it is settled.
 
+    Slurm that does not answer is no news: nothing is concluded from it, nothing learned, and it is asked again.
+
     Args:
         job_id: this job.
-        number: this attempt, for the log.
     """
 
     def __init__(self, spec: JobSpec, run_folder: RunFolder, host: Host, job_id: str) -> None:
@@ -43,33 +45,32 @@ class Successor:
         self._host = host
         self._job_id = job_id
         self._next_try = 0.0
-        self._next_check = time.monotonic() + _RECHECK_S
+        self._pause_s = _RETRY_S
         self.how: site.Continuation | None = None
         """How it is settled; None while it is not (Slurm does not answer), or cannot be."""
         self.trouble: str | None = None
         """Why there is no successor, in Slurm's words."""
-        self.hopeless = False
 
     def step(self) -> bool:
         """Try, unless it is settled or was tried a moment ago. Returns whether anything became known.
 
         Where it was settled, look now and then whether the successor is still in the queue.
         """
-        if self.how in ("chain", "ladder") and time.monotonic() >= self._next_check:
-            self._next_check = time.monotonic() + _RECHECK_S
-            if self._waiting(or_running=True) == []:
-                self.how = None
-        if self.how is not None or self.hopeless or time.monotonic() < self._next_try:
+        if time.monotonic() < self._next_try:
             return False
-        self._next_try = time.monotonic() + _RETRY_S
-        known = site.continuation(self._run_folder.data_root, self._spec)
         before = (self.how, self.trouble)
-        if known == "chain":
-            self._chain()
-        elif known == "requeue":
-            self._allow_requeue("")
-        else:
-            self._count_rungs()
+        try:
+            if self.how is None or self._is_gone():
+                before, self.how = (None, self.trouble), None
+                self._settle()
+        except SlurmUnavailableError as error:
+            if self.how is None:
+                self.trouble, self._pause_s = str(error), _RETRY_S
+        now = time.monotonic()
+        if self.how is not None:
+            self.trouble, self._next_try, self._pause_s = None, now + _RECHECK_S, _RETRY_S
+        else:  # a refusal will mostly be the same one in half a minute: less and less often
+            self._next_try, self._pause_s = now + self._pause_s, min(2 * self._pause_s, _RECHECK_S)
         return (self.how, self.trouble) != before
 
     def requeue(self) -> bool:
@@ -79,50 +80,87 @@ class Successor:
         except SlurmUnavailableError:
             return False
 
+    def _is_gone(self) -> bool:
+        """Whether a successor that was in the queue is there no more."""
+        return self.how in ("chain", "ladder") and not self._others(or_running=True)
+
+    def _settle(self) -> None:
+        """Raises: SlurmUnavailableError for no answer."""
+        known = site.continuation(self._run_folder.data_root, self._spec)
+        if known == "chain":
+            self._chain()
+        elif known == "requeue":
+            self._allow_requeue("")
+        else:
+            self._count_rungs("")
+
     def _chain(self) -> None:
-        if self._waiting():
+        if self._others():
             self.how = "chain"
             return
         try:
             job_id = submit_after(self._spec, self._run_folder, self._host, [f"afternotok:{self._job_id}"])
         except SlurmUnavailableError as error:
-            self.trouble = str(error)
-            if getattr(error, "missing", False):
-                self._allow_requeue(str(error))
+            if not getattr(error, "missing", False):
+                raise
+            self._allow_requeue(str(error))
         except SubmissionError as error:
             words = str(getattr(error, "slurm_words", error))
             self.trouble = words
             if not any(word in words.lower() for word in _LIMITS):
                 self._allow_requeue(words)
         else:
-            self.how, self.trouble = "chain", None
+            self.how = "chain"
             print(f"tinker_hpc: job {job_id} will go on if this one ({self._job_id}) is ended from outside", flush=True)
 
     def _allow_requeue(self, words: str) -> None:
         """This site refuses sbatch on its compute nodes: let the job be requeued instead."""
-        result = self._host.run(["scontrol", "update", f"JobId={self._job_id}", "Requeue=1"], timeout_s=10.0)
-        if result.ok:
-            self.how, self.trouble = "requeue", None
+        refusal = self._requeue_refused()
+        if refusal is None:
+            self.how = "requeue"
             if words:
                 until_written(lambda: site.learn(self._run_folder, self._spec, "requeue", words))
             return
-        said = f"{words} {result.words}".strip()
+        said = f"{words} {refusal}".strip()
         until_written(lambda: site.learn(self._run_folder, self._spec, "ladder", said))
-        self.trouble, self.hopeless = result.words, not self._waiting()
-        self.how = None if self.hopeless else "ladder"
+        self._count_rungs(refusal)
 
-    def _count_rungs(self) -> None:
-        if self._waiting():
+    def _requeue_refused(self) -> str | None:
+        """Ask that this job may be requeued. Returns Slurm's words if it says no; None if it may.
+
+        Raises: SlurmUnavailableError for no answer.
+        """
+        try:
+            result = self._host.run(["scontrol", "update", f"JobId={self._job_id}", "Requeue=1"], timeout_s=10.0)
+        except SlurmUnavailableError as error:
+            if getattr(error, "missing", False):
+                return str(error)
+            raise
+        if result.ok:
+            return None
+        if verdict(result) is not Verdict.REFUSED:
+            raise SlurmUnavailableError(f"scontrol update failed: {result.words}", command="scontrol")
+        return result.words
+
+    def _count_rungs(self, refusal: str) -> None:
+        if self._others():
             self.how = "ladder"
         else:
-            self.trouble, self.hopeless = "no rung of the ladder is left: `tinker-hpc resume` adds some", True
+            none_left = "no rung of the ladder is left: `tinker-hpc resume` adds some"
+            self.trouble = f"{refusal}; {none_left}" if refusal else none_left
 
-    def _waiting(self, *, or_running: bool = False) -> list[str] | None:
-        """Other jobs of this run that wait in the queue; None if Slurm does not say."""
+    def _others(self, *, or_running: bool = False) -> list[str]:
+        """Other jobs of this run that wait in the queue. Where there is no squeue: those submitted after this one.
+
+        Raises: SlurmUnavailableError if Slurm does not say.
+        """
         try:
             found = live_jobs(self._spec.run_id, self._host, pending_only=not or_running)
-        except SlurmUnavailableError:
-            return None
+        except SlurmUnavailableError as error:
+            if not getattr(error, "missing", False):
+                raise
+            found = [job.job_id for job in lineage.jobs_of(self._run_folder)]
+            found = found[found.index(self._job_id) :] if self._job_id in found else []
         return [job_id for job_id in found if job_id != self._job_id]
 
 

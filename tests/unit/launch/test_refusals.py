@@ -124,6 +124,15 @@ def test_a_machine_without_slurm() -> None:
         LocalHost().run(["sleep", "5"], timeout_s=0.1)
 
 
+def test_a_command_that_may_not_be_run_here(tmp_path: Path) -> None:
+    """Some sites take the right to run sbatch on compute nodes, and leave the file there."""
+    forbidden = tmp_path / "sbatch"
+    forbidden.write_text("#!/bin/sh\n")
+    with pytest.raises(SlurmUnavailableError, match=r"cannot be started on this .* Permission denied") as caught:
+        LocalHost().run([str(forbidden)])
+    assert caught.value.attributes["missing"]
+
+
 def test_what_does_not_leak_into_a_job() -> None:
     inherited = {
         "SLURM_CONF": "/etc/slurm/slurm.conf",

@@ -15,6 +15,7 @@ from launch.job_spec import JobSpec
 from launch.submitted import SubmittedJob
 from launch.successor import Successor, take_back
 from tinker_hpc.config import ClusterProfile
+from tinker_hpc.errors import SlurmUnavailableError
 from tinker_hpc.private_files import read_json, write_json
 from tinker_hpc.run_folder import RunFolder
 
@@ -26,18 +27,24 @@ LIMIT = (
 
 
 class Queue:
-    """A host with a queue: jobs by id and state; refuses what it is told to refuse."""
+    """A host with a queue: jobs by id and state; refuses what it is told to refuse, as Slurm's words or by silence."""
 
     def __init__(self, run_id: str, **jobs: str) -> None:
         self.run_id = run_id
         self.jobs = {job_id.lstrip("j"): state for job_id, state in jobs.items()}
         self.refuses: dict[str, str] = {}
+        self.silent: set[str] = set()
+        self.missing: set[str] = set()
         self.calls: list[str] = []
         self.on_cancel: Callable[[], None] = lambda: None
 
     def run(self, argv: Sequence[str], *, timeout_s: float = 60.0) -> CommandResult:
         words = " ".join(argv)
+        if argv[0] in self.missing:
+            raise SlurmUnavailableError(f"`{argv[0]}` is not installed on this machine", missing=True)
         self.calls.append(words)
+        if argv[0] in self.silent:
+            raise SlurmUnavailableError(f"`{words}` gave no answer within {timeout_s:.0f} s", timed_out=True)
         for start, refusal in self.refuses.items():
             if words.startswith(start):
                 return CommandResult(tuple(argv), 1, "", refusal)
@@ -110,11 +117,91 @@ def test_neither_leaves_a_ladder_to_the_client(run_folder: RunFolder) -> None:
     host = Queue(run_folder.run_id, j7="RUNNING")
     host.refuses = {"sbatch": FORBIDDEN, "scontrol update": "Requested operation is presently disabled for job 7"}
     first = Successor(spec_of(run_folder), run_folder, host, "7")
-    assert first.step() and first.how is None and first.hopeless and "disabled" in (first.trouble or "")
+    assert first.step() and first.how is None and "disabled" in (first.trouble or "")
     assert site.continuation(run_folder.data_root, spec_of(run_folder)) == "ladder"
     host.jobs["8"] = "PENDING"  # a rung that the client submitted with the next run
     rung = Successor(spec_of(run_folder), run_folder, host, "7")
     assert rung.step() and rung.how == "ladder"
+
+
+NO_CONTACT = "Unable to contact slurm controller (connect failure)"
+
+
+@pytest.mark.parametrize("how", ["scontrol", f"slurm_update error: {NO_CONTACT}", "Socket timed out on send/recv"])
+@pytest.mark.parametrize("known", ["requeue", "chain"])
+def test_scontrol_without_an_answer_is_asked_again(
+    run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch, known: site.Continuation, how: str
+) -> None:
+    """It must neither end the job nor change what is known of the site."""
+    spec = spec_of(run_folder)
+    if known == "requeue":
+        site.learn(run_folder, spec, known, "")
+    host = Queue(run_folder.run_id, j7="RUNNING")
+    host.refuses = {"sbatch": FORBIDDEN}
+    if how == "scontrol":
+        host.silent = {how}
+    else:
+        host.refuses["scontrol"] = how
+    successor = Successor(spec, run_folder, host, "7")
+    assert successor.step() and successor.how is None and successor.trouble
+    assert site.continuation(run_folder.data_root, spec) == known
+    assert not successor.step(), "not before half a minute has passed"
+    host.silent.clear()
+    host.refuses.pop("scontrol", None)
+    later = time.monotonic() + 31
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert successor.step() and (successor.how, successor.trouble) == ("requeue", None)
+    assert site.continuation(run_folder.data_root, spec) == "requeue"
+
+
+def test_nodes_without_any_slurm_command_leave_a_ladder_to_the_client(run_folder: RunFolder) -> None:
+    host = Queue(run_folder.run_id, j7="RUNNING")
+    host.missing = {"sbatch", "scontrol", "squeue"}
+    first = Successor(spec_of(run_folder), run_folder, host, "7")
+    assert first.step() and first.how is None and "not installed" in (first.trouble or "")
+    assert site.continuation(run_folder.data_root, spec_of(run_folder)) == "ladder"
+    rung = SubmittedJob("8", "della", 0.0, run_folder.run_id, "slurm", str(run_folder.path))
+    lineage.remember(run_folder, rung)
+    lower, last = (Successor(spec_of(run_folder), run_folder, host, job_id) for job_id in ("7", "8"))
+    assert lower.step() and lower.how == "ladder", "known from the run's own list, where there is no squeue"
+    assert last.step() and last.how is None and "resume" in (last.trouble or "")
+
+
+@pytest.mark.parametrize("known", ["chain", "requeue", "ladder"])
+def test_a_queue_that_is_not_shown_is_not_an_empty_one(
+    run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch, known: site.Continuation
+) -> None:
+    spec = spec_of(run_folder)
+    site.learn(run_folder, spec, known, "")
+    host = Queue(run_folder.run_id, j7="RUNNING", j8="PENDING")
+    host.refuses = {"squeue": f"slurm_load_jobs error: {NO_CONTACT}", "scontrol update": "presently disabled"}
+    successor = Successor(spec, run_folder, host, "7")
+    assert successor.step() and successor.how is None and NO_CONTACT in (successor.trouble or "")
+    del host.refuses["squeue"]
+    later = time.monotonic() + 31
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert successor.step() and successor.trouble is None
+    assert successor.how == ("chain" if known == "chain" else "ladder") and host.jobs["8"] == "PENDING"
+    assert not [call for call in host.calls if call.startswith("sbatch")], "one waits already"
+
+
+def test_a_rung_that_comes_late_is_found(run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first job of a ladder may start while the client still submits the others; later it asks less often."""
+    site.learn(run_folder, spec_of(run_folder), "ladder", "")
+    host = Queue(run_folder.run_id, j7="RUNNING")
+    successor = Successor(spec_of(run_folder), run_folder, host, "7")
+    began = time.monotonic()
+    asked = []
+    for second in range(1800):
+        monkeypatch.setattr(time, "monotonic", lambda second=second: began + second)
+        before = len(host.calls)
+        successor.step()
+        if len(host.calls) > before:
+            asked.append(second)
+    assert asked[:2] == [0, 30] and len(asked) <= 10 and successor.how is None
+    host.jobs["8"] = "PENDING"
+    monkeypatch.setattr(time, "monotonic", lambda: began + 2100)
+    assert successor.step() and (successor.how, successor.trouble) == ("ladder", None)
 
 
 def test_a_limit_is_no_property_of_the_site(run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
