@@ -56,7 +56,7 @@ def verdict(result: CommandResult) -> Verdict:
 def explain_refusal(result: CommandResult, spec: JobSpec) -> SubmissionError:
     """The error for a refused submission: what Slurm said, what was asked for, what to do next."""
     return SubmissionError(
-        f"Slurm refused run {spec.run_id} on cluster {spec.cluster.name!r}: {gist(result)} "
+        f"Slurm refused run {spec.run_id} on cluster {spec.cluster.name!r}: {gist(result.words)} "
         f"{advice(result.words, spec)} The script: `tinker-hpc run --dry-run …` prints it.",
         slurm_words=result.words,
         run_id=spec.run_id,
@@ -128,8 +128,8 @@ def _size(spec: JobSpec) -> str:
     return parts[0] + " with " + ", ".join(parts[1:]) + " each"
 
 
-def gist(result: CommandResult) -> str:
+def gist(words: str) -> str:
     """Slurm's lines without the repeated "sbatch: error:", as one sentence (pure)."""
-    lines = [_SAID_BY.sub("", line).strip() for line in result.words.splitlines()]
+    lines = [_SAID_BY.sub("", line).strip() for line in words.splitlines()]
     text = "; ".join(line for line in lines if line)
     return text if text.endswith(".") else text + "."

@@ -43,8 +43,8 @@ def sbatch(spec: JobSpec, script: Path, host: Host, *, options: Sequence[str] = 
         raise explain_refusal(result, spec)
     if meaning is Verdict.UNREACHED:
         raise SlurmUnavailableError(
-            f"run {spec.run_id} was not submitted, Slurm cannot be reached: {gist(result)} Nothing is in the queue; "
-            'submit again when `scontrol ping` says UP, or use cluster "local": this machine, without Slurm.',
+            f"run {spec.run_id} was not submitted, Slurm cannot be reached: {gist(result.words)} Nothing is in the "
+            'queue; submit again when `scontrol ping` says UP, or use cluster "local": this machine, without Slurm.',
             command="sbatch",
             job_may_exist=False,
         )

@@ -18,9 +18,10 @@ from dataclasses import asdict
 from launch import lineage, process_tree, site
 from launch.host import Host, LocalHost
 from launch.job_spec import JobSpec
+from launch.refusals import gist
 from launch.submitted import SubmittedJob
 from launch.successor import submit_after
-from tinker_hpc.errors import ConfigError
+from tinker_hpc.errors import ConfigError, SlurmUnavailableError, SubmissionError
 from tinker_hpc.private_files import make_private, write_json
 from tinker_hpc.run_folder import RunFolder
 
@@ -35,7 +36,8 @@ def submit(spec: JobSpec, run_folder: RunFolder, *, host: Host | None = None, ag
 
     Raises:
         ConfigError: the worker's packages are not installed.
-        SubmissionError: the scheduler refused; its own words and what to change.
+        SubmissionError: the scheduler refused; its own words and what to change. (Not for a job behind the first, on
+            a cluster that needs a ladder of them: that is said on stderr.)
         SlurmUnavailableError: no answer. If the job may exist all the same, the message says how to find out.
     """
     from launch.executors import LocalJobExecutor, SlurmJobExecutor  # submitit: 0.1 s that `ls` need not pay
@@ -77,9 +79,24 @@ def submit(spec: JobSpec, run_folder: RunFolder, *, host: Host | None = None, ag
     else:
         lineage.remember(run_folder, job)
     if how == "ladder" and spec.cluster.executor == "slurm":
-        for _ in range(site.LADDER_RUNGS):
-            submit_after(spec, run_folder, host, ["singleton"])
+        _add_rungs(spec, run_folder, host)
     return job
+
+
+def _add_rungs(spec: JobSpec, run_folder: RunFolder, host: Host) -> None:
+    """Submit the jobs behind the first. It is in the queue, so the run exists: with as many of them as Slurm takes."""
+    for number in range(site.LADDER_RUNGS):
+        try:
+            submit_after(spec, run_folder, host, ["singleton"])
+        except (SubmissionError, SlurmUnavailableError) as error:
+            print(
+                f"tinker-hpc: run {spec.run_id} is submitted, with {number} instead of {site.LADDER_RUNGS} jobs behind "
+                f"it that go on if it is ended from outside. {gist(str(getattr(error, 'slurm_words', error)))} (On "
+                f"cluster {spec.cluster.name!r} no job can submit the next one, so they are submitted beforehand.) "
+                f"Once they are used up, `tinker-hpc resume {spec.serves_run or spec.run_id}` goes on.",
+                file=sys.stderr,
+            )
+            return
 
 
 def check_packages(spec: JobSpec) -> None:
