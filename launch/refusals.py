@@ -17,6 +17,8 @@ _NEVER_ARRIVED = (
     "protocol authentication error",
     "could not establish a configuration source",
     "temporarily unable to accept job",
+    "rate limit exceeded",
+    "controller in standby mode",
 )
 # The request went out and no answer came back: there may be a job. A hung controller creates it when it wakes.
 _NO_ANSWER = (
@@ -28,6 +30,20 @@ _NO_ANSWER = (
     "gave no answer within",
 )
 
+
+# Where the same script was accepted on a login node: its partition's AllocNodes (slurm.conf(5); ESLURM_ACCESS_DENIED in
+# slurmctld/job_mgr.c), or the words of a site's own plugin or wrapper.
+_NOT_FROM_HERE = ("access/permission denied", "login node", "login host", "submit host", "compute node")
+# What a site's own plugin refuses for now.
+_FOR_NOW = ("limit", "quota", "temporarily", "too many", "maintenance")
+# ESLURM_ACCESS_DENIED, ESLURM_DISABLED, ESLURM_NOT_SUPPORTED and a plugin's slurm.ERROR (common/slurm_errno.c). Others
+# are about the job (unknown after a crash of the controller, ending already) or the moment.
+_NEVER_REQUEUES = (
+    "access/permission denied",
+    "operation is presently disabled",
+    "not supported on this system",
+    "unspecified error",
+)
 
 _SAID_BY = re.compile(r"^sbatch: ((error|fatal): )?")
 
@@ -51,6 +67,24 @@ def verdict(result: CommandResult) -> Verdict:
     if any(phrase in words for phrase in _NEVER_ARRIVED):
         return Verdict.UNREACHED
     return Verdict.UNANSWERED if any(phrase in words for phrase in _NO_ANSWER) else Verdict.REFUSED
+
+
+def forbids_submission(words: str) -> bool:
+    """Whether a refused sbatch says that this machine may not submit jobs: a property of the site, which stays (pure).
+
+    A job_submit plugin that says no, says "Unspecified error" and before it whatever the site wants to tell. Alone that
+    is an error of Slurm's, and all else (a limit, a partition that is drained, a reservation that is over) will pass.
+    """
+    said = words.lower()
+    if any(phrase in said for phrase in _NOT_FROM_HERE):
+        return True
+    by_plugin = "unspecified error" in said and len(gist(words).split("; ")) > 1
+    return by_plugin and not any(word in said for word in _FOR_NOW)
+
+
+def forbids_requeue(words: str) -> bool:
+    """Whether a refused `scontrol update … Requeue=1` says that jobs of this site may not be requeued (pure)."""
+    return any(phrase in words.lower() for phrase in _NEVER_REQUEUES)
 
 
 def explain_refusal(result: CommandResult, spec: JobSpec) -> SubmissionError:

@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 
 from launch import lineage, site
-from launch.host import Host
+from launch.host import CommandResult, Host
 from launch.job_spec import JobSpec
-from launch.refusals import Verdict, verdict
+from launch.refusals import Verdict, forbids_requeue, forbids_submission, gist, verdict
 from launch.sbatch import sbatch
 from launch.squeue import live_jobs
 from launch.submitted import SubmittedJob
@@ -26,8 +26,6 @@ from tinker_hpc.run_folder import RunFolder
 _RETRY_S = 30.0
 _RECHECK_S = 300.0
 """A controller that dies within seconds of a submission forgets the job that it acknowledged (Slurm 22.05)."""
-_LIMITS = ("limit", "quota", "temporarily", "too many")
-"""Words of a refusal that is about now, not about this site."""
 
 
 class Successor:
@@ -46,6 +44,8 @@ class Successor:
         self._job_id = job_id
         self._next_try = 0.0
         self._pause_s = _RETRY_S
+        self._is_stopgap = False
+        """This job may be requeued only because Slurm takes no successor now."""
         self.how: site.Continuation | None = None
         """How it is settled; None while it is not (Slurm does not answer), or cannot be."""
         self.trouble: str | None = None
@@ -54,15 +54,19 @@ class Successor:
     def step(self) -> bool:
         """Try, unless it is settled or was tried a moment ago. Returns whether anything became known.
 
-        Where it was settled, look now and then whether the successor is still in the queue.
+        Where it was settled, look now and then whether the successor is still in the queue, or can be by now.
         """
         if time.monotonic() < self._next_try:
             return False
         before = (self.how, self.trouble)
         try:
-            if self.how is None or self._is_gone():
-                before, self.how = (None, self.trouble), None
+            if self._is_gone():
+                self.how, before = None, (None, None)
+            if self.how is None or self._is_stopgap:
                 self._settle()
+            if self._is_stopgap and self.how != "requeue":
+                self._is_stopgap = False
+                self._set_requeue(False)
         except SlurmUnavailableError as error:
             if self.how is None:
                 self.trouble, self._pause_s = str(error), _RETRY_S
@@ -90,7 +94,7 @@ class Successor:
         if known == "chain":
             self._chain()
         elif known == "requeue":
-            self._allow_requeue("")
+            self._allow_requeue("", forbidden=True)
         else:
             self._count_rungs("")
 
@@ -103,44 +107,52 @@ class Successor:
         except SlurmUnavailableError as error:
             if not getattr(error, "missing", False):
                 raise
-            self._allow_requeue(str(error))
+            self._allow_requeue(str(error), forbidden=True)
         except SubmissionError as error:
             words = str(getattr(error, "slurm_words", error))
-            self.trouble = words
-            if not any(word in words.lower() for word in _LIMITS):
-                self._allow_requeue(words)
+            self._allow_requeue(words, forbidden=forbids_submission(words))
         else:
             self.how = "chain"
             print(f"tinker_hpc: job {job_id} will go on if this one ({self._job_id}) is ended from outside", flush=True)
 
-    def _allow_requeue(self, words: str) -> None:
-        """This site refuses sbatch on its compute nodes: let the job be requeued instead."""
-        refusal = self._requeue_refused()
-        if refusal is None:
-            self.how = "requeue"
-            if words:
-                until_written(lambda: site.learn(self._run_folder, self._spec, "requeue", words))
-            return
-        said = f"{words} {refusal}".strip()
-        until_written(lambda: site.learn(self._run_folder, self._spec, "ladder", said))
-        self._count_rungs(refusal)
+    def _allow_requeue(self, words: str, *, forbidden: bool) -> None:
+        """There is no successor: let this very job be requeued instead.
 
-    def _requeue_refused(self) -> str | None:
-        """Ask that this job may be requeued. Returns Slurm's words if it says no; None if it may.
+        Args:
+            words: why; "" where that is known of the site.
+            forbidden: sbatch is refused on this site's compute nodes, which is worth knowing. Else it is refused now (a
+                limit, a partition that is drained) and tried again: nothing is learned.
 
         Raises: SlurmUnavailableError for no answer.
         """
         try:
-            result = self._host.run(["scontrol", "update", f"JobId={self._job_id}", "Requeue=1"], timeout_s=10.0)
+            result = self._set_requeue(True)
         except SlurmUnavailableError as error:
-            if getattr(error, "missing", False):
-                return str(error)
-            raise
-        if result.ok:
-            return None
-        if verdict(result) is not Verdict.REFUSED:
-            raise SlurmUnavailableError(f"scontrol update failed: {result.words}", command="scontrol")
-        return result.words
+            if not getattr(error, "missing", False):
+                raise
+            refusal, for_good = str(error), True
+        else:
+            if result.ok:
+                if self.how is None and not forbidden:
+                    print(
+                        f"tinker_hpc: this job may be requeued; no other can follow it now: {gist(words)}", flush=True
+                    )
+                self.how, self._is_stopgap = "requeue", not forbidden
+                if forbidden and words:
+                    until_written(lambda: site.learn(self._run_folder, self._spec, "requeue", words))
+                return
+            if verdict(result) is not Verdict.REFUSED:
+                raise SlurmUnavailableError(f"scontrol update failed: {result.words}", command="scontrol")
+            refusal, for_good = result.words, forbids_requeue(result.words)
+        if forbidden and for_good:
+            said = f"{words} {refusal}".strip()
+            until_written(lambda: site.learn(self._run_folder, self._spec, "ladder", said))
+            self._count_rungs(refusal)
+        else:
+            self.trouble = f"{words} {refusal}".strip()
+
+    def _set_requeue(self, may: bool) -> CommandResult:
+        return self._host.run(["scontrol", "update", f"JobId={self._job_id}", f"Requeue={may:d}"], timeout_s=10.0)
 
     def _count_rungs(self, refusal: str) -> None:
         if self._others():

@@ -11,7 +11,7 @@ import pytest
 from launch import sbatch as sbatch_module
 from launch.host import CommandResult, LocalHost, scrubbed
 from launch.job_spec import JobSpec
-from launch.refusals import Verdict, explain_refusal, verdict
+from launch.refusals import Verdict, explain_refusal, forbids_requeue, forbids_submission, verdict
 from launch.sbatch import sbatch
 from tinker_hpc.config import ClusterProfile
 from tinker_hpc.errors import SlurmUnavailableError, SubmissionError
@@ -45,6 +45,8 @@ def failed(words: str, code: int = 1) -> CommandResult:
         ("sbatch: unrecognized option '--exclud=node7'", "refused", "`extra`"),
         (f"{FAILED}Unable to contact slurm controller (connect failure)", "unreached", None),
         ("sbatch: error: Munge encode failed: Failed to access socket (Did you start munged?)", "unreached", None),
+        (f"{FAILED}Rate limit exceeded, please retry later", "unreached", None),
+        (f"{FAILED}Slurm backup controller in standby mode", "unreached", None),
         (f"{FAILED}Socket timed out on send/recv operation", "unanswered", None),
         (f"{FAILED}Zero Bytes were transmitted or received", "unanswered", None),
     ],
@@ -56,6 +58,36 @@ def test_verdict_and_advice(words: str, meaning: str, told: str | None) -> None:
         error = explain_refusal(result, SPEC)
         assert isinstance(error, SubmissionError) and told in str(error) and "sbatch: error" not in str(error)
         assert error.slurm_words == words  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("words", "forbidden"),
+    [
+        (f"{FAILED}Access/permission denied", True),
+        # A job_submit plugin that says no, as recorded on 22.05; its words come before Slurm's.
+        (f"sbatch: error: Please submit from della\n{FAILED}Unspecified error", True),
+        ("sbatch: command not available on compute nodes", True),
+        (f"sbatch: error: You have too many jobs in the queue\n{FAILED}Unspecified error", False),
+        (f"{FAILED}Unspecified error", False),
+        (f"{FAILED}{POLICY}", False),
+        (f"sbatch: error: AssocMaxSubmitJobLimit\n{FAILED}{POLICY}", False),
+        (f"{FAILED}Required partition not available (inactive or drain)", False),
+        (f"{FAILED}Requested reservation is invalid", False),
+        (f"{FAILED}Access denied to requested reservation", False),
+        (f"{FAILED}{NO_NODE}", False),
+        ("sbatch: error: Unable to open file /data/runs/r/slurm/job.sbatch", False),
+    ],
+)  # fmt: skip
+def test_what_a_refusal_says_of_the_site(words: str, forbidden: bool) -> None:
+    assert forbids_submission(words) is forbidden
+
+
+def test_what_a_refused_requeue_says_of_the_site() -> None:
+    said = "slurm_update error: "
+    for_good = ("Requested operation is presently disabled for job 7", "Access/permission denied", "Unspecified error")
+    now = ("Invalid job id specified", "Job/step already completing or completed", "Job can not be altered now")
+    assert all(forbids_requeue(said + words) for words in for_good)
+    assert not any(forbids_requeue(said + words) for words in now)
 
 
 def test_success_without_an_id_is_not_success() -> None:

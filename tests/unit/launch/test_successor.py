@@ -20,6 +20,7 @@ from tinker_hpc.private_files import read_json, write_json
 from tinker_hpc.run_folder import RunFolder
 
 FORBIDDEN = "sbatch: error: Batch job submission failed: Access/permission denied"
+DISABLED = "Requested operation is presently disabled for job 7"
 LIMIT = (
     "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates "
     "accounting/QOS policy (job submit limit, user's size and/or time limits)"
@@ -115,7 +116,7 @@ def test_a_site_without_sbatch_on_its_nodes_is_remembered(run_folder: RunFolder)
 
 def test_neither_leaves_a_ladder_to_the_client(run_folder: RunFolder) -> None:
     host = Queue(run_folder.run_id, j7="RUNNING")
-    host.refuses = {"sbatch": FORBIDDEN, "scontrol update": "Requested operation is presently disabled for job 7"}
+    host.refuses = {"sbatch": FORBIDDEN, "scontrol update": DISABLED}
     first = Successor(spec_of(run_folder), run_folder, host, "7")
     assert first.step() and first.how is None and "disabled" in (first.trouble or "")
     assert site.continuation(run_folder.data_root, spec_of(run_folder)) == "ladder"
@@ -174,7 +175,7 @@ def test_a_queue_that_is_not_shown_is_not_an_empty_one(
     spec = spec_of(run_folder)
     site.learn(run_folder, spec, known, "")
     host = Queue(run_folder.run_id, j7="RUNNING", j8="PENDING")
-    host.refuses = {"squeue": f"slurm_load_jobs error: {NO_CONTACT}", "scontrol update": "presently disabled"}
+    host.refuses = {"squeue": f"slurm_load_jobs error: {NO_CONTACT}", "scontrol update": DISABLED}
     successor = Successor(spec, run_folder, host, "7")
     assert successor.step() and successor.how is None and NO_CONTACT in (successor.trouble or "")
     del host.refuses["squeue"]
@@ -204,9 +205,38 @@ def test_a_rung_that_comes_late_is_found(run_folder: RunFolder, monkeypatch: pyt
     assert successor.step() and (successor.how, successor.trouble) == ("ladder", None)
 
 
-def test_a_limit_is_no_property_of_the_site(run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        LIMIT,
+        "sbatch: error: Batch job submission failed: Required partition not available (inactive or drain)",
+        "sbatch: error: Batch job submission failed: Requested reservation is invalid",
+        "sbatch: error: Batch job submission failed: Unspecified error",
+    ],
+)
+def test_what_is_refused_now_is_no_property_of_the_site(
+    run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    """Until Slurm takes a successor the job may be requeued, so that a preemption is not the run's end."""
     host = Queue(run_folder.run_id, j7="RUNNING")
-    host.refuses = {"sbatch": LIMIT}
+    host.refuses = {"sbatch": words}
+    successor = Successor(spec_of(run_folder), run_folder, host, "7")
+    assert successor.step() and (successor.how, successor.trouble) == ("requeue", None)
+    assert site.continuation(run_folder.data_root, spec_of(run_folder)) == "chain"
+    began = time.monotonic()
+    for second in range(3600):
+        monkeypatch.setattr(time, "monotonic", lambda second=second: began + second)
+        assert not successor.step()
+    assert len([call for call in host.calls if call.startswith("sbatch")]) <= 13, "every five minutes"
+    host.refuses = {}
+    monkeypatch.setattr(time, "monotonic", lambda: began + 3901)
+    assert successor.step() and successor.how == "chain" and host.jobs["8"] == "PENDING"
+    assert host.calls[-1] == "scontrol update JobId=7 Requeue=0", "or there would be two to go on"
+
+
+def test_neither_a_successor_nor_a_requeue_now(run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Queue(run_folder.run_id, j7="RUNNING")
+    host.refuses = {"sbatch": LIMIT, "scontrol update": DISABLED}
     successor = Successor(spec_of(run_folder), run_folder, host, "7")
     assert successor.step() and successor.how is None and "policy" in (successor.trouble or "")
     assert site.continuation(run_folder.data_root, spec_of(run_folder)) == "chain"
@@ -215,6 +245,14 @@ def test_a_limit_is_no_property_of_the_site(run_folder: RunFolder, monkeypatch: 
     later = time.monotonic() + 31
     monkeypatch.setattr(time, "monotonic", lambda: later)
     assert successor.step() and successor.how == "chain" and successor.trouble is None
+
+
+def test_a_job_that_slurm_forgot_says_nothing_of_the_site(run_folder: RunFolder) -> None:
+    host = Queue(run_folder.run_id, j7="RUNNING")
+    host.refuses = {"sbatch": FORBIDDEN, "scontrol update": "slurm_update error: Invalid job id specified"}
+    successor = Successor(spec_of(run_folder), run_folder, host, "7")
+    assert successor.step() and successor.how is None and "Invalid job id" in (successor.trouble or "")
+    assert site.continuation(run_folder.data_root, spec_of(run_folder)) == "chain"
 
 
 def test_a_successor_that_slurm_forgot_is_submitted_again(
