@@ -24,6 +24,8 @@ SUPERSEDED = "superseded"
 """It gave way to the attempt after it: a copy that Slurm thought dead."""
 SCANCELLED = "scancelled"
 """Somebody's scancel, not `tinker-hpc cancel`. Whose, accounting tells: the owner's own ends the run."""
+UNEXPLAINED = (WITHOUT_A_WORD, SCANCELLED)
+"""Reasons of which Slurm knows more than the attempt did."""
 
 FROM_OUTSIDE = {
     WITHOUT_A_WORD: "its job was killed",
@@ -106,7 +108,7 @@ def explained(attempt: Attempt, slurm_state: str, *, uid: int) -> Attempt:
         slurm_state: Slurm's own words, e.g. "CANCELLED by 2001"; "" where it does not say.
         uid: of the run's owner: whose own scancel is the wish to end the run.
     """
-    if attempt.reason not in (WITHOUT_A_WORD, SCANCELLED) or not slurm_state:
+    if attempt.reason not in UNEXPLAINED or not slurm_state:
         return attempt
     first, *rest = slurm_state.split()
     if first == "CANCELLED":

@@ -11,7 +11,7 @@ import os
 import time
 
 from launch import attempts, parting, sacct, scontrol
-from launch.chain import SCANCELLED, SUPERSEDED, Attempt, Verdict, explained, verdict
+from launch.chain import SCANCELLED, SUPERSEDED, UNEXPLAINED, Attempt, Verdict, explained, verdict
 from launch.host import Host, LocalHost
 from launch.job_spec import JobSpec
 from launch.node import LISTING_POLL_S, Place
@@ -43,6 +43,8 @@ class Tenure:
         self._on_slurm = place.executor == "slurm"
         self._successor = Successor(spec, run_folder, self._host, place.job_id) if self._on_slurm else None
         self._credit: Credit = credit_of(spec.kind)
+        self._past: list[Attempt] = []
+        """Known once the run is taken: at the end, within a preemption's grace, nobody has the time to ask again."""
         self._next_look = 0.0
         self._next_beat = 0.0
         self._cancel_seen_at: float | None = None
@@ -70,7 +72,7 @@ class Tenure:
         if not listed(self._run_folder.cancel):
             self._step_successor()  # before anything that takes time: from here on the run survives this job
         waited_s = attempts.wait_until_gone(self._run_folder, self.number - 1) if self.number > 1 else 0.0
-        past = self._past()
+        past = self._past = self._find_past()
         ruling = verdict(past, cancelled=listed(self._run_folder.cancel))
         self._record.event(
             "claimed", attempt=self.number, job_id=self._place.job_id, host=self._place.hostname, waited_s=waited_s,
@@ -92,9 +94,10 @@ class Tenure:
             self.kill_wait_s = scontrol.kill_wait_s(self._host) or parting.KILL_WAIT_S
         return None
 
-    def _past(self) -> list[Attempt]:
+    def _find_past(self) -> list[Attempt]:
+        """The attempts before this one. Accounting, which may take a minute, is asked only where it adds something."""
         past = attempts.history(self._run_folder, credit=self._credit, before=self.number)
-        if past and self._on_slurm:
+        if past and self._on_slurm and past[-1].reason in UNEXPLAINED:
             past[-1] = explained(past[-1], self._slurm_state(past[-1].job_id), uid=os.getuid())
         return past
 
@@ -188,7 +191,7 @@ class Tenure:
             error,
             exit_code,
         )
-        ruling = verdict([*self._past(), this], cancelled=reason == "cancelled")
+        ruling = verdict([*self._past, this], cancelled=reason == "cancelled")
         why = error or ruling.why
         if ruling.goes_on:
             if self._successor is not None and self._successor.how is not None:
