@@ -15,7 +15,9 @@ from launch import memory_kills, parting, process_tree
 from launch.children import Child, agent_argv, agent_environment
 from launch.job_spec import JobSpec
 from launch.log_tail import were_killed, worker_words
+from launch.own_address import gloo_environment, own_address
 from launch.run_record import listed
+from launch.slurm_fields import node_names
 from launch.stopped import LOOK_EVERY_S, StoppedWatch
 from tinker_hpc.patience import until_written
 from tinker_hpc.private_files import read_json, write_json
@@ -41,6 +43,8 @@ class Place:
     start: str = ""
     """Which start of the job this is: a requeued job has its id again, and its other nodes must not take the meeting
     point of the time before for theirs."""
+    other_nodes: tuple[str, ...] = ()
+    """Slurm's names of the job's other nodes."""
 
     @classmethod
     def here(cls) -> Place:
@@ -48,12 +52,15 @@ class Place:
         executor = os.environ.get("SUBMITIT_EXECUTOR", "local")
         slurm = executor == "slurm"
         job_id = os.environ["SLURM_JOB_ID" if slurm else "SUBMITIT_LOCAL_JOB_ID"]
+        node_rank = int(os.environ.get("SLURM_NODEID", "0")) if slurm else 0
+        nodes = node_names(os.environ.get("SLURM_JOB_NODELIST", "")) if slurm else ()
         return cls(
             job_id=job_id,
-            node_rank=int(os.environ.get("SLURM_NODEID", "0")) if slurm else 0,
+            node_rank=node_rank,
             hostname=socket.gethostname(),
             executor=executor,
             start=f"{job_id}.{os.environ.get('SLURM_RESTART_COUNT', '0')}",
+            other_nodes=nodes[:node_rank] + nodes[node_rank + 1 :],
         )
 
     def say(self, text: str) -> None:
@@ -87,19 +94,23 @@ class Node:
 
     def start_agent(self, endpoint: tuple[str, int] | None) -> Child:
         """Start this node's ranks."""
-        address = self.place.hostname
-        if self.place.node_rank == 0 and self.spec.nodes > 1:
-            # torch gives rank 0 to the address that sorts first. A number sorts before a name, so the first node says
-            # its IP address: rank 0, which hears the gateway's bell, is then on the gateway's node.
-            address = socket.gethostbyname(address)
+        env = agent_environment(self.spec, os.environ, cores=len(os.sched_getaffinity(0)))
+        called = "localhost"
+        if self.spec.nodes > 1:
+            called = self.place.hostname
+            address = own_address(called, self.place.other_nodes)
+            env = {**gloo_environment(called, address), **env}
+            if self.place.node_rank == 0 and address is not None:
+                # torch gives rank 0 to the address that sorts first. A number sorts before a name, so the first node
+                # says its IP address: rank 0, which hears the gateway's bell, is then on the gateway's node.
+                called = address
         argv = agent_argv(
             self.spec,
             self.run_folder,
             node_rank=self.place.node_rank,
-            own_address="localhost" if self.spec.nodes == 1 else address,
+            own_address=called,
             endpoint=endpoint,
         )
-        env = agent_environment(self.spec, os.environ, cores=len(os.sched_getaffinity(0)))
         self.agent = Child("worker", argv, env, self.run_folder.logs / f"worker-{self.place.node_rank}.log")
         return self.agent
 
