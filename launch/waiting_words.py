@@ -1,4 +1,5 @@
-"""Slurm's reasons why a job waits, in words (pure). Source: `man squeue`, "JOB REASON CODES", 22.05 to 25.05."""
+"""Slurm's reasons why a job waits, in words (pure). Source: `man squeue`, "JOB REASON CODES", 22.05 to 25.05; all of
+their names are in Slurm's src/common/job_state_reason.c."""
 
 from __future__ import annotations
 
@@ -21,6 +22,9 @@ _WORDS = {
     "PartitionTimeLimit": "more time than its partition allows: it will not start as it is",
     "Licenses": "it waits for a license",
 }
+_OF_ONE_JOB = re.compile(r"(QOS|Assoc)Max\w+Per(Job|Node)(Limit)?")
+"""Limits of a job by itself, whatever else runs."""
+_LEAST = re.compile(r"QOSMin\w+")
 _LIMITS = re.compile(r"(QOS|Assoc)\w*(Limit|Jobs|Cpu|GRES|Mem|Node|Wall|Resource)\w*")
 
 
@@ -29,7 +33,17 @@ def in_words(reason: str, job_id: str | None) -> str:
     first = re.split(r"[^A-Za-z0-9]", reason, maxsplit=1)[0]
     if first in _WORDS:
         return _WORDS[first].format(job_id=job_id or "ID")
+    whose = "QOS" if first.startswith("QOS") else "account"
+    if _OF_ONE_JOB.fullmatch(first):
+        return (
+            f"more time, GPUs, nodes, CPUs or memory than your {whose} allows one job: it will not start as it is; "
+            "cancel it and ask for less"
+        )
+    if _LEAST.fullmatch(first):
+        return (
+            "less than your QOS asks of a job: it will not start as it is; cancel it and ask for more, or set another "
+            "`qos`"
+        )
     if _LIMITS.fullmatch(first):
-        whose = "QOS" if first.startswith("QOS") else "account"
         return f"a limit of your {whose} is reached; it starts when other jobs of it end"
     return ""

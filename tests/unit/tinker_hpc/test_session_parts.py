@@ -45,6 +45,32 @@ def test_a_reason_is_told_in_words() -> None:
     assert phase_of(down, ready=False)[1].endswith("nodes it needs are down, drained or reserved")
 
 
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "QOSMaxWallDurationPerJobLimit",
+        "AssocMaxWallDurationPerJobLimit",
+        "QOSMaxGRESPerJob",
+        "QOSMaxNodePerJobLimit",
+        "AssocMaxCpuPerJobLimit",
+        "QOSMaxMemoryPerNode",
+        "QOSMaxCpuMinutesPerJobLimit",
+        "QOSMinGRES",
+        "QOSMinCpuNotSatisfied",
+    ],
+)
+def test_a_limit_of_the_job_itself_does_not_pass(reason: str) -> None:
+    said = phase_of(JobStatus("8", JobState.PENDING, "PENDING", reason), ready=False)[1]
+    assert "it will not start as it is" in said and ("QOS" if reason.startswith("QOS") else "account") in said
+    assert ("ask for more" if reason.startswith("QOSMin") else "ask for less") in said
+
+
+@pytest.mark.parametrize("reason", ["AssocMaxJobsLimit", "QOSGrpGRES", "QOSMaxNodePerUserLimit", "AssocGrpCpuLimit"])
+def test_a_limit_of_all_jobs_passes(reason: str) -> None:
+    said = phase_of(JobStatus("8", JobState.PENDING, "PENDING", reason), ready=False)[1]
+    assert said.endswith("it starts when other jobs of it end")
+
+
 def test_a_successor_says_what_became_of_the_job_before_it() -> None:
     job = JobStatus("9", JobState.PENDING, "PENDING", "Priority")
     assert phase_of(job, ready=False, before="it was preempted")[1].endswith(
