@@ -23,7 +23,8 @@ WITHOUT_A_WORD = "killed"
 SUPERSEDED = "superseded"
 """It gave way to the attempt after it: a copy that Slurm thought dead."""
 SCANCELLED = "scancelled"
-"""Somebody's scancel, not `tinker-hpc cancel`. Whose, accounting tells: the owner's own ends the run."""
+"""Somebody's scancel, not `tinker-hpc cancel`. Whose, accounting tells: the owner's own ends the run. Where there is no
+accounting the run goes on: an administrator's must not end it."""
 UNEXPLAINED = (WITHOUT_A_WORD, SCANCELLED)
 """Reasons of which Slurm knows more than the attempt did."""
 

@@ -55,7 +55,7 @@ class ClusterProfile:
     memory: str | None = None
     """sbatch --mem, per node, with Slurm's unit (`64G`; a bare number is MiB). None: the cluster's default."""
     gpu_type: str | None = None
-    """The type in sbatch --gpus-per-node=TYPE:N. None: any GPU of the partition."""
+    """The type in sbatch --gres=gpu:TYPE:N. None: any GPU of the partition."""
     gpus_per_node: int | None = None
     """GPUs of a node where the job does not say. None: 1 on slurm, 0 (CPU) on local. Loud beats slow: a cluster without
     GPUs refuses the 1 at once, while an 8B model on CPU would merely never finish."""
@@ -73,7 +73,7 @@ class ClusterProfile:
     python: str | None = None
     """The interpreter on the compute nodes. None: the one that submits, as homes are shared."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables set in the job, e.g. `NCCL_SOCKET_IFNAME`."""
+    """Variables set in the job, e.g. `NCCL_SOCKET_IFNAME` and `GLOO_SOCKET_IFNAME`."""
 
     def __post_init__(self) -> None:
         where = f"cluster profile {self.name!r}"
