@@ -99,7 +99,11 @@ class Successor:
             self._count_rungs("")
 
     def _chain(self) -> None:
-        if self._others():
+        if found := self._others():
+            known = [job.job_id for job in lineage.jobs_of(self._run_folder)]
+            for job_id in found:
+                if job_id not in known:  # its sbatch was never answered: a hung controller made it when it woke
+                    take_in(self._spec, self._run_folder, job_id, submitted_at=time.time())
             self.how = "chain"
             return
         try:
@@ -182,16 +186,21 @@ def submit_after(spec: JobSpec, run_folder: RunFolder, host: Host, dependencies:
     Raises: SubmissionError, SlurmUnavailableError as `executors.sbatch`.
     """
     submitted_at = time.time()
-    earlier = lineage.jobs_of(run_folder)
     job_id = sbatch(
         spec,
         run_folder.slurm / "job.sbatch",
         host,
         options=(f"--dependency={','.join(dependencies)}", "--kill-on-invalid-dep=yes"),
-        known=[job.job_id for job in earlier],
+        known=[job.job_id for job in lineage.jobs_of(run_folder)],
     )
-    # The job is in the queue: it needs its pickle, and the run must know it.
-    until_written(lambda: give_pickle(run_folder, earlier[0].job_id, job_id))
+    take_in(spec, run_folder, job_id, submitted_at=submitted_at)
+    return job_id
+
+
+def take_in(spec: JobSpec, run_folder: RunFolder, job_id: str, *, submitted_at: float) -> None:
+    """A job of the run is in the queue: it needs its pickle, and the run must know it."""
+    first = lineage.jobs_of(run_folder)[0]
+    until_written(lambda: give_pickle(run_folder, first.job_id, job_id))
     job = SubmittedJob(
         job_id=job_id,
         cluster=spec.cluster.name,
@@ -201,7 +210,6 @@ def submit_after(spec: JobSpec, run_folder: RunFolder, host: Host, dependencies:
         run_folder=str(run_folder.path),
     )
     until_written(lambda: lineage.remember(run_folder, job))
-    return job_id
 
 
 def give_pickle(run_folder: RunFolder, first: str, job_id: str) -> None:

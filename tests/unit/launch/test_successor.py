@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import lineage, site
+from launch import sbatch as sbatch_module
 from launch.cancel import cancel
 from launch.host import CommandResult
 from launch.job_spec import JobSpec
@@ -51,7 +52,9 @@ class Queue:
                 return CommandResult(tuple(argv), 1, "", refusal)
         out = ""
         if argv[0] == "squeue":
-            out = "\n".join(f"{i}|{self.run_id}|{state}|None|0|0|0|0:01|n1" for i, state in self.jobs.items())
+            only_ids = argv[-2:] == ["-o", "%A"]
+            rest = "" if only_ids else f"|{self.run_id}|{{}}|None|0|0|0|0:01|n1"
+            out = "\n".join(f"{i}{rest.format(state)}" for i, state in self.jobs.items())
         elif argv[0] == "sbatch":
             job_id = str(max(map(int, self.jobs), default=0) + 1)
             self.jobs[job_id] = "PENDING"
@@ -184,6 +187,23 @@ def test_a_queue_that_is_not_shown_is_not_an_empty_one(
     assert successor.step() and successor.trouble is None
     assert successor.how == ("chain" if known == "chain" else "ladder") and host.jobs["8"] == "PENDING"
     assert not [call for call in host.calls if call.startswith("sbatch")], "one waits already"
+
+
+def test_a_successor_whose_submission_was_never_answered_can_start(
+    run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A controller that hung makes the job when it wakes; without its pickle submitit's entry point ends it."""
+    monkeypatch.setattr(sbatch_module, "_LOOKUP_WAITS_S", (0.0,))
+    host = Queue(run_folder.run_id, j7="RUNNING")
+    host.refuses = {"sbatch": "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"}
+    successor = Successor(spec_of(run_folder), run_folder, host, "7")
+    assert successor.step() and successor.how is None
+    host.jobs["8"] = "PENDING"
+    later = time.monotonic() + 31
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert successor.step() and successor.how == "chain" and list(host.jobs) == ["7", "8"]
+    assert [job.job_id for job in lineage.jobs_of(run_folder)] == ["7", "8"]
+    assert (run_folder.slurm / "8_submitted.pkl").read_bytes() == b"pickle"
 
 
 def test_a_rung_that_comes_late_is_found(run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
