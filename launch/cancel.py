@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import process_tree
+from launch import lineage, process_tree
 from launch.host import Host, LocalHost
+from launch.run_record import listed
 from launch.squeue import live_jobs
 from launch.submitted import SubmittedJob
 from tinker_hpc.errors import SlurmUnavailableError
+from tinker_hpc.private_files import write_json
+from tinker_hpc.run_folder import RunFolder
 
+_LOG = logging.getLogger(__name__)
 _CANCEL_ROUNDS = 10
 _CANCEL_PAUSE_S = 0.3
 CANCEL_GRACE_S = 40.0
 """How long a local job gets to end by itself; its supervisor needs at most parting.LONGEST_S and a few seconds."""
+
+
+def cancel_run(run_folder: RunFolder) -> None:
+    """Say in cancel.json that the run's end was asked for, then end its jobs.
+
+    Whoever is over quota must be able to stop their jobs: where the file is refused they are ended all the same, and
+    the refusal is logged. What it would have said, Slurm says of a job that is cancelled.
+    Raises: as `cancel`.
+    """
+    if not listed(run_folder.cancel):
+        try:
+            write_json(run_folder.cancel, {"requested_at": time.time(), "host": process_tree.this_host()})
+        except OSError as error:
+            _LOG.warning("%s The jobs of run %s are cancelled without it.", error, run_folder.run_id)
+    cancel(lineage.jobs_of(run_folder))
 
 
 def cancel(jobs: Sequence[SubmittedJob], *, host: Host | None = None) -> None:

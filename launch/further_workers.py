@@ -10,14 +10,13 @@ from __future__ import annotations
 import os
 import time
 
-from launch import attempts, lineage, process_tree
-from launch.cancel import cancel
+from launch import attempts, lineage
+from launch.cancel import cancel_run
 from launch.children import Child, worker_watch_argv
 from launch.monitor import job_statuses
 from launch.run_record import listed
 from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.patience import until_written
-from tinker_hpc.private_files import write_json
 from tinker_hpc.run_folder import RunFolder
 
 _ASK_SLURM_S = 60.0
@@ -53,13 +52,10 @@ class FurtherWorkers:
 def cancel_worker_runs(run_folder: RunFolder) -> None:
     """End the jobs of a run's further workers, pending or running. What cannot be reached is said, not raised."""
     for folder in run_folder.worker_runs():
-        jobs = lineage.jobs_of(folder)
-        if not jobs or listed(folder.outcome):
+        if not lineage.jobs_of(folder) or listed(folder.outcome):
             continue
         try:
-            if not listed(folder.cancel):
-                write_json(folder.cancel, {"requested_at": time.time(), "host": process_tree.this_host()})
-            cancel(jobs)
+            cancel_run(folder)
         except TinkerHpcError as error:
             print(f"tinker_hpc: {error}", flush=True)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
 
@@ -73,6 +74,16 @@ class Complaint:
             self._said_at = now
             print(f"tinker_hpc: the disk refuses ({error}); trying again until it does not", flush=True)
 
+    @contextlib.contextmanager
+    def instead(self) -> Iterator[None]:
+        """Say what the disk refuses inside instead of raising it: for a step that is taken again soon anyway."""
+        try:
+            yield
+        except OSError as error:
+            if not passes(error):
+                raise
+            self.say(error)
+
 
 def words_may_be_lost() -> None:
     """From here on this process goes on where what it says cannot be written.
@@ -109,12 +120,13 @@ class _Words:
 
 def until_there_is_room(folder: Path) -> None:
     """Wait until a small file can be written in a folder: for a process that cannot wait by itself."""
+    until_written(lambda: need_room(folder))
 
-    def write() -> None:
-        path = folder / f".room-{os.getpid()}"
-        try:
-            write_bytes(path, b"\0" * _ROOM_BYTES)
-        finally:
-            path.unlink(missing_ok=True)
 
-    until_written(write)
+def need_room(folder: Path) -> None:
+    """See that a small file can be written in a folder. Raises: DataRootError."""
+    path = folder / f".room-{os.getpid()}"
+    try:
+        write_bytes(path, b"\0" * _ROOM_BYTES)
+    finally:
+        path.unlink(missing_ok=True)

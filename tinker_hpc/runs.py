@@ -7,7 +7,6 @@ and, where that is silent, from Slurm; it holds no state that another process wo
 from __future__ import annotations
 
 import asyncio
-import socket
 import time as clock
 from collections.abc import Generator
 from pathlib import Path
@@ -18,7 +17,6 @@ from tinker_hpc.checkpoints import Checkpoint, checkpoints_of_run
 from tinker_hpc.config import Config, load_config
 from tinker_hpc.errors import ConfigError, JobFailedError, LoopFailedError
 from tinker_hpc.payload import load_outcome
-from tinker_hpc.private_files import write_json
 from tinker_hpc.run_folder import RunFolder
 from tinker_hpc.run_state import RunStatus, combine, read_events, read_metrics, read_own_files
 from tinker_hpc.waiting import LOCAL_PATIENCE, SLURM_PATIENCE, Ended, Waiter
@@ -101,13 +99,10 @@ class Run:
 
     def cancel(self) -> None:
         """End the run's jobs, pending or running, and all they started. Cancelling what has ended is no error."""
-        from launch.cancel import cancel
+        from launch.cancel import cancel_run
         from launch.further_workers import cancel_worker_runs
-        from launch.lineage import jobs_of
 
-        if not self.folder.cancel.exists():
-            write_json(self.folder.cancel, {"requested_at": clock.time(), "host": socket.gethostname()})
-        cancel(jobs_of(self.folder))
+        cancel_run(self.folder)
         cancel_worker_runs(self.folder)
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -4,6 +4,9 @@
 pipe is open it keeps the gateway running and writes workers/<k>/status.json from what Slurm says. When the pipe closes
 (the client closed the session, or died in whatever way, SIGKILL included) it ends everything by id: the workers are
 asked to close, jobs are cancelled, the gateway is ended. A GPU never waits for a notebook that is gone.
+
+A disk that refuses for a while ends no session, and keeps no job from being cancelled. A gateway that ends again and
+again does end it: nobody could reach the worker. The keeper then exits with the reason, which sessions.py tells.
 """
 
 from __future__ import annotations
@@ -15,15 +18,18 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from launch import lineage, process_tree
-from launch.cancel import cancel
+from launch import process_tree
+from launch.cancel import cancel_run
 from launch.children import Child, gateway_argv
 from launch.gateway_client import close_worker, read_address
+from launch.log_tail import error_line, last_lines
 from launch.run_record import listed
 from tinker_hpc.errors import TinkerHpcError
+from tinker_hpc.patience import Complaint, Wait, need_room, words_may_be_lost
 from tinker_hpc.private_files import write_json
 from tinker_hpc.run_folder import RunFolder
 from tinker_hpc.worker_watch import WatchedWorker, WorkerWatch
@@ -32,7 +38,10 @@ _TICK_S = 0.5
 _CLOSE_GRACE_S = 20.0
 """How long workers get to end by themselves after the close request; cancelling a job that ended is harmless."""
 _GATEWAY_GRACE_S = 5.0
-_GATEWAY_RESTARTS = 5
+_DISK_GRACE_S = 5.0
+"""How long the last status of the workers may wait for a disk that refuses; what they say is over by then."""
+_MAX_STARTS_PER_MINUTE = 5
+"""Of the gateway, as in a run (launch/gateway_keeper.py)."""
 
 
 class Keeper:
@@ -42,23 +51,27 @@ class Keeper:
         self._folder = folder
         self._watch = WorkerWatch(folder)
         self._client = os.getppid()
-        self._stop = False
-        self._gateway_starts = 0
+        self._why: str | None = None
+        """Why the session is over although its client lives."""
+        self._starts: list[float] = []
+        self._complaint = Complaint()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         self._gateway = self._start_gateway()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._stop = True
+        self._why = f"the session's keeper was ended by {signal.Signals(number).name}"
 
-    def run(self) -> None:
-        """Keep the session until the pipe closes, then close it."""
+    def run(self) -> str | None:
+        """Keep the session until the pipe closes, then close it. Returns: why, if it ended before that."""
         try:
-            while not self._stop and self._client_lives():
-                self._watch_gateway()
-                self._watch.step()
+            while self._why is None and self._client_lives():
+                with self._complaint.instead():
+                    self._watch_gateway()
+                    self._watch.step()
         finally:
             self._close()
+        return self._why
 
     def _client_lives(self) -> bool:
         """Wait one tick for the pipe's end. The parent's id changes too when it dies, should a child hold the pipe."""
@@ -71,32 +84,59 @@ class Keeper:
         return os.getppid() == self._client
 
     def _start_gateway(self) -> Child:
-        self._gateway_starts += 1
+        self._starts.append(time.monotonic())
         # Not marked with the run's id: cancelling the first worker's job would take the gateway with it.
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         return Child("gateway", gateway_argv(self._folder), env, self._folder.logs / "gateway.log")
 
     def _watch_gateway(self) -> None:
+        """Start a gateway that ended again. Raises: DataRootError on a disk it could not start on; try again later."""
         code = self._gateway.exit_code()
-        if code is None or self._gateway_starts > _GATEWAY_RESTARTS:
+        if code is None:
+            return
+        need_room(self._folder.logs)
+        recent = [at for at in self._starts if time.monotonic() - at < 60]
+        if len(recent) > _MAX_STARTS_PER_MINUTE:
+            text = self._gateway.log_text()
+            said = (error_line(text) or last_lines(text, 3)).rstrip(".") or f"exit code {code}"
+            self._why = f"the gateway ended {len(recent)} times within a minute: {said}. Log: {self._gateway.log}"
             return
         print(f"the gateway ended with exit code {code}; starting it again", flush=True)
-        time.sleep(0.2 * self._gateway_starts)
+        time.sleep(0.2 * len(recent))
         self._gateway = self._start_gateway()
 
     def _close(self) -> None:
         """End workers, jobs and gateway; each step even if the one before failed."""
-        self._watch.find()  # one submitted in the last half second
-        address = read_address(self._folder)
-        asked = address is not None and self._gateway.exit_code() is None and close_worker(address)
+        asked = False
+        with _said():
+            self._watch.find()  # one submitted in the last half second
+        with _said():
+            address = read_address(self._folder)
+            asked = address is not None and self._gateway.exit_code() is None and close_worker(address)
         deadline = time.monotonic() + (_CLOSE_GRACE_S if asked else 0.0)
         for worker in self._watch.workers():
-            if worker.written is None or worker.written[0] != "ended":
-                self._end_job(worker, deadline)
-            write_json(
-                worker.folder.status,
-                {"phase": "ended", "reason": "the session was closed", "error": None, "since": time.time()},
-            )
+            with _said():
+                if worker.written is None or worker.written[0] != "ended":
+                    self._end_job(worker, deadline)
+        wait = Wait(_DISK_GRACE_S)
+        for worker in self._watch.workers():
+            with _said():
+                self._write_end(worker, wait)
+        with _said():
+            self._end_gateway()
+
+    def _write_end(self, worker: WatchedWorker, wait: Wait) -> None:
+        reason = self._why or "the session was closed"
+        value = {"phase": "ended", "reason": reason, "error": self._why, "since": time.time()}
+        while True:
+            try:
+                write_json(worker.folder.status, value)
+                return
+            except OSError as error:
+                if not wait.once(error):
+                    raise
+
+    def _end_gateway(self) -> None:
         gateway = process_tree.identity(self._gateway.pid)
         if gateway is not None and self._gateway.exit_code() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -117,20 +157,28 @@ class Keeper:
         for attempt in range(3):
             try:
                 if not listed(own.outcome):
-                    if not own.cancel.exists():
-                        write_json(own.cancel, {"requested_at": time.time(), "host": process_tree.this_host()})
-                    cancel(lineage.jobs_of(own))
+                    cancel_run(own)
                 return
-            except TinkerHpcError as error:
+            except (TinkerHpcError, OSError) as error:
                 print(f"{own.run_id}: {error}", flush=True)
                 time.sleep(2.0 * (attempt + 1))
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    """What fails inside is said: the next step of the end comes all the same."""
+    try:
+        yield
+    except (TinkerHpcError, OSError, ValueError) as error:
+        print(f"tinker_hpc: {error}", flush=True)
 
 
 def main() -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(prog="python -m tinker_hpc.session_keeper", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="the session's folder on the shared filesystem")
-    Keeper(RunFolder(parser.parse_args().run_dir)).run()
+    words_may_be_lost()
+    sys.exit(Keeper(RunFolder(parser.parse_args().run_dir)).run())
 
 
 if __name__ == "__main__":

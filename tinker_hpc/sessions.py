@@ -2,11 +2,13 @@
 
 The client's part only: start the keeper (session_keeper.py), which owns gateway and jobs, and submit a worker when a
 base model is named. The keeper holds one end of a pipe; when this end goes, by close() or by death, it ends it all.
+Should it end before that, it is said here at once: the SDK would ask a gateway that is gone for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from tinker_hpc.errors import ConfigError, SessionError, SubmissionError
 from tinker_hpc.resources import Resources, build_job_spec, check_run_name
 from tinker_hpc.run_folder import RunFolder
 
+_LOG = logging.getLogger(__name__)
 _GATEWAY_PATIENCE_S = 60.0
 _CLOSE_PATIENCE_S = 60.0
 """The keeper gives workers 20 s, cancels, and ends the gateway within 5 s; Slurm may take its time to answer."""
@@ -78,6 +81,7 @@ class Session:
         except BaseException:
             self.close()
             raise
+        threading.Thread(target=self._tell_early_end, name=f"keeper-{self.id}", daemon=True).start()
 
     @property
     def id(self) -> str:
@@ -96,17 +100,18 @@ class Session:
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
+        """Whether it is over: `close` was called, or its keeper has ended it."""
+        return self._closed or self._keeper.poll() is not None
 
     def serve(self, base_model: str) -> str:
         """Have a worker for `base_model`: submit a job for it unless there is one. Returns its run id, at once.
 
-        Raises: UnknownBaseModelError, SubmissionError, ConfigError; SessionError after `close`.
+        Raises: UnknownBaseModelError, SubmissionError, ConfigError; SessionError if the session is over.
         """
         with self._lock:
-            if self._closed:
-                raise SessionError(f"session {self.id} is closed. Open another one.")
+            if self.closed:
+                why = "is closed" if self._closed else f"is over: {self._keepers_last_words()}"
+                raise SessionError(f"session {self.id} {why.rstrip('.')}. Open another one.")
             for served in self._served:
                 if same_model(base_model, served.asked, served.folder, self._config.base_models):
                     return served.run_id
@@ -166,6 +171,17 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _tell_early_end(self) -> None:
+        """Wait for the keeper; log why it ended if nobody closed the session."""
+        self._keeper.wait()
+        if not self._closed:
+            _LOG.error("session %s is over: %s", self.id, self._keepers_last_words())
+
+    def _keepers_last_words(self) -> str:
+        log = self.folder.logs / "keeper.log"
+        said = last_lines(read_tail(log), 1) or f"its keeper ended with exit code {self._keeper.returncode}"
+        return f"{said} (log: {log})"
 
     def _start_keeper(self) -> subprocess.Popen[bytes]:
         with (self.folder.logs / "keeper.log").open("ab") as log:

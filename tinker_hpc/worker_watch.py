@@ -20,6 +20,7 @@ from launch.job_state import JobState, JobStatus
 from launch.waiting_words import in_words
 from tinker_hpc.errors import TinkerHpcError
 from tinker_hpc.job_watch import JobWatch
+from tinker_hpc.patience import Complaint, words_may_be_lost
 from tinker_hpc.private_files import write_json
 from tinker_hpc.run_folder import RunFolder, WorkerFolder
 
@@ -100,7 +101,7 @@ class WorkerWatch:
         return list(self._workers.values())
 
     def step(self) -> None:
-        """Look once: new workers, and what became of each."""
+        """Look once: new workers, and what became of each. Raises: OSError; what passes, the next step makes good."""
         self.find()
         for worker in self._workers.values():
             self._write_status(worker)
@@ -148,11 +149,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tinker_hpc.worker_watch", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="the run's folder on the shared filesystem")
     watch = WorkerWatch(RunFolder(parser.parse_args().run_dir), linked_only=True)
+    words_may_be_lost()
+    complaint = Complaint()
     while True:
-        try:
+        with complaint.instead():
             watch.step()
-        except TinkerHpcError as trouble:  # a disk that is full for a moment
-            print(trouble, flush=True)
         time.sleep(_TICK_S)
 
 

@@ -266,6 +266,17 @@ def test_a_second_base_model_gets_a_worker_of_its_own(data_root: Path, tmp_path:
         session.serve(TINY)
 
 
+def test_a_session_that_nobody_closed_says_that_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
+    """The SDK would ask its gateway for ever, and a worker would have no keeper."""
+    with Session() as session:
+        session._keeper.terminate()
+        assert wait_for(lambda: session.closed and not healthy(session.base_url), 60)
+        with pytest.raises(SessionError, match=r"is over: the session's keeper was ended by SIGTERM \(log"):
+            session.serve(TINY)
+        assert wait_for(lambda: f"{session.id} is over: the session's keeper was ended" in caplog.text, 10)
+    assert not session.folder.spec.exists(), "no job was submitted"
+
+
 DROP_IN = """
 import sys
 import tinker_hpc as tinker
