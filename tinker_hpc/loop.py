@@ -2,7 +2,8 @@
 
 `python -m tinker_hpc.loop --run-dir DIR` runs the user's function on the job's first node, in a process of its own.
 The supervisor has set TINKER_BASE_URL and TINKER_API_KEY, so plain `tinker.ServiceClient()` finds the gateway.
-Its outcome goes to result.pkl, whole or not at all; the exit code is 0 after a return and 1 after an exception.
+Its outcome goes to result.pkl, whole or not at all, and waits for a disk that is full for a while; the exit code is 0
+after a return and 1 after an exception.
 
 A run's loop may be started several times: after its node died it begins at the beginning and is given the recorded
 answers (gateway/replay.py). So every start of one run draws the same random numbers.
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from tinker_hpc.patience import until_written, words_may_be_lost
 from tinker_hpc.payload import dump_error, dump_success, load_call
 from tinker_hpc.private_files import write_bytes
 from tinker_hpc.run_folder import RunFolder, seed_of_run
@@ -62,7 +64,7 @@ def run_loop(folder: RunFolder) -> int:
         else:
             traceback.print_exc()
             data, code = dump_error(error), 1
-    write_bytes(folder.result, data)
+    until_written(lambda: write_bytes(folder.result, data))
     return code
 
 
@@ -70,7 +72,9 @@ def main() -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(prog="python -m tinker_hpc.loop", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="the run's folder on the shared filesystem")
-    sys.exit(run_loop(RunFolder(parser.parse_args().run_dir)))
+    run_folder = RunFolder(parser.parse_args().run_dir)
+    words_may_be_lost()
+    sys.exit(run_loop(run_folder))
 
 
 if __name__ == "__main__":

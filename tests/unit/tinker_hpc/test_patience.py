@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from launch import attempts
 from tinker_hpc.errors import DataRootError
 from tinker_hpc.patience import passes, until_written
+from tinker_hpc.payload import dump_call, load_outcome
+from tinker_hpc.private_files import write_bytes
 from tinker_hpc.run_folder import RunFolder
 
 
@@ -85,3 +88,44 @@ def test_speaking_on_a_full_disk_ends_nobody(tmp_path: Path) -> None:
         done = subprocess.run(argv, stdout=full, stderr=full, timeout=60, check=False)
     assert done.returncode == 0
     assert (tmp_path / "note").read_text() == "went on"
+
+
+def returns_on_a_full_disk(full: str) -> int:
+    """Its print goes to /dev/full; from its end on nothing can be made durable."""
+    print("the last step")
+    Path(full).touch()
+    return 42
+
+
+LOOP = """
+import errno, os, sys
+from pathlib import Path
+from tinker_hpc import loop
+
+disk, fsync = Path(sys.argv.pop(1)), os.fsync
+
+def refusing(descriptor):
+    if disk.exists():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    fsync(descriptor)
+
+os.fsync = refusing
+loop.main()
+"""
+
+
+def test_what_a_loop_returned_waits_for_the_disk(tmp_path: Path) -> None:
+    folder, full = RunFolder.new(tmp_path / "root", "r"), tmp_path / "full"
+    write_bytes(folder.payload, dump_call(returns_on_a_full_disk, (str(full),), {}))
+    with open("/dev/full", "w") as log:
+        argv = [sys.executable, "-u", "-c", LOOP, str(full), "--run-dir", str(folder.path)]
+        process = subprocess.Popen(argv, stdout=log, stderr=log)
+    give_up_at = time.monotonic() + 60
+    while not full.exists() and process.poll() is None and time.monotonic() < give_up_at:
+        time.sleep(0.05)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.5)
+    assert not folder.result.exists()
+    full.unlink()
+    assert process.wait(60) == 0
+    assert load_outcome(folder.result.read_bytes()).value == 42
