@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -25,7 +27,7 @@ from launch.submit import submit as submit_job
 from tinker_hpc.base_models import resolve, same_model
 from tinker_hpc.checkpoints import find_checkpoint
 from tinker_hpc.config import Config, load_config
-from tinker_hpc.errors import ConfigError, SessionError, SubmissionError
+from tinker_hpc.errors import ConfigError, DataRootError, SessionError, SlurmUnavailableError, SubmissionError
 from tinker_hpc.resources import Resources, build_job_spec, check_run_name
 from tinker_hpc.run_folder import RunFolder
 
@@ -68,6 +70,8 @@ class Session:
         self._name = check_run_name(name, otherwise="session")
         self._lock = threading.RLock()
         self._served: list[_Served] = []
+        self._unanswered: dict[Path, RunFolder] = {}
+        """By base model's folder: submitted, but whether there is a job is not known. The next `serve` of it tells."""
         self._closed = False
         self.folder = RunFolder.new(self._config.data_root, self._name)
         mapping = self._config.base_models
@@ -106,7 +110,8 @@ class Session:
     def serve(self, base_model: str) -> str:
         """Have a worker for `base_model`: submit a job for it unless there is one. Returns its run id, at once.
 
-        Raises: UnknownBaseModelError, SubmissionError, ConfigError; SessionError if the session is over.
+        Raises: UnknownBaseModelError, ConfigError, DataRootError, SubmissionError, SlurmUnavailableError; SessionError
+        if the session is over.
         """
         with self._lock:
             if self.closed:
@@ -116,8 +121,9 @@ class Session:
                 if same_model(base_model, served.asked, served.folder, self._config.base_models):
                     return served.run_id
             model = resolve(base_model, self._config.base_models)
-            first = not self._served
-            folder = self.folder if first else self.folder.add_worker_run(len(self._served))
+            index = len(self._served) + len(self._unanswered)
+            earlier = self._unanswered.get(model.folder)
+            folder = earlier or (self.folder.add_worker_run(index) if index else self.folder)
             try:
                 spec = build_job_spec(
                     self._resources,
@@ -130,12 +136,17 @@ class Session:
                     per_expert=self._config.expert_lora == "per_expert",
                 )
                 submit_job(spec, folder)
-            except (ConfigError, SubmissionError):
-                folder.spec.unlink(missing_ok=True)  # refused: there is no job, so nothing to list
-                folder.worker(0).declaration.unlink(missing_ok=True)
-                if not first:
-                    self.folder.worker(len(self._served)).path.unlink()
+            except (ConfigError, SubmissionError, SlurmUnavailableError, DataRootError) as error:
+                if getattr(error, "job_may_exist", isinstance(error, DataRootError)):
+                    self._unanswered[model.folder] = folder
+                elif earlier is None:  # no job, so nothing to list
+                    folder.spec.unlink(missing_ok=True)
+                    folder.worker(0).declaration.unlink(missing_ok=True)
+                    if index:
+                        self.folder.worker(index).path.unlink()
+                        shutil.rmtree(folder.path, ignore_errors=True)
                 raise
+            self._unanswered.pop(model.folder, None)
             self._served.append(_Served(base_model, str(model.folder), folder.run_id))
             return folder.run_id
 

@@ -1,11 +1,23 @@
-"""The pure parts of a session: what the gateway is told about its worker, and the proxy."""
+"""The parts of a session: what the gateway is told about its worker, what is left of one that got no job, the proxy."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+from launch import sbatch
 from launch.job_state import JobState, JobStatus
+from tinker_hpc.config import build_config
+from tinker_hpc.errors import SlurmUnavailableError, SubmissionError
+from tinker_hpc.private_files import read_json
 from tinker_hpc.service import bypass_proxy
+from tinker_hpc.sessions import Session
 from tinker_hpc.worker_watch import phase_of
 
 
@@ -97,3 +109,90 @@ def test_the_loopback_address_never_goes_through_a_proxy() -> None:
     assert environ["NO_PROXY"] == "127.0.0.1,localhost"
     bypass_proxy(environ)
     assert environ["no_proxy"] == "cluster.edu,localhost,127.0.0.1"
+
+
+TINY = Path(__file__).parents[2] / "models" / "tiny-qwen3"
+ACCEPTS = "echo 7"
+FAILS = "echo 'sbatch: error: Batch job submission failed: {}' >&2; exit 1"
+AWAY = FAILS.format("Unable to contact slurm controller (connect failure)")
+REFUSES = FAILS.format("Invalid qos specification")
+HUNG = FAILS.format("Socket timed out on send/recv operation")
+
+
+class Cluster:
+    """A session whose Slurm answers as it is told to; gateway and keeper play no part here."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self._bin = tmp_path / "bin"
+        self._bin.mkdir()
+        self.answers("squeue", "exit 0")
+        clusters = {"c": {"executor": "slurm", "python": sys.executable}}
+        values = {"data_root": str(tmp_path / "root"), "cluster": "c", "clusters": clusters}
+        self.session = Session(config=build_config(values, environ={}, has_sbatch=True))
+        self.models = []
+        for name in ("a", "b", "c"):
+            shutil.copytree(TINY, tmp_path / name)
+            self.models.append(str(tmp_path / name))
+
+    def answers(self, command: str, script: str) -> None:
+        (self._bin / command).write_text(f"#!/bin/sh\n{script}\n")
+        (self._bin / command).chmod(0o700)
+
+    def serve(self, model: int, answer: str) -> str:
+        self.answers("sbatch", answer)
+        return self.session.serve(self.models[model])
+
+    def declared(self) -> list[str]:
+        """The models of the declared workers, after a look that nothing else lies there."""
+        folder = self.session.folder
+        workers = list(folder.workers())
+        assert sorted(os.listdir(folder.path / "workers")) == [worker.path.name for worker in workers]
+        runs = {folder.run_id, *(run.run_id for run in folder.worker_runs())}
+        assert set(os.listdir(folder.data_root / "runs")) == runs
+        return [Path((read_json(worker.declaration) or {})["base_model"]).name for worker in workers]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def keeper(session: Session) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL))
+        return started[-1]
+
+    monkeypatch.setattr(Session, "_start_keeper", keeper)
+    monkeypatch.setattr(Session, "_wait_for_gateway", lambda session: None)
+    monkeypatch.setattr(sbatch, "_LOOKUP_WAITS_S", (0.0,))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    cluster = Cluster(tmp_path)
+    yield cluster
+    cluster.session.close()
+
+
+def test_a_model_that_got_no_job_leaves_nothing_and_can_be_served_later(cluster: Cluster) -> None:
+    with pytest.raises(SlurmUnavailableError):
+        cluster.serve(0, AWAY)
+    assert not cluster.session.folder.spec.exists()
+    first = cluster.serve(0, ACCEPTS)
+    for answer, error in ((AWAY, SlurmUnavailableError), (REFUSES, SubmissionError), (AWAY, SlurmUnavailableError)):
+        with pytest.raises(error):
+            cluster.serve(1, answer)
+        assert cluster.declared() == ["a"]
+    second = cluster.serve(1, ACCEPTS)
+    assert cluster.declared() == ["a", "b"] and cluster.serve(0, REFUSES) == first != second
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_model_that_may_have_a_job_keeps_its_folder_and_is_in_nobodys_way(cluster: Cluster, before: int) -> None:
+    """Its job may come; served again, it is submitted for the same folder, where two jobs would claim one run."""
+    for model in range(before):
+        cluster.serve(model, ACCEPTS)
+    for answer, error in ((HUNG, SlurmUnavailableError), (AWAY, SlurmUnavailableError), (REFUSES, SubmissionError)):
+        with pytest.raises(error):
+            cluster.serve(before, answer)
+        assert cluster.declared() == ["a", "b"][: before + 1]
+    cluster.serve(before + 1, ACCEPTS)
+    assert cluster.declared() == ["a", "b", "c"][: before + 2]
+    run_id = cluster.serve(before, ACCEPTS)
+    assert cluster.declared() == ["a", "b", "c"][: before + 2]
+    assert (cluster.session.folder.data_root / "runs" / run_id / "submitted.json").exists()
