@@ -16,7 +16,7 @@ from launch.submit import submit as submit_job
 from tinker_hpc.base_models import resolve
 from tinker_hpc.config import Config, load_config
 from tinker_hpc.errors import ConfigError
-from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.private_files import make_private, read_json, write_json
 from tinker_hpc.resources import Resources, build_job_spec
 from tinker_hpc.run_folder import RunFolder
 from tinker_hpc.runs import Run
@@ -112,6 +112,7 @@ def put_end_aside(folder: RunFolder) -> None:
     """Keep how the run ended under attempts/, so that it is not over any more. In this order a crash in between leaves
     a run that is over for the old reason, and can be resumed again."""
     number = attempts.holder(folder)
+    make_private(folder.attempts)  # cancelled in the queue: no job of it has begun
     for path in (folder.result, folder.cancel, folder.outcome):
         if path.exists():
             os.replace(path, folder.attempts / f"before-{number:06d}-{path.name}")

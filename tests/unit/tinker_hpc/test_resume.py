@@ -72,12 +72,15 @@ def test_a_driver_stays_a_driver(config: Config) -> None:
     assert same == replace(driver, time_limit_min=20), "the sizes are the worker's"
 
 
-def test_the_end_is_put_aside_not_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("began", [True, False])
+def test_the_end_is_put_aside_not_lost(tmp_path: Path, began: bool) -> None:
     folder = RunFolder.new(tmp_path / "root", "r")
-    attempts.begin(folder, {"job_id": "1", "host": "n", "pid": 1})
+    if began:
+        attempts.begin(folder, {"job_id": "1", "host": "n", "pid": 1})
     for path in (folder.outcome, folder.cancel, folder.result):
         write_json(path, {"of": path.name})
     put_end_aside(folder)
     assert not any(path.exists() for path in (folder.outcome, folder.cancel, folder.result))
     kept = sorted(path.name for path in folder.attempts.glob("before-*"))
-    assert kept == ["before-000001-cancel.json", "before-000001-outcome.json", "before-000001-result.pkl"]
+    number = "000001" if began else "000000"
+    assert kept == [f"before-{number}-{name}" for name in ("cancel.json", "outcome.json", "result.pkl")]
