@@ -1,7 +1,8 @@
 """An index of the runs under a data root: what `tinker-hpc ls` reads. Never the truth.
 
 The truth is the run folders (run_folder.py). The index saves reading every folder of the past year on a slow
-filesystem: runs that ended are remembered, only new and live ones are read again. It is SQLite, so it lies on this
+filesystem: runs that ended are remembered, only new and live ones are read again, and those that were resumed, on
+whatever machine, which the listing of their jobs tells. It is SQLite, so it lies on this
 machine's own disk; two login nodes have one each, and deleting or damaging either costs one slower `ls`.
 
     runs(data_root, run_id, kind, name, base_model, cluster, job_id, created_at, ended_at, state, reason,
@@ -10,6 +11,7 @@ machine's own disk; two login nodes have one each, and deleting or damaging eith
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from collections.abc import Iterable
@@ -26,7 +28,7 @@ _KEY = ("data_root", "run_id")
 
 @dataclass(frozen=True)
 class RunRow:
-    """One line of the index. `final` says that the run has ended and the row will not change any more."""
+    """One line of the index. `final` says that the run has ended and the row will not change unless it is resumed."""
 
     run_id: str
     kind: str = "run"
@@ -69,6 +71,16 @@ def row_from_folder(folder: RunFolder) -> RunRow | None:
     )
 
 
+def _goes_on(row: RunRow, folder: RunFolder) -> bool:
+    """Whether a job was submitted after the row became final (tinker_hpc/resume.py). Lists jobs/, opens no file."""
+    known = json.loads(row.details).get("job_ids", []) if row.details else []
+    try:
+        further = [name for name in os.listdir(folder.jobs) if name.endswith(".json") and not name.startswith(".")]
+    except OSError:
+        return False
+    return len(further) + 1 > len(known) > 0
+
+
 class Registry:
     """The index of one data root, on this machine's own disk.
 
@@ -95,11 +107,11 @@ class Registry:
         rows: list[RunRow] = []
         changed: list[RunRow] = []
         for name in names:
-            old = known.get(name)
-            if old is not None and old.final:
+            old, folder = known.get(name), RunFolder(self._data_root / "runs" / name)
+            if old is not None and old.final and not _goes_on(old, folder):
                 rows.append(old)
                 continue
-            row = row_from_folder(RunFolder(self._data_root / "runs" / name))
+            row = row_from_folder(folder)
             if row is not None:
                 rows.append(row)
                 changed.append(row)
@@ -110,11 +122,6 @@ class Registry:
     def record(self, row: RunRow) -> None:
         """Remember what is known of one run now; `final` rows are not read from their folder again."""
         self._write([row], set())
-
-    def rebuild(self) -> list[RunRow]:
-        """Forget everything and read the run folders again."""
-        self._discard()
-        return self.refresh()
 
     def _rows(self) -> list[RunRow]:
         def read(database: Any) -> list[RunRow]:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import click
 import pytest
 
+from launch import attempts, lineage, process_tree
 from launch.job_spec import JobSpec
+from launch.submitted import SubmittedJob
 from tinker_hpc.cli.follow import Tail
 from tinker_hpc.cli.main import COMMANDS, main
 from tinker_hpc.cli.output import age_text, size_text
 from tinker_hpc.config import ClusterProfile
 from tinker_hpc.private_files import write_json
+from tinker_hpc.resume import put_end_aside
 from tinker_hpc.run_folder import RunFolder, checkpoint_folder
 
 TINY = Path(__file__).parents[2] / "models" / "tiny-qwen3"
@@ -79,6 +84,26 @@ def test_ls_says_the_same_from_its_memory(root: Path, call, monkeypatch: pytest.
     first = call("ls", "--json")[1]
     assert call("ls", "--json")[1] == first
     assert json.loads(first)[0]["exit_code"] == 3
+
+
+def test_ls_sees_that_a_run_was_resumed(root: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On whatever machine: this one's memory of it is of its end, and nobody has told it."""
+    monkeypatch.setattr("tinker_hpc.cli.states._ACCOUNTING_LAG_S", -1.0)
+    folder = make_run(root, "stopped", {"state": "failed", "reason": "cancelled", "exit_code": 143})
+
+    def states() -> list[tuple[str, list[str]]]:
+        return [(run["state"], run["job_ids"]) for run in json.loads(call("ls", "--json")[1])]
+
+    assert states() == states() == [("CANCELLED", ["1"])]
+    put_end_aside(folder)  # as resume() does
+    attempts.start_afresh(folder)
+    me = process_tree.identity(os.getpid())
+    first = SubmittedJob.of(folder)
+    assert me is not None and first is not None
+    lineage.remember(folder, replace(first, job_id=str(me.pid), process_start=me.start))
+    assert states() == states() == [("RUNNING", ["1", str(me.pid)])]
+    write_json(folder.outcome, {"ended_at": 9.0, "error": None, **GOOD})
+    assert states() == [("COMPLETED", ["1", str(me.pid)])]
 
 
 def test_status_and_logs(root: Path, call) -> None:

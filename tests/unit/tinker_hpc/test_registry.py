@@ -92,8 +92,9 @@ def test_a_final_row_is_remembered_and_a_live_one_read_again(registry: Registry,
     rows = {row.run_id: row for row in registry.refresh()}
     assert (rows[done.run_id].state, rows[done.run_id].details) == ("COMPLETED", '{"gpu_hours": 1.5}')
     assert rows[live.run_id].state == "FAILED"
-    # Rebuilt, the folder's word counts again: the index was never the truth.
-    assert {row.run_id: row.state for row in registry.rebuild()} == {
+    # Forgotten, the folder's word counts again: the index was never the truth.
+    registry.path.unlink()
+    assert {row.run_id: row.state for row in registry.refresh()} == {
         done.run_id: "FAILED",
         live.run_id: "FAILED",
     }
