@@ -1,7 +1,8 @@
 """Saved states and sampler weights: finding them, and copying one out as a PEFT adapter.
 
 A checkpoint is a folder (run_folder.py says where) with `checkpoint.json`, written last by the worker, and the files
-peft itself loads: adapter_config.json and adapter_model.safetensors.
+peft itself loads: adapter_config.json and adapter_model.safetensors. One that was deleted, or whose time is over, is
+not listed and not found although its files may still be there (gateway/retention.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from tinker_hpc.errors import ConfigError, DataRootError
 from tinker_hpc.peft_export import PEFT_FILES, export_adapter
 from tinker_hpc.private_files import read_json
+from tinker_hpc.retention_file import Retention, read_retention
 from tinker_hpc.run_folder import RunFolder, checkpoint_folder
 
 _PATH = re.compile(r"tinker://(?P<model_id>[^/]+)/(?P<kind>weights|sampler_weights|external_weights)/(?P<name>[^/]+)")
@@ -36,10 +39,14 @@ class Checkpoint:
     size_bytes: int
     created_at: float | None
     """Unix seconds."""
+    retention: Retention
+    """Until when it may be used."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**asdict(self), "folder": str(self.folder)}
+        value = {**asdict(self), "folder": str(self.folder)}
+        del value["retention"]  # whoever lists it may use it
+        return value
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
@@ -61,16 +68,18 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         folder=folder,
         size_bytes=sum((folder / name).stat().st_size for name in names),
         created_at=facts.get("created_at"),
+        retention=read_retention(folder, facts),
     )
 
 
 def all_checkpoints(data_root: Path) -> list[Checkpoint]:
-    """Every complete checkpoint under a data root, oldest first."""
+    """Every complete checkpoint under a data root that may be used, oldest first."""
     return _read_all(data_root, "*")
 
 
 def checkpoints_of_run(folder: RunFolder) -> list[Checkpoint]:
-    """The checkpoints one run (or session) saved, oldest first: those of the SDK sessions its gateway opened."""
+    """The checkpoints one run (or session) saved and that may be used, oldest first: of the SDK sessions its gateway
+    opened."""
     names = os.listdir(folder.path)
     sessions = read_json(folder.path / "sessions.json") if "sessions.json" in names else None
     found = [c for session_id in sessions or {} for c in _read_all(folder.data_root, f"{session_id}_train_*")]
@@ -80,7 +89,7 @@ def checkpoints_of_run(folder: RunFolder) -> list[Checkpoint]:
 def find_checkpoint(data_root: Path, path: str) -> Checkpoint:
     """The checkpoint of a `tinker://` path.
 
-    Raises: ConfigError if the path is not one, or nothing complete is saved there.
+    Raises: ConfigError if the path is not one, nothing complete is saved there, or it may not be used any more.
     """
     match = _PATH.fullmatch(path)
     if match is None:
@@ -93,6 +102,8 @@ def find_checkpoint(data_root: Path, path: str) -> Checkpoint:
         raise ConfigError(
             f"no checkpoint {path} ({folder} is missing or incomplete). `tinker-hpc checkpoints` lists them."
         )
+    if (why := found.retention.why_gone(time.time())) is not None:
+        raise ConfigError(f"no checkpoint {path}: {why}. `tinker-hpc checkpoints` lists those there are.")
     return found
 
 
@@ -121,7 +132,9 @@ def export_peft(checkpoint: Checkpoint, target: Path) -> Path:
 
 def _read_all(data_root: Path, models: str) -> list[Checkpoint]:
     folders = (data_root / "checkpoints").glob(f"{models}/*/[!.]*")
-    return sorted((c for folder in folders if (c := read_checkpoint(folder)) is not None), key=_age)
+    now = time.time()
+    found = (c for folder in folders if (c := read_checkpoint(folder)) is not None)
+    return sorted((c for c in found if c.retention.why_gone(now) is None), key=_age)
 
 
 def _age(checkpoint: Checkpoint) -> tuple[float, str]:

@@ -1,8 +1,7 @@
 """tinker:// paths and the checkpoint folders behind them.
 
 The worker writes a folder whole (checkpoint.json last). A path is `tinker://<model id>/<kind>/<name>`, its folder
-`<data root>/checkpoints/<model>/<kind>/<name>`. How long it is kept may change later: that is a file beside the folder,
-`.<name>.retention.json`, written by gateways; it speaks of one checkpoint only, so that one saved over it starts anew.
+`<data root>/checkpoints/<model>/<kind>/<name>`. How long it is kept may change later (tinker_hpc/retention_file.py).
 Whether it is published is the folder's own mode (publishing.py).
 """
 
@@ -15,13 +14,13 @@ import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tinker_hpc.errors import RequestError
 from tinker_hpc.gateway.validate import CHECKPOINT_NAME
-from tinker_hpc.private_files import read_json, write_json
+from tinker_hpc.private_files import write_json
+from tinker_hpc.retention_file import Retention, iso_time, read_retention, retention_file
 from tinker_hpc.run_folder import checkpoint_folder, model_folder_name
 
 KINDS = ("weights", "sampler_weights", "external_weights")
@@ -72,16 +71,14 @@ class Checkpoint:
 
     Attributes:
         metadata: its checkpoint.json.
-        expires_at: unix seconds; None keeps it.
-        deleted_at: unix seconds, where somebody deleted it while a run still needs its files (retention.py).
+        retention: until when it may be used.
         public: its group may read it.
     """
 
     path: TinkerPath
     folder: Path
     metadata: dict[str, Any]
-    expires_at: float | None = None
-    deleted_at: float | None = None
+    retention: Retention
     public: bool = False
 
     @property
@@ -109,13 +106,14 @@ class Checkpoint:
     def size_bytes(self) -> int:
         return sum(int(entry["bytes"]) for entry in self.metadata.get("files", {}).values())
 
+    @property
+    def expires_at(self) -> float | None:
+        """Unix seconds; None keeps it."""
+        return self.retention.expires_at
+
     def why_gone(self, now: float) -> str | None:
         """Why it may not be used any more, None while it may. Its files may still be there."""
-        if self.deleted_at is not None:
-            return f"it was deleted at {iso_time(self.deleted_at)}"
-        if self.expires_at is not None and self.expires_at <= now:
-            return f"it expired at {iso_time(self.expires_at)} (its ttl_seconds were over)"
-        return None
+        return self.retention.why_gone(now)
 
     def listing(self) -> dict[str, Any]:
         """The SDK's `Checkpoint`."""
@@ -129,11 +127,6 @@ class Checkpoint:
             "user_metadata": self.metadata.get("user_metadata"),
             "expires_at": None if self.expires_at is None else iso_time(self.expires_at),
         }
-
-
-def iso_time(unix_s: float) -> str:
-    """Unix seconds -> ISO 8601 in UTC, as the SDK's datetimes are written."""
-    return datetime.fromtimestamp(unix_s, UTC).isoformat()
 
 
 def load(root: Path, path: Any) -> Checkpoint:
@@ -174,31 +167,13 @@ def read(path: TinkerPath, folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         words = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise RequestError(f"checkpoint {path}: {folder / METADATA}: {words}. {again}") from error
-    created_at, ttl = float(metadata.get("created_at") or 0.0), metadata.get("ttl_seconds")
-    kept = {"expires_at": created_at + ttl if ttl else None, "deleted_at": None, **_retention(folder, created_at)}
-    return Checkpoint(path, folder, metadata, **kept, public=bool(mode & stat.S_IXGRP))
-
-
-def retention_file(folder: Path) -> Path:
-    """Where it is written how long the checkpoint in `folder` is kept, once that was changed."""
-    return folder.parent / f".{folder.name}.retention.json"
+    return Checkpoint(path, folder, metadata, read_retention(folder, metadata), public=bool(mode & stat.S_IXGRP))
 
 
 def write_retention(checkpoint: Checkpoint, *, expires_at: float | None, deleted_at: float | None = None) -> None:
     """Change how long it is kept. Raises: DataRootError."""
     kept = {"created_at": checkpoint.created_at, "expires_at": expires_at, "deleted_at": deleted_at}
     write_json(retention_file(checkpoint.folder), kept)
-
-
-def _retention(folder: Path, created_at: float) -> dict[str, float | None]:
-    """What a retention file says of the checkpoint created at that time; {} if there is none or it means another."""
-    try:
-        kept = read_json(retention_file(folder))
-        if not isinstance(kept, dict) or kept["created_at"] != created_at:
-            return {}
-        return {key: None if kept[key] is None else float(kept[key]) for key in ("expires_at", "deleted_at")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 def of_model(root: Path, model_id: str, *, gone: bool = False) -> Iterator[Checkpoint]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from tinker_hpc.checkpoints import all_checkpoints, checkpoints_of_run, export_peft, find_checkpoint
 from tinker_hpc.errors import ConfigError, DataRootError
-from tinker_hpc.private_files import write_json
+from tinker_hpc.gateway import checkpoints as gateways
+from tinker_hpc.gateway.shelf import Shelf
+from tinker_hpc.private_files import read_json, write_json
 from tinker_hpc.run_folder import RunFolder, checkpoint_folder
 
 EMPTY_SAFETENSORS = b"\x08\0\0\0\0\0\0\0{}      "
@@ -46,6 +49,31 @@ def test_a_run_has_those_of_its_own_sdk_sessions(tmp_path: Path) -> None:
     save(folder.data_root, "s-2:train:1", "sampler_weights", "y", created_at=2.0)
     save(folder.data_root, "s-11:train:0", "weights", "other")
     assert [c.name for c in checkpoints_of_run(folder)] == ["y", "x"]
+
+
+def test_what_is_gone_for_the_sdk_is_gone_here(tmp_path: Path) -> None:
+    """Deleted while a run reads it, or past its time: its files are still there, and nobody lists or finds it."""
+    run = RunFolder.new(tmp_path / "root", "r")
+    root = run.data_root
+    write_json(run.sessions, {"s-20261123-abc": {}})
+    write_json(run.reads, [f"tinker://{MODEL}/weights/deleted"])
+    now = time.time()
+    ages = {"stays": 20.0, "kept": 7200.0, "deleted": 10.0, "over": 7200.0, "shortened": 5.0}
+    for name, age in ages.items():
+        file = save(root, MODEL, "weights", name, created_at=now - age) / "checkpoint.json"
+        more = {"lora": {"rank": 1}, "ttl_seconds": None if name == "stays" else 3600}
+        write_json(file, {**(read_json(file) or {}), **more})
+    Shelf(root, run.exports).delete(MODEL, "weights", "deleted")
+    for name, expires_at in (("kept", None), ("shortened", now - 1)):
+        path = gateways.TinkerPath(MODEL, "weights", name)
+        gateways.write_retention(gateways.read(path, path.folder(root)), expires_at=expires_at)
+    assert [c.path.name for c in gateways.all_of(root)] == ["kept", "stays"]
+    assert [c.name for c in all_checkpoints(root)] == ["kept", "stays"]
+    assert [c.name for c in checkpoints_of_run(run)] == ["kept", "stays"], "the newest is what `export RUN` takes"
+    for name, why in (("deleted", "it was deleted at"), ("over", "it expired at"), ("shortened", "it expired at")):
+        assert (checkpoint_folder(root, MODEL, "weights", name) / "checkpoint.json").exists()
+        with pytest.raises(ConfigError, match=f"no checkpoint tinker://{MODEL}/weights/{name}: {why}"):
+            find_checkpoint(root, f"tinker://{MODEL}/weights/{name}")
 
 
 def test_find_and_export(tmp_path: Path) -> None:
