@@ -143,18 +143,12 @@ def build_job_spec(
 
 
 def driver_spec(worker: JobSpec, *, run_id: str, command: tuple[str, ...] | None) -> JobSpec:
-    """The CPU job with the loop and the gateway, beside a worker that is a job of its own.
-
-    Of the worker's profile it takes what every job there needs, not what chooses a GPU node (`constraint`, `extra`).
-    """
-    profile = worker.cluster
+    """The CPU job with the loop and the gateway, beside a worker that is a job of its own."""
     return replace(
         worker,
         run_id=run_id,
         kind="driver",
-        cluster=replace(
-            profile, partition=profile.driver_partition or profile.partition, constraint=None, gpu_type=None, extra=()
-        ),
+        cluster=driver_profile(worker.cluster),
         nodes=1,
         ranks_per_node=1,
         gpus_per_node=0,
@@ -164,6 +158,12 @@ def driver_spec(worker: JobSpec, *, run_id: str, command: tuple[str, ...] | None
         command=command,
         serves_run=None,
     )
+
+
+def driver_profile(profile: ClusterProfile) -> ClusterProfile:
+    """What the CPU job takes of a profile: what every job there needs, not what chooses a GPU node."""
+    partition = profile.driver_partition or profile.partition
+    return replace(profile, partition=partition, constraint=None, gpu_type=None, extra=())
 
 
 def plan_for(

@@ -11,13 +11,14 @@ from dataclasses import asdict, fields, replace
 
 from launch import attempts, lineage
 from launch.cancel import cancel
+from launch.further_workers import cancel_worker_runs
 from launch.job_spec import JobSpec
 from launch.submit import submit as submit_job
 from tinker_hpc.base_models import resolve
-from tinker_hpc.config import Config, load_config
-from tinker_hpc.errors import ConfigError
+from tinker_hpc.config import Config, load_config, parse_time_limit_min
+from tinker_hpc.errors import ConfigError, SlurmUnavailableError, SubmissionError
 from tinker_hpc.private_files import make_private, read_json, write_json
-from tinker_hpc.resources import Resources, build_job_spec
+from tinker_hpc.resources import Resources, build_job_spec, driver_profile
 from tinker_hpc.run_folder import RunFolder
 from tinker_hpc.runs import Run
 
@@ -45,15 +46,21 @@ def resume(
     if status.state.ok:
         raise ConfigError(f"run {run_id} has ended well: there is nothing to resume. Submit it anew.")
     # The worker jobs first, as for a new run; those that still wait in the queue for the old run go.
-    for folder in [*run.folder.worker_runs(), run.folder]:
-        spec = JobSpec.from_json(read_json(folder.spec) or {})
-        spec = resumed_spec(spec, cluster=cluster, resources=resources or Resources(), config=config)
-        cancel(lineage.jobs_of(folder))
-        put_end_aside(folder)
-        attempts.start_afresh(folder)
-        if spec.kind != "driver":
-            declare_layout(folder, spec)
-        submit_job(spec, folder, again=True)
+    folders = [*run.folder.worker_runs(), run.folder]
+    specs = [JobSpec.from_json(read_json(folder.spec) or {}) for folder in folders]
+    specs = [resumed_spec(s, cluster=cluster, resources=resources or Resources(), config=config) for s in specs]
+    try:
+        for folder, spec in zip(folders, specs, strict=True):
+            cancel(lineage.jobs_of(folder))
+            put_end_aside(folder)
+            attempts.start_afresh(folder)
+            if spec.kind != "driver":
+                declare_layout(folder, spec)
+            submit_job(spec, folder, again=True)
+    except (ConfigError, SubmissionError, SlurmUnavailableError) as error:
+        if not getattr(error, "job_may_exist", False):  # the run has no job, so its workers need none
+            cancel_worker_runs(run.folder)
+        raise
     return Run(run_id, config=config)
 
 
@@ -61,21 +68,10 @@ def resumed_spec(spec: JobSpec, *, cluster: str | None, resources: Resources, co
     """The run's spec with what is asked for now; everything else as it was. Reads the base model's config."""
     profile = config.profile(cluster) if cluster is not None else spec.cluster
     if spec.kind == "driver":
-        time = resources.time
-        changed = build_job_spec(
-            Resources(time=time if time is not None else spec.time_limit_min, gpus_per_node=0),
-            profile=profile,
-            base_model=resolve(spec.base_model, config.base_models),
-            asked_base_model=spec.base_model,
-            run_id=spec.run_id,
-            kind="run",
-            name=spec.name,
-        )
-        partition = profile.driver_partition or profile.partition
         return replace(
             spec,
-            time_limit_min=changed.time_limit_min,
-            cluster=spec.cluster if cluster is None else replace(profile, partition=partition, extra=()),
+            time_limit_min=parse_time_limit_min(resources.time, default=spec.time_limit_min),
+            cluster=spec.cluster if cluster is None else driver_profile(profile),
         )
     asked = {field.name: getattr(resources, field.name) for field in fields(Resources)}
     kept = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,21 +10,26 @@ import pytest
 
 from launch import attempts
 from launch.job_spec import JobSpec
+from launch.submitted import SubmittedJob
 from tinker_hpc.base_models import resolve
 from tinker_hpc.config import ClusterProfile, Config
+from tinker_hpc.errors import SubmissionError
 from tinker_hpc.private_files import write_json
 from tinker_hpc.resources import Resources, build_job_spec, driver_spec
-from tinker_hpc.resume import put_end_aside, resumed_spec
+from tinker_hpc.resume import put_end_aside, resume, resumed_spec
 from tinker_hpc.run_folder import RunFolder
 
 MODEL = str(Path(__file__).parents[2] / "models" / "tiny-qwen3")
 DELLA = ClusterProfile("della", partition="gpu", gpu_type="a100", driver_partition="cpu")
 OTHER = ClusterProfile("other", partition="pli", time_limit_min=30)
+NVLINK = ClusterProfile(
+    "nvlink", partition="gpu", driver_partition="cpu", gpu_type="a100", constraint="a100&nvlink", extra=("--nice",)
+)
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return Config(tmp_path, "della", {"della": DELLA, "other": OTHER}, {}, tmp_path)
+    return Config(tmp_path / "root", "della", {"della": DELLA, "other": OTHER, "nvlink": NVLINK}, {}, tmp_path)
 
 
 def spec_of(**sizes: int) -> JobSpec:
@@ -70,6 +76,48 @@ def test_a_driver_stays_a_driver(config: Config) -> None:
     )
     same = resumed_spec(driver, cluster=None, resources=Resources(gpus_per_node=1, time=20), config=config)
     assert same == replace(driver, time_limit_min=20), "the sizes are the worker's"
+
+
+def test_a_driver_elsewhere_is_what_it_would_be_had_it_been_submitted_there(config: Config) -> None:
+    worker = replace(spec_of(), kind="session", command=None, run_id="r-1-w0", serves_run="r-1")
+    driver = driver_spec(worker, run_id="r-1", command=("python", "loop.py"))
+    there = driver_spec(replace(worker, cluster=NVLINK), run_id="r-1", command=("python", "loop.py"))
+    assert (there.cluster.partition, there.cluster.constraint, there.cluster.extra) == ("cpu", None, ())
+    assert resumed_spec(driver, cluster="nvlink", resources=Resources(), config=config) == there
+
+
+SQUEUE = """#!/bin/sh
+[ ! -e {0}/worker ] || [ -e {0}/cancelled ] || echo "21|$(cat {0}/worker)|PENDING|Priority|||||"
+"""
+SBATCH = """#!/bin/sh
+case "$*" in
+    *-w0/*) sed -n 's/.*--job-name=//p' {0}/../root/runs/*-w0/slurm/job.sbatch > {0}/worker; echo 21 ;;
+    *) echo "sbatch: error: Batch job submission failed: Invalid account" >&2; exit 1 ;;
+esac
+"""
+
+
+def test_a_loop_that_gets_no_job_leaves_none_to_its_worker(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    bin_folder = config.data_root.parent / "bin"
+    bin_folder.mkdir()
+    for name, text in (("squeue", SQUEUE), ("sbatch", SBATCH), ("scancel", "#!/bin/sh\necho $@ > {0}/cancelled\n")):
+        (bin_folder / name).write_text(text.format(bin_folder))
+        (bin_folder / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
+    run = RunFolder.new(config.data_root, "r")
+    worker_run = run.add_worker_run(0)
+    worker = replace(spec_of(), kind="session", command=None, run_id=worker_run.run_id, serves_run=run.run_id)
+    for folder, spec, job in (
+        (worker_run, worker, "11"),
+        (run, driver_spec(worker, run_id=run.run_id, command=("x",)), "12"),
+    ):
+        folder.worker(0).create(base_model=MODEL, base_model_folder=MODEL)
+        write_json(folder.spec, spec.to_json())
+        write_json(folder.submitted, SubmittedJob(job, "della", 1.0, spec.run_id, "slurm", str(folder.path)).to_json())
+        write_json(folder.outcome, {"state": "failed", "reason": "cancelled", "exit_code": 143, "ended_at": 2.0})
+    with pytest.raises(SubmissionError, match="Invalid account"):
+        resume(run.run_id, config=config)
+    assert (bin_folder / "cancelled").read_text().split() == [f"--jobname={worker_run.run_id}", "21"]
 
 
 @pytest.mark.parametrize("began", [True, False])
