@@ -133,13 +133,21 @@ class Run:
             tail: the last so many lines only.
         Raises: ConfigError for a log that cannot exist.
         """
+        path = self.log_path(which)
+        text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+        lines = text.splitlines(keepends=True)
+        return text if tail is None else "".join(lines[max(0, len(lines) - tail) :])
+
+    def log_path(self, which: str) -> Path:
+        """Where one log is, or will be. Raises: ConfigError for a log that cannot exist."""
         paths = self.log_paths
-        if which not in paths:
-            if which in ("loop", "gateway") or which.startswith(("worker-", "job")):
-                return ""
-            raise ConfigError(f"run {self.id} has no log {which!r}; there are {', '.join(paths) or 'none yet'}.")
-        text = paths[which].read_text("utf-8", errors="replace")
-        return text if tail is None else "".join(text.splitlines(keepends=True)[-tail:])
+        if which in paths:
+            return paths[which]
+        if which.startswith("job/"):
+            return self.folder.slurm / which.removeprefix("job/")
+        if which in ("loop", "gateway") or which.startswith("worker-"):
+            return self.folder.logs / f"{which}.log"
+        raise ConfigError(f"run {self.id} has no log {which!r}; there are {', '.join(paths) or 'none yet'}.")
 
     def _ask(self, max_age_s: float) -> Any:
         from launch.lineage import jobs_of

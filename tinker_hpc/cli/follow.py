@@ -19,11 +19,17 @@ _LONGEST_PAUSE_S = 0.5  # between looks at the log: what people take for live
 
 
 class Tail:
-    """New text of a file that another process appends to, and that may not exist yet."""
+    """New text of a file that another process appends to, and that may not exist yet.
 
-    def __init__(self, path: Path, *, from_end: bool = False) -> None:
+    Args: last: of what is there already so many lines only. None: all of it.
+    """
+
+    def __init__(self, path: Path, *, last: int | None = None) -> None:
         self._path = path
-        self._offset = path.stat().st_size if from_end and path.exists() else 0
+        self._offset = 0
+        if last is not None:
+            lines = self.read().splitlines(keepends=True)
+            self._offset -= sum(map(len, lines[max(0, len(lines) - last) :]))
 
     def read(self) -> bytes:
         """What was added since the last call. Opened anew each time: NFS shows growth to a fresh descriptor."""
@@ -37,18 +43,20 @@ class Tail:
         return data
 
 
-def follow(run: Run, *, log: str = "loop", out: Callable[[bytes], None]) -> Ended:
-    """Report a run until it is over: its states on standard error, the new bytes of one of its logs to `out`."""
+def follow(run: Run, *, log: str = "loop", tail: int | None = None, out: Callable[[bytes], None]) -> Ended:
+    """Report a run until it is over: its states on standard error, the new bytes of one of its logs to `out`.
+
+    Args: tail: of what the log says already so many lines only.
+    Raises: ConfigError for a log that cannot exist.
+    """
     reporter = Reporter(run.id)
     try:
-        return _follow(run, log, reporter.say, reporter.before(out))
+        return _follow(run, Tail(run.log_path(log), last=tail), reporter.say, reporter.before(out))
     finally:
         reporter.stop()
 
 
-def _follow(run: Run, log: str, say: Callable[[str], None], out: Callable[[bytes], None]) -> Ended:
-    path = run.log_paths.get(log) or run.folder.logs / f"{log}.log"
-    tail = Tail(path)
+def _follow(run: Run, tail: Tail, say: Callable[[str], None], out: Callable[[bytes], None]) -> Ended:
     waiter = run.waiter()
     said = ""
     while True:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import click
 
 from tinker_hpc.cli.options import json_option
@@ -13,7 +11,7 @@ from tinker_hpc.cli.output import emit
 @click.command()
 @click.option("-f", "--follow", "following", is_flag=True, help="Go on until the run is over.")
 @click.option("--which", default="loop", show_default=True, help="loop, worker-0, gateway, keeper or job/FILE.")
-@click.option("--tail", type=int, metavar="N", help="The last N lines only.")
+@click.option("--tail", type=click.IntRange(min=0), metavar="N", help="The last N lines only; -f goes on from there.")
 @json_option
 @click.argument("run_id", metavar="ID")
 def logs(run_id: str, following: bool, which: str, tail: int | None, as_json: bool) -> int:
@@ -32,23 +30,28 @@ def logs(run_id: str, following: bool, which: str, tail: int | None, as_json: bo
                 others = ", ".join(name for name in run.log_paths if name != which) or "none yet"
                 click.echo(f"(nothing in log {which!r}; other logs, for --which: {others})", err=True)
         return 0
+    lines = _JsonLines()
     try:
-        follow(run, log=which, out=_json_lines() if as_json else to_stdout)
+        follow(run, log=which, tail=tail, out=lines.write if as_json else to_stdout)
     except KeyboardInterrupt:
         return 130
     if as_json:
+        lines.end()
         emit(run.status().to_json())
     return 0
 
 
-def _json_lines() -> Callable[[bytes], None]:
-    """Whole lines as {"line": ...}."""
-    rest = b""
+class _JsonLines:
+    """Whole lines as {"line": ...}; at the end also one that lacks its newline."""
 
-    def out(data: bytes) -> None:
-        nonlocal rest
-        *lines, rest = (rest + data).split(b"\n")
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def write(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             emit({"line": line.decode("utf-8", "replace")})
 
-    return out
+    def end(self) -> None:
+        if self._rest:
+            self.write(b"\n")

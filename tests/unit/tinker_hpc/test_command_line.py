@@ -124,6 +124,16 @@ def test_status_and_logs(root: Path, call) -> None:
     )  # fmt: skip
     code, out, err = call("logs", "-f", folder.run_id)
     assert (code, out) == (0, "one\ntwo\n") and "COMPLETED" in err
+    assert call("logs", "-f", "--tail", "1", folder.run_id)[1] == "two\n"
+    assert call("logs", "--tail", "0", folder.run_id)[1] == call("logs", "-f", "--tail", "0", folder.run_id)[1] == ""
+    with (folder.logs / "loop.log").open("a") as log:
+        log.write("no newline")
+    *lines, last = call("logs", "-f", "--json", folder.run_id)[1].splitlines()
+    assert [json.loads(line)["line"] for line in lines] == ["one", "two", "no newline"]
+    assert json.loads(last)["state"] == "COMPLETED"
+    for argv in (("logs",), ("logs", "-f")):
+        code, out, err = call(*argv, "--which", "nonsense", folder.run_id)
+        assert (code, out) == (2, "") and "has no log 'nonsense'; there are loop" in err
     assert json.loads(call("metrics", folder.run_id, "--json")[1])[0]["loss_per_token"] == 0.5
     assert "LOSS_PER_TOKEN" in call("metrics", folder.run_id)[1]
 
@@ -244,7 +254,12 @@ def test_tail_reads_what_was_added(tmp_path: Path) -> None:
     with file.open("ab") as stream:
         stream.write(b"tw")
     assert tail.read() == b"tw"
-    assert Tail(file, from_end=True).read() == b""
+    assert [Tail(file, last=number).read() for number in (0, 1, 2, 3)] == [b"", b"tw", b"one\ntw", b"one\ntw"]
+    rest = Tail(file, last=0)
+    with file.open("ab") as stream:
+        stream.write(b"o\n")
+    assert rest.read() == b"o\n"
+    assert Tail(tmp_path / "none", last=2).read() == b""
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (65, "1m"), (7200, "2h"), (200_000, "2d")])
