@@ -69,6 +69,9 @@ class Keeper:
                 with self._complaint.instead():
                     self._watch_gateway()
                     self._watch.step()
+        except Exception as error:
+            self._why = f"the session's keeper failed: {error}"
+            raise
         finally:
             self._close()
         return self._why
@@ -169,8 +172,8 @@ def _said() -> Iterator[None]:
     """What fails inside is said: the next step of the end comes all the same."""
     try:
         yield
-    except (TinkerHpcError, OSError, ValueError) as error:
-        print(f"tinker_hpc: {error}", flush=True)
+    except Exception as error:
+        print(f"tinker_hpc: {type(error).__name__}: {error}", flush=True)
 
 
 def main() -> None:

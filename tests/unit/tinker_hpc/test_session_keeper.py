@@ -158,6 +158,19 @@ def test_a_session_over_quota_ends_its_jobs_all_the_same(keep: Callable[..., Kep
     assert "cancel.json: Disk quota exceeded" in kept.log.read_text() and "Traceback" not in kept.log.read_text()
 
 
+def test_a_keeper_that_cannot_go_on_ends_its_jobs_and_says_why(keep: Callable[..., Kept], slurm: Slurm) -> None:
+    kept = keep(SLEEPS)
+    assert wait_for(lambda: kept.phases() == ["queued", "queued"])
+    kept.folder.gateway.write_text("damaged")
+    kept.folder.worker(1).status.unlink()
+    kept.folder.worker(1).status.mkdir()  # will not pass
+    slurm.state("RUNNING")
+    assert kept.process.wait(60) == 1
+    assert slurm.cancelled() == ["11", "12"]
+    status = json.loads(kept.folder.worker(0).status.read_text())
+    assert status["phase"] == "ended" and "the session's keeper failed: cannot write" in status["error"]
+
+
 def test_a_gateway_that_ends_again_and_again_ends_the_session_with_its_words(
     keep: Callable[..., Kept], slurm: Slurm
 ) -> None:
