@@ -118,8 +118,7 @@ def top_logprobs(logits_BV: Tensor, temperatures: Sequence[float], k: int) -> To
         divisor = [temperature if temperature > 0 else 1.0 for temperature in temperatures]
         scaled_BV = scaled_BV / torch.tensor(divisor, dtype=torch.float32, device=logits_BV.device)[:, None]
     logprobs_BV = torch.log_softmax(scaled_BV, dim=1)
-    _, token_BK = _most_probable(logprobs_BV.exp(), k)
-    logprobs_BK = logprobs_BV.gather(1, token_BK)
+    logprobs_BK, token_BK = _highest(logprobs_BV, k)
     return TokenLogprobs(token_BK.int().cpu().numpy(), logprobs_BK.cpu().numpy())
 
 
@@ -157,7 +156,7 @@ def _draw_truncated(
     no_top_k_B = (top_k_B < 1) | (top_k_B >= vocabulary_size)
     limit_B = torch.where(no_top_k_B, vocabulary_size, top_k_B)
     while True:
-        mass_BK, token_BK = _most_probable(mass_BV, num_candidates)
+        mass_BK, token_BK = _highest(mass_BV, num_candidates, worthless=0.0)  # without mass: never drawn
         allowed_BK = torch.arange(num_candidates, device=mass_BV.device) < limit_B[:, None]
         mass_BK = mass_BK.double() * allowed_BK
         until_BK = mass_BK.cumsum(1)
@@ -174,18 +173,25 @@ def _draw_truncated(
     return token_BK.gather(1, pick_B[:, None])[:, 0]
 
 
-def _most_probable(mass_BV: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
-    """Mass and token id of the most probable candidates in descending order, the lower id first among equals."""
-    if num_candidates < mass_BV.shape[1]:
-        mass_BK, token_BK = mass_BV.topk(num_candidates, dim=1, sorted=False)
-        least_B1 = mass_BK.amin(1, keepdim=True)
+def _highest(score_BV: Tensor, num_candidates: int, *, worthless: float | None = None) -> tuple[Tensor, Tensor]:
+    """Score and token id of the highest candidates in descending order, the lower id first among equals.
+
+    worthless: a score no higher than this makes a token no candidate; which of them fill up the last places is left
+        open, as finding the lowest ids among them may cost a sort of the whole vocabulary.
+    """
+    if num_candidates < score_BV.shape[1]:
+        score_BK, token_BK = score_BV.topk(num_candidates, dim=1, sorted=False)
+        least_B1 = score_BK.amin(1, keepdim=True)
         # torch.topk takes any of the entries equal to its last one; where that is a choice, sort everything.
-        if not bool(((least_B1 > 0) & ((mass_BV >= least_B1).sum(1, keepdim=True) > num_candidates)).any()):
+        choice_B1 = (score_BV >= least_B1).sum(1, keepdim=True) > num_candidates
+        if worthless is not None:
+            choice_B1 &= least_B1 > worthless
+        if not bool(choice_B1.any()):
             token_BK = token_BK.sort(dim=1).values
-            mass_BK, order_BK = mass_BV.gather(1, token_BK).sort(dim=1, descending=True, stable=True)
-            return mass_BK, token_BK.gather(1, order_BK)
-    mass_BV, token_BV = mass_BV.sort(dim=1, descending=True, stable=True)
-    return mass_BV[:, :num_candidates], token_BV[:, :num_candidates]
+            score_BK, order_BK = score_BV.gather(1, token_BK).sort(dim=1, descending=True, stable=True)
+            return score_BK, token_BK.gather(1, order_BK)
+    score_BV, token_BV = score_BV.sort(dim=1, descending=True, stable=True)
+    return score_BV[:, :num_candidates], token_BV[:, :num_candidates]
 
 
 def _first_above(until_BN: Tensor, mass_BN: Tensor, target_B: Tensor) -> Tensor:

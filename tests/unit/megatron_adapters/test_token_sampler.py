@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_adapters.philox import uniform_numbers
-from megatron_adapters.token_sampler import NOT_FINITE, SamplingRows, sample_tokens
+from megatron_adapters.token_sampler import NOT_FINITE, SamplingRows, sample_tokens, top_logprobs
 
 VOCABULARY = 700  # more than two chunks of the two-level search, and not a multiple of their width
 
@@ -136,3 +136,24 @@ def test_half_precision_logits_are_computed_in_float32() -> None:
     _, logprobs = sample_tokens(logits, rows(4))
     tokens, expected = sample_tokens(logits.float(), rows(4))
     assert logprobs.dtype == torch.float32 and torch.equal(logprobs, expected) and tokens.dtype == torch.int64
+
+
+def test_candidates_are_ranked_where_their_probability_is_nothing_in_float32() -> None:
+    """At temperature 0.1 the runners-up are 120 and 130 below the peak; exp of that is 0 below about -103."""
+    logits = torch.full((1, VOCABULARY), -5.0)
+    logits[0, 600], logits[0, 400], logits[0, 500], logits[0, 300] = 22.0, 10.0, 9.0, 9.0
+    expected = [600, 400, 300, 500, 0, 1]  # the lower id first among equals
+    for heat, scaled in ((0.1, logits), (1.0, logits * 10)):
+        top = top_logprobs(scaled, [heat], 6)
+        assert top.token_ids.tolist() == [expected]
+        np.testing.assert_allclose(top.logprobs, log_softmax(logits * 10)[:, expected], atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 5, VOCABULARY])
+def test_candidates_are_those_of_a_whole_sort(k: int) -> None:
+    logits = random_logits(4).round()  # many equals
+    logits[1, 100:] = float("-inf")
+    top = top_logprobs(logits, [0.0, 1.0, 0.7, 3e-3], k)
+    for row in range(4):
+        assert top.token_ids[row].tolist() == np.argsort(-logits[row].numpy(), kind="stable")[:k].tolist()
+    assert (np.diff(top.logprobs[:, : min(k, 100)]) <= 0).all()
