@@ -152,6 +152,12 @@ class Decoder:
             return message
         if request.snapshot_id is not None and request.snapshot_id not in self._known_snapshots():
             return f"sampler weights {request.snapshot_id!r} are not loaded on this worker"
+        if request.max_tokens is None and len(request.prompt) > self._cache.longest():
+            return (
+                f"prompt of {len(request.prompt)} tokens, no max_tokens given; this worker's memory holds "
+                f"{self._cache.longest()} cached tokens, no room for a continuation: shorten the prompt, run on more "
+                "or larger GPUs, or use max_tokens=1, which caches nothing"
+            )
         max_tokens = self._max_tokens(request)
         needed = len(request.prompt) + max_tokens - 1
         if max_tokens > 1 and needed > self._cache.longest():

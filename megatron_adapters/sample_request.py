@@ -50,7 +50,7 @@ class SampleRequest:
     """int32 [P], at least one token."""
     num_samples: int = 1
     max_tokens: int | None = None
-    """Sampled tokens at most; None, or more than fit: up to the model's context."""
+    """Sampled tokens at most; more than fit: up to the model's context; None: up to what the cache holds of it."""
     temperature: float = 1.0
     """0 is greedy; the logprobs of a greedy request are those at temperature 1."""
     top_k: int = -1

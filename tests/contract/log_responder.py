@@ -35,7 +35,7 @@ def respond(request: Record) -> Record | None:
             if header.get(key):
                 result[key] = header[key]
     elif op == "sample":
-        length, count = header["max_tokens"], header["num_samples"]
+        length, count = header["max_tokens"] or 1, header["num_samples"]
         if header["prompt_logprobs"]:
             arrays["prompt_logprobs"] = np.full(request.arrays["prompt"].size, -1.0, np.float32)
             arrays["prompt_logprobs"][0] = np.nan

@@ -24,7 +24,7 @@ def sample(payload: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any],
     `record_stability_info` is let pass and nothing is recorded: what it is for, the loss stable_reinforce, is refused
     with its own hint, and cookbook programs set it whatever their loss.
 
-    Returns: (header fields, arrays) as ARCHITECTURE.md has them; `seed` None where none was given.
+    Returns: (header fields, arrays) as ARCHITECTURE.md has them; `seed` and `max_tokens` None where none was given.
     """
     prompt, others = prompt_tokens(payload.get("prompt"))
     if others:
@@ -44,9 +44,10 @@ def sample(payload: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any],
     params = payload.get("sampling_params") or {}
     if not isinstance(params, Mapping):
         refuse(f"sampling_params is {params!r}, expected an object with max_tokens, temperature, ...")
+    room = _room(prompt.size, base)
     header = {
         "num_samples": num_samples,
-        "max_tokens": _max_tokens(params.get("max_tokens"), prompt.size, base),
+        "max_tokens": _max_tokens(params.get("max_tokens"), prompt.size, room, base),
         "temperature": _temperature(params.get("temperature", 1.0)),
         "top_k": _top_k(params.get("top_k", -1)),
         "top_p": _top_p(params.get("top_p", 1.0)),
@@ -55,20 +56,26 @@ def sample(payload: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any],
         "prompt_logprobs": bool(payload.get("prompt_logprobs")),
         "prompt_logprobs_last_n": last_n(payload, prompt.size),
     }
-    sampled = num_samples * header["max_tokens"]
+    sampled = num_samples * (header["max_tokens"] or room)
     fields, arrays = prompt_asks(payload, base, prompt_length=prompt.size, sampled=sampled)
     return header | fields, {"prompt": prompt.astype(np.int32), **arrays}
 
 
-def _max_tokens(value: Any, prompt_length: int, base: BaseModel) -> int:
+def _room(prompt_length: int, base: BaseModel) -> int:
+    """New tokens that the model's context has room for."""
     room = base.max_context - prompt_length
     if room < 1:
         refuse(
             f"the prompt has {prompt_length} tokens and {base.name} a context of {base.max_context}: no room for a "
             "new token. Shorten the prompt."
         )
+    return room
+
+
+def _max_tokens(value: Any, prompt_length: int, room: int, base: BaseModel) -> int | None:
+    """None stays None: the worker gives what its memory holds, which is not known here and may be less than `room`."""
     if value is None:
-        return room
+        return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         refuse(f"max_tokens is {value!r}, expected an integer of 1 or more.")
     if value > room:

@@ -130,7 +130,7 @@ def _too_large(request: Record, failure: Failure) -> Failure:
     return Failure(
         "user",
         f"this sample does not fit into the worker's memory, not even one sequence at a time: a prompt of "
-        f"{request.arrays['prompt'].size} tokens, max_tokens {header['max_tokens']}. The worker goes on. Shorten the "
-        "prompt, ask for less about it, or run on more or larger GPUs. "
-        f"The device said: {failure.message.splitlines()[0][:300]}",
+        f"{request.arrays['prompt'].size} tokens, max_tokens {header['max_tokens'] or 'not given'}. The worker goes "
+        "on. Shorten the prompt, give a lower max_tokens, ask for less about the prompt, or run on more or larger "
+        f"GPUs. The device said: {failure.message.splitlines()[0][:300]}",
     )

@@ -232,6 +232,24 @@ def test_length_without_a_wish_is_the_context_and_a_full_prompt_still_gets_one_t
     assert cache.groups.keys() == {256}, "a single token needs no lane"
 
 
+def test_length_without_a_wish_is_what_a_cache_smaller_than_the_context_holds() -> None:
+    decoder, _, _ = make_decoder(budget_tokens=128)
+    free, wished, too_long, recorded, single = decoder.run(
+        [
+            request([1] * 100, max_tokens=None, num_samples=2),
+            request([1] * 100, max_tokens=28),
+            request([1] * 129, max_tokens=None),
+            request([1] * 100, max_tokens=156),  # what a gateway wrote in the user's place until 2026-11
+            request([1] * 129, max_tokens=1),
+        ]
+    )
+    assert [len(tokens) for tokens in tokens_of(free)] == [28, 28] and free.sequences[0].stop_reason == "length"
+    assert tokens_of(wished)[0] == tokens_of(free)[0]
+    assert too_long.error is not None and "no max_tokens given; this worker's memory holds 128" in too_long.error
+    assert recorded.error is not None and "max_tokens 156 need 255 cached tokens" in recorded.error
+    assert len(tokens_of(single)[0]) == 1, "one token needs no lane"
+
+
 def test_prompt_logprobs_only_where_asked_for() -> None:
     decoder, _, _ = make_decoder(max_rows=2)
     scored, plain = decoder.run([request(prompt_logprobs=True, num_samples=5), request()])

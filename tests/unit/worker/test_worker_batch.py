@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 
 from megatron_adapters.interface import ModelInfo, PassOutput
 from megatron_adapters.sample_request import PromptScores, SampledSequence, SampleResult, TokenLogprobs
+from tinker_hpc.base_models import BaseModel
 from tinker_hpc.errors import RequestError
+from tinker_hpc.gateway import sampling
 from tinker_hpc.log import Record, decode, encode
 from tinker_hpc.worker.batch import lora_spec, num_loss_tokens, pass_result, sample_result, to_data, to_sample
 
@@ -113,6 +116,17 @@ def test_stops(stop: dict[str, Any], token_ids: set[int], strings: tuple[str, ..
     assert request.stop_token_ids == token_ids and request.stop_strings == strings
     assert (request.snapshot_id, request.num_samples, request.max_tokens, request.seed) == ("s", 2, 4, 11)
     assert (request.temperature, request.top_k, request.top_p, request.prompt_logprobs) == (0.5, 5, 0.9, True)
+
+
+@pytest.mark.parametrize("given", [{}, {"max_tokens": None}, {"max_tokens": 7}])
+def test_a_max_tokens_that_was_not_given_is_the_workers_to_choose(given: dict[str, Any]) -> None:
+    base = BaseModel(
+        name="org/tiny", folder=Path("/m"), config={}, vocab_size=50, max_context=64, hidden_size=8, model_type="qwen3"
+    )
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}
+    header, arrays = sampling.sample({"prompt": prompt, "sampling_params": {"seed": 1, **given}}, base)
+    logged = decode(encode(Record(header, arrays)))
+    assert to_sample(logged, INFO, snapshot_id=None).max_tokens == given.get("max_tokens")
 
 
 def test_sample_result_is_flat() -> None:
