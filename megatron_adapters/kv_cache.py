@@ -114,7 +114,7 @@ class KvCache:
     """Tokens cached at most, all groups together; equal on all ranks."""
     max_context: int
     max_rows: int = 256
-    """Sequences at most: bounds the width of a decode step."""
+    """Sequences at most: bounds the width of a decode step, and of the draw after a prefill."""
     groups: dict[int, LaneGroup] = field(default_factory=dict)
 
     def longest(self) -> int:

@@ -140,18 +140,19 @@ class OwnSequences:
         """Start what fits, in order of arrival; the first that does not fit holds back those behind it."""
         while self.waiting:
             started: list[tuple[PrefillRow, list[_Live], Waiting]] = []
-            num_tokens = 0
+            num_tokens = num_rows = 0
             while self.waiting and (
                 not started or num_tokens + len(self.waiting[0].request.prompt) <= self._prefill_tokens
             ):
                 waiting = self.waiting[0]
-                sequences = self._take_lanes(waiting)
+                sequences = self._take_lanes(waiting, self._cache.max_rows - num_rows)
                 if not sequences:
                     break
                 lanes = [sequence.lane for sequence in sequences if sequence.lane is not None]
                 request = waiting.request
                 started.append((PrefillRow(request, lanes, waiting.scored), sequences, waiting))
                 num_tokens += len(request.prompt)
+                num_rows += len(sequences)
                 if waiting.samples:
                     break
                 self.waiting.popleft()
@@ -159,13 +160,16 @@ class OwnSequences:
                 return
             self._prefill(sorted(started, key=lambda one: _weights_order(one[0].snapshot_id)))
 
-    def _take_lanes(self, waiting: Waiting) -> list[_Live]:
-        """As many of the request's samples as there is room for now."""
+    def _take_lanes(self, waiting: Waiting, most: int) -> list[_Live]:
+        """As many of the request's samples as there is room for now.
+
+        most: how many at most, with or without a lane: each is a row of logits as wide as the vocabulary.
+        """
         request = waiting.request
         decode_text = self._decode_text() if request.stop_strings else None
         stop = StopRule(request.stop_token_ids, request.stop_strings, waiting.max_tokens, decode_text)
         sequences = []
-        while waiting.samples and (self.max_live is None or len(self._live) < self.max_live):
+        while waiting.samples and len(sequences) < most and (self.max_live is None or len(self._live) < self.max_live):
             lane = None
             if waiting.lane_tokens and (lane := self._cache.reserve(waiting.lane_tokens)) is None:
                 break

@@ -15,6 +15,7 @@ from megatron_adapters.kv_cache import KvCache, KvShape
 from megatron_adapters.sample_ranks import SampleRanks
 from megatron_adapters.sample_request import PromptScores, PromptTargets, SampleRequest, SampleResult
 from megatron_adapters.token_forward import Decoded, Prefilled, PrefillRow
+from megatron_adapters.token_sampler import Draw
 
 VOCABULARY = 50
 SHAPE = KvShape(num_layers=1, num_kv_heads=1, head_dim=2, dtype=torch.float32, device=torch.device("cpu"))
@@ -152,6 +153,25 @@ def test_prompts_are_packed_up_to_the_limit_and_a_long_one_goes_alone() -> None:
     decoder, forward, _ = make_decoder()
     decoder.run([request([1] * length, max_tokens=2) for length in (30, 30, 30, 100, 5)])
     assert forward.prefills == [[30, 30], [30], [100], [5]]
+
+
+def test_no_draw_is_wider_than_the_row_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence of one token takes no lane, but a row of logits as any other."""
+    widths: list[int] = []
+    whole = Draw.__call__
+
+    def noting(draw: Draw, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+        widths.append(logits_BV.shape[0])
+        return whole(draw, logits_BV)
+
+    monkeypatch.setattr(Draw, "__call__", noting)
+    decoder, forward, _ = make_decoder(max_rows=8)
+    asked = [request(max_tokens=1, num_samples=20, seed=1), request(max_tokens=0, num_samples=3), request()]
+    results = decoder.run([*asked, *[request([place], max_tokens=1, seed=place) for place in range(30)]])
+    assert max(widths) == 8 and max(len(lengths) for lengths in forward.prefills) == 8
+    for one, result in zip(asked, results, strict=False):
+        assert len(result.sequences) == one.num_samples
+        assert tokens_of(result) == tokens_of(make_decoder()[0].run([one])[0])
 
 
 def test_waiting_requests_take_the_lanes_of_finished_ones_in_order() -> None:
