@@ -69,22 +69,15 @@ class _GroupStep:
         device = group.shape.device
         self.batch_rows_N = torch.tensor(batch_rows, device=device)
         self._lane_rows_N = torch.arange(len(batch_rows), device=device)  # the live lanes
-        self._used, self._mask_RC = 0, group.mask_RC  # L: tokens to read; and whose views are below
-        self._cached: list[tuple[Tensor, Tensor]] = []  # keys and values of every layer, [N, H, L, D]
 
     def begin(self, positions: list[int]) -> None:
         """`positions`: where each lane's new token goes, which is how many are cached."""
         group, num_lanes = self.group, len(positions)
         whole = _LENGTH_STEP[group.shape.device.type]
-        used = min(group.lane_tokens, -(-(max(positions) + 1) // whole) * whole)
-        # A group gives up unused rows, which moves it, whenever another looks for room.
-        if used != self._used or self._mask_RC is not group.mask_RC:
-            layers = zip(group.keys_RHCD, group.values_RHCD, strict=True)
-            self._cached = [(keys[:num_lanes, :, :used], values[:num_lanes, :, :used]) for keys, values in layers]
-            self._used, self._mask_RC = used, group.mask_RC
+        self._used = min(group.lane_tokens, -(-(max(positions) + 1) // whole) * whole)
         self._positions_N = torch.tensor(positions, device=self.batch_rows_N.device)
         group.mask_RC[self._lane_rows_N, self._positions_N] = 0
-        self._mask_N11L = group.mask_RC[:num_lanes, None, None, :used]
+        self._mask_N11L = group.mask_RC[:num_lanes, None, None, : self._used]
         # Where the new tokens go, of a layer's [R, H, C, D] as rows of D: index_copy_ is half of what index_put_ costs.
         heads_H = torch.arange(group.shape.num_kv_heads, device=self.batch_rows_N.device)
         places_NH = (self._lane_rows_N[:, None] * len(heads_H) + heads_H) * group.lane_tokens
@@ -98,7 +91,7 @@ class _GroupStep:
         ):
             dim = new_NHD.shape[-1]
             cached_RHCD.view(-1, dim).index_copy_(0, self._places, new_NHD.reshape(-1, dim))
-        keys_NHLD, values_NHLD = self._cached[layer]
+        keys_NHLD, values_NHLD = self.group.in_use(len(self.batch_rows), self._used)[layer]
         if rule.is_plain:
             # CUDA's kernels want the mask as large as the scores.
             mask_N1GL = self._mask_N11L.expand(-1, -1, query_NHGD.shape[2], -1)

@@ -64,6 +64,7 @@ class LaneGroup:
         self.values_RHCD: list[Tensor] = [self._rows(0, value_dim) for _ in range(shape.num_layers)]
         # Added to attention scores: 0 where a lane holds a token, -inf beyond.
         self.mask_RC = torch.empty(0, lane_tokens, dtype=shape.dtype, device=shape.device)
+        self._in_use: tuple[tuple[int, int], list[tuple[Tensor, Tensor]]] = (0, 0), []
 
     def _rows(self, num_rows: int, dim: int) -> Tensor:
         # Zeros, not empty: a masked position has weight 0, and 0 * NaN of uninitialised memory is NaN.
@@ -75,6 +76,7 @@ class LaneGroup:
     def resize(self, num_rows: int) -> None:
         """Give the group this many rows, keeping the live ones; layer by layer, so the peak is one layer more."""
         live = len(self.lanes)
+        self._in_use = (0, 0), []  # these views would keep the old tensors of every layer
         for tensors in (self.keys_RHCD, self.values_RHCD):
             for layer, old in enumerate(tensors):
                 tensors[layer] = self._rows(num_rows, old.shape[-1])
@@ -82,6 +84,14 @@ class LaneGroup:
         mask_RC = self.mask_RC.new_full((num_rows, self.lane_tokens), float("-inf"))
         mask_RC[:live] = self.mask_RC[:live]
         self.mask_RC, self.num_rows = mask_RC, num_rows
+
+    def in_use(self, num_lanes: int, num_tokens: int) -> list[tuple[Tensor, Tensor]]:
+        """Views of the keys and values of every layer, [N, H, L, D]. Who keeps them keeps what a resize replaces."""
+        if self._in_use[0] != (num_lanes, num_tokens):
+            layers = zip(self.keys_RHCD, self.values_RHCD, strict=True)
+            views = [(keys[:num_lanes, :, :num_tokens], values[:num_lanes, :, :num_tokens]) for keys, values in layers]
+            self._in_use = (num_lanes, num_tokens), views
+        return self._in_use[1]
 
     def take(self) -> Lane:
         lane = Lane(self, len(self.lanes))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_adapters.attention import PackedContext, packed_attention
 from megatron_adapters.cached_attention import DecodeAttention, PrefillAttention, mark_filled
-from megatron_adapters.kv_cache import KvCache, KvShape
+from megatron_adapters.kv_cache import KvCache, KvShape, LaneGroup
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 6, 2, 8, 2
 
@@ -83,3 +84,29 @@ def test_prefill_and_steps_equal_one_pass_over_everything(padding: int) -> None:
             out = attention.attend(layer + 1, by_key_head(q), k, v, context)
             torch.testing.assert_close(out[: len(order)], expected[: len(order)], atol=1e-6, rtol=0)
             assert (out[len(order) :] == 0).all()
+
+
+def test_a_group_that_grows_between_two_steps_lets_go_of_each_layer_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = KvShape(LAYERS, KV_HEADS, HEAD_DIM, torch.float32, torch.device("cpu"))
+    cache = KvCache(shape, budget_tokens=2048, max_context=512)
+    lanes = [lane for _ in range(4) if (lane := cache.reserve(10))]
+    attention = DecodeAttention(lanes)  # lives on, as in own_sequences.py, while the next sequence looks for room
+    attention.begin([3] * 4)
+    for layer in range(LAYERS):
+        new = torch.ones(4, KV_HEADS, HEAD_DIM)
+        attention.attend(
+            layer + 1, torch.ones(4, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM), new, new, PackedContext((0, 4))
+        )
+
+    group = lanes[0].group
+    old = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*group.keys_RHCD, *group.values_RHCD)]
+    alive: list[int] = []
+    rows = LaneGroup._rows
+
+    def noting(group: LaneGroup, num_rows: int, dim: int) -> torch.Tensor:
+        alive.append(sum(not storage.expired() for storage in old))
+        return rows(group, num_rows, dim)
+
+    monkeypatch.setattr(LaneGroup, "_rows", noting)
+    assert cache.reserve(10) is not None and group.num_rows == 8
+    assert alive == [4, 3, 2, 1]
