@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter
-from .sampler import free_host_memory
+from .host_memory import free_host_memory
 
 SHARE = 0.25
 """Of a GPU's memory, or of the memory free to this node's or job's processes and divided among its ranks, for the

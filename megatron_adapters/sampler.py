@@ -14,6 +14,7 @@ import torch
 
 from .adapters import LoraWeights
 from .decode import Decoder
+from .host_memory import free_host_memory
 from .kv_cache import KvCache, KvShape
 from .model import Model
 from .placement import kv_heads_of_rank
@@ -73,27 +74,6 @@ def memory_for_cache(device: torch.device) -> int:
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(CUDA_SHARE * (free + reusable))
     return int(CPU_SHARE * free_host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def free_host_memory() -> int:
-    """Bytes: what the kernel calls available, or what the cgroup (a Slurm job's limit) leaves, if that is less."""
-    available = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable:")
-    )
-    group = next(
-        (line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/"
-    )
-    folder = Path("/sys/fs/cgroup" + group)
-    for level in (folder, *folder.parents):  # a limit binds whichever level of the hierarchy sets it
-        try:
-            limit, used = (level / "memory.max").read_text().strip(), int((level / "memory.current").read_text())
-        except (OSError, ValueError):
-            continue
-        if limit != "max":
-            available = min(available, max(0, int(limit) - used))
-    return available
 
 
 @cache
