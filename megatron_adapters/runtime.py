@@ -86,6 +86,11 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
     if cuda:
         torch.cuda.set_device(device)  # before NCCL, which binds to the current device
         initialize_rng_tracker(inference_rng_tracker=True)
+        # Masked attention goes to cuDNN first on Hopper and later, which builds and keeps an execution plan for every
+        # new shape, up to half a second each (measured: github.com/modelscope/FunASR/issues/3704). Lanes and length
+        # change all the time while decoding, and gpt-oss trains with masks. CUTLASS' memory-efficient kernel, which
+        # comes next, takes any shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         cpu_shims.install()
     if not dist.is_initialized():
