@@ -309,7 +309,7 @@ def test_a_model_that_cannot_be_brought_back_says_so(
     base: Path, workers: list[WorkerUnderTest], tmp_path: Path
 ) -> None:
     """The checkpoint a model was loaded from was overwritten since: redoing the log would give other numbers."""
-    worker = WorkerUnderTest(tmp_path / "w", base)
+    worker = WorkerUnderTest(tmp_path / "w", base, snapshot_interval_s=3600)
     workers.append(worker)
     worker.start()
 
@@ -321,15 +321,20 @@ def test_a_model_that_cannot_be_brought_back_says_so(
     save()
     source = {"folder": str(tmp_path / "ck"), "path": "tinker://a:0/weights/ck", "optimizer": True}
     worker.ok(worker.send("create_model", model_id="b:0", base_model="random/qwen3", from_state=source))
-    worker.forward_backward("a:0", 0), worker.ok(worker.optim_step("a:0"))
+    for model_id in ("b:0", "a:0"):
+        worker.forward_backward(model_id, 0), worker.ok(worker.optim_step(model_id))
     save()
-    worker.processes[0].kill()
-    worker.processes[0].wait()
-    pending = worker.forward_backward("b:0", 0)
-    worker.start()
-    header = worker.result(pending).header
-    assert header["category"] == "server" and "model b:0 was lost when its worker was restarted" in header["error"]
-    assert "has been overwritten since" in header["error"]
-    worker.ok(worker.forward_backward("a:0", 1))
-    later = worker.result(worker.optim_step("b:0")).header
-    assert not later["ok"] and later["error"] == header["error"]
+    for how in (signal.SIGKILL, signal.SIGTERM):  # then from a snapshot that has b:0 with the overwritten weights
+        worker.processes[-1].send_signal(how)
+        worker.processes[-1].wait()
+        pending = worker.forward_backward("b:0", 0)
+        worker.start()
+        header = worker.result(pending).header
+        assert header["category"] == "server" and "model b:0 was lost when its worker was restarted" in header["error"]
+        assert "has been overwritten since" in header["error"]
+        worker.ok(worker.forward_backward("a:0", 1))
+        later = worker.result(worker.optim_step("b:0")).header
+        assert not later["ok"] and later["error"] == header["error"]
+    worker.send("close")
+    assert worker.processes[-1].wait(120) == 0
+    check_answered_once(worker)

@@ -82,6 +82,7 @@ class Desk:
         self._backlog = 0
         self._num_redone = 0  # requests that were answered before and are computed again
         self._redo_began = time.monotonic() if redo.batches else None
+        self._lost: dict[str, str] = {}  # models and samplers that could not be brought back, and why
         self._touched: list[str] = []
         self._sampling: dict[str, int] = {}  # samples under way: their seq by request id
         self._slice_started = self._last_poll = time.monotonic()
@@ -174,11 +175,13 @@ class Desk:
             self._snapshots.changed()
         self._sampling.pop(str(request.header.get("request_id")), None)
         answered = self._redo.is_answered(request)
-        if answered:
-            lost = self._difference(request, outcome)
-            if lost is not None:
-                self._lose(request, lost)
-                return
+        lost = self._lost.get(_needed(request))
+        if lost is None and answered:
+            reason = self._difference(request, outcome)
+            lost = None if reason is None else self._lose(request, reason)
+        if lost is not None:
+            self._end_lost(request, lost)
+            return
         failure = outcome if isinstance(outcome, Failure) else None
         if not answered:
             fields, arrays = ({}, {}) if isinstance(outcome, Failure) else outcome
@@ -282,13 +285,19 @@ class Desk:
             self._redo_began = None
 
     def _runnable(self, requests: Iterable[Record], *, also: Collection[int] = ()) -> list[Record]:
-        """Those to compute. The others, answered before and without effect, or known to break a rank, end here.
+        """Those to compute. The others end here: answered before and without effect, known to break a rank, or of a
+        model or sampler that is lost.
 
         Args: also: seqs to compute although they were answered.
         """
         run = []
         for request in requests:
             self._backlog -= _size(request)
+            if request.header["seq"] in self._redo.lost:
+                self._lost[_needed(request)] = self._redo.lost[request.header["seq"]]
+            if (lost := self._lost.get(_needed(request))) is not None:
+                self._end_lost(request, lost)
+                continue
             if not self._redo.is_answered(request) and request.header["seq"] in self._poison:
                 self.finish(request, self._poison[request.header["seq"]])
                 continue
@@ -358,20 +367,34 @@ class Desk:
             return outcome.message
         return self._redo.difference(request, outcome[0])
 
-    def _lose(self, request: Record, reason: str) -> None:
-        """A model or sampler cannot be brought back: everything that asks for it from now on fails, and says why."""
+    def _lose(self, request: Record, reason: str) -> str:
+        """A model or sampler cannot be brought back: everything that asks for it from now on fails when its turn comes,
+        and says what is returned here. What runs beside it, recorded or new, is not touched.
+
+        That is recorded: a later worker starts from a snapshot that holds this request, or finds the file readable
+        again, and would go on from weights that are not the recorded ones.
+        """
         header = request.header
         if header["op"] == "open_sampler":
             error = f"this sampler was lost when its worker was restarted, and could not be opened again: {reason}"
-            refusals = self._schedule.fail_sampler(header["sampling_session_id"], error, "server")
         else:
             error = (
                 f"model {header['model_id']} was lost when its worker was restarted: request {header['seq']} "
                 f"({header['op']}) cannot be repeated: {reason}. Create the model again from its last checkpoint."
             )
-            refusals = self._schedule.fail_model(header["model_id"], error, "server")
-        for refusal in refusals:
-            self._refuse(refusal)
+        self._publish(Record({"op": "lost", "seq": header["seq"], "error": error}))
+        self._lost[_needed(request)] = error
+        return error
+
+    def _end_lost(self, request: Record, error: str) -> None:
+        """A request of what is lost is over, and so is the sampler that it would have made."""
+        header = request.header
+        self._open.discard(header["seq"])
+        if header["op"] == "save_sampler_weights" and header.get("sampling_session_id") is not None:
+            self._lost[header["sampling_session_id"]] = error
+        if not self._redo.is_answered(request):
+            self._answer(request, Failure("server", error), {}, {})
+        self._schedule.finish(request, error=None)  # its samples come up in their turn, recorded ones too, and end here
 
     def _refuse(self, refusal: Refusal) -> None:
         self._open.discard(refusal.request.header["seq"])
@@ -404,6 +427,12 @@ class Desk:
             return action()
         except Exception as error:
             raise EndWorker(f"{type(error).__name__}: {error}") from error
+
+
+def _needed(request: Record) -> str:
+    """The model or sampler without which a request cannot run."""
+    header = request.header
+    return str(header["sampling_session_id" if header["op"] in ("open_sampler", "sample") else "model_id"])
 
 
 def _size(request: Record) -> int:

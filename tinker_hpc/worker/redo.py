@@ -30,6 +30,8 @@ class Redo:
     """`seqs` of each, in the order they ran; taken from the left as they are run again."""
     answered: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Result headers by `seq` of the request."""
+    lost: dict[int, str] = field(default_factory=dict)
+    """Requests that a worker before this one could not repeat, by `seq`, and what is said of their model or sampler."""
     held: Coverage = field(default_factory=Coverage)
     """The requests whose effects the state holds that this worker started from."""
     taken_back: frozenset[int] = frozenset()
@@ -48,6 +50,8 @@ class Redo:
                     self.batches.append(seqs)
             elif "ok" in header and header["seq"] not in self.taken_back:
                 self.answered[header["seq"]] = header
+            elif header["op"] == "lost" and header["seq"] not in self.taken_back:
+                self.lost[header["seq"]] = header["error"]
 
     def error_of(self, request: Record) -> str | None:
         """The recorded error of an answered request; None if it succeeded."""

@@ -63,7 +63,7 @@ class _Line:
     ready: deque[Record] = field(default_factory=deque)
     held: dict[int, Record] = field(default_factory=dict)
     next_seq_id: int = 1
-    failed: tuple[str, Category] | None = None
+    failed: str | None = None
     """Why nothing of this model can run."""
 
 
@@ -72,7 +72,7 @@ class _Sampler:
     """A sampler's requests until it is open."""
 
     open: bool = False
-    failed: tuple[str, Category] | None = None
+    failed: str | None = None
     waiting: list[Record] = field(default_factory=list)
 
 
@@ -189,33 +189,17 @@ class Schedule:
         """Say how a request ended. Returns requests that can never run because it failed."""
         header = request.header
         if header["op"] == "create_model" and error is not None:
-            return self.fail_model(header["model_id"], f"model {header['model_id']} could not be created: {error}")
+            return self._fail_model(header["model_id"], f"model {header['model_id']} could not be created: {error}")
         sampler_id = header.get("sampling_session_id")
         if header["op"] not in ("open_sampler", "save_sampler_weights") or sampler_id is None:
             return []
         if error is not None:
-            return self.fail_sampler(sampler_id, f"the sampler could not be opened: {error}")
+            return self._fail_sampler(sampler_id, f"the sampler could not be opened: {error}")
         sampler = self._samplers[sampler_id]
         sampler.open, sampler.failed = True, None
         self._samples |= {r.header["seq"]: r for r in sampler.waiting}
         sampler.waiting = []
         return []
-
-    def fail_model(self, model_id: str, error: str, category: Category = "user") -> list[Refusal]:
-        """Nothing of this model can run, now or later. Returns its requests that were waiting."""
-        line = self._lines[model_id]
-        line.failed = (error, category)
-        lost = [*line.ready, *line.held.values()]
-        line.ready.clear()
-        line.held.clear()
-        return [Refusal(request, error, category) for request in lost if request.header["op"] != "rejected"]
-
-    def fail_sampler(self, sampler_id: str, error: str, category: Category = "user") -> list[Refusal]:
-        """No sample of this sampler can run, now or later. Returns those that were waiting."""
-        sampler = self._samplers[sampler_id]
-        sampler.open, sampler.failed = False, (error, category)
-        lost, sampler.waiting = sampler.waiting, []
-        return [Refusal(request, error, category) for request in lost]
 
     def abandon(self) -> list[Refusal]:
         """Give up what waits for something that will not come any more (after `close`)."""
@@ -231,6 +215,28 @@ class Schedule:
             lost += [Refusal(r, "the run was closed before the sampler was open", "server") for r in sampler.waiting]
             sampler.waiting = []
         return [refusal for refusal in lost if refusal.request.header["op"] != "rejected"]
+
+    def _fail_model(self, model_id: str, error: str) -> list[Refusal]:
+        """Nothing of this model can run, now or later. Returns its requests that were waiting, and the samples that
+        waited for a sampler which one of them would have made.
+        """
+        line = self._lines[model_id]
+        line.failed = error
+        lost = [*line.ready, *line.held.values()]
+        line.ready.clear()
+        line.held.clear()
+        refusals = [Refusal(request, error) for request in lost if request.header["op"] != "rejected"]
+        for request in lost:
+            if request.header["op"] == "save_sampler_weights" and request.header.get("sampling_session_id"):
+                refusals += self._fail_sampler(request.header["sampling_session_id"], error)
+        return refusals
+
+    def _fail_sampler(self, sampler_id: str, error: str) -> list[Refusal]:
+        """No sample of this sampler can run, now or later. Returns those that were waiting."""
+        sampler = self._samplers[sampler_id]
+        sampler.open, sampler.failed = False, error
+        lost, sampler.waiting = sampler.waiting, []
+        return [Refusal(request, error) for request in lost]
 
     def _add_model(self, request: Record) -> list[Refusal]:
         model_id = request.header["model_id"]
@@ -249,7 +255,7 @@ class Schedule:
             )
             return [] if rejected else [Refusal(request, reason)]
         if line.failed is not None:
-            return [] if rejected else [Refusal(request, *line.failed)]
+            return [] if rejected else [Refusal(request, line.failed)]
         seq_id = header["seq_id"]
         if seq_id < line.next_seq_id or seq_id in line.held:
             reason = (
@@ -274,7 +280,7 @@ class Schedule:
         if sampler.open:
             self._samples[request.header["seq"]] = request
         elif sampler.failed is not None:
-            return [Refusal(request, *sampler.failed)]
+            return [Refusal(request, sampler.failed)]
         else:
             sampler.waiting.append(request)
         return []

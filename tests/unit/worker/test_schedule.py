@@ -248,6 +248,22 @@ def test_a_model_that_failed_refuses_its_requests() -> None:
     assert schedule.next_batch() is None
 
 
+def test_samplers_that_a_failed_model_would_have_made_fail_with_it() -> None:
+    schedule, log = Schedule(), Log()
+    schedule.add(log("create_model", "a:0"))
+    snapshot, held = (log("save_sampler_weights", "a:0", n, sampling_session_id=f"s{n}") for n in (1, 3))
+    samples = [log("sample", sampling_session_id=f"s{n}") for n in (1, 3)]
+    for request in (snapshot, held, *samples):
+        assert schedule.add(request) == []
+    batch = schedule.next_batch()
+    assert batch is not None
+    refusals = schedule.finish(batch.requests[0], error="rank 0")
+    late = log("sample", sampling_session_id="s1")
+    refusals += schedule.add(late)
+    assert {r.request.header["seq"] for r in refusals} == {r.header["seq"] for r in (snapshot, held, *samples, late)}
+    assert all(r.error == "model a:0 could not be created: rank 0" for r in refusals)
+
+
 def test_what_can_never_run_is_refused_with_a_reason() -> None:
     schedule, log = with_model("a:0")
     schedule.add(log("optim_step", "a:0", 1))
