@@ -31,7 +31,7 @@ class Future:
         target: the sampling client that sent it; None for anything but a sample.
         seq, accepted_at: its place in that log; 0 while the record is on its way to the disk.
         loop_start: which start of the loop asked for it last (replay.py).
-        durable: done when the record is on disk, failed when it could not be written.
+        durable: done when the record is on disk, failed when it could not be written; None once it is there.
         done: it has a result (whose body may have left the memory).
         where: that result's place in the result log: fence and number; None for what the gateway answered itself.
     """
@@ -52,6 +52,11 @@ class Future:
     durable: asyncio.Future[None] | None = None
     done: bool = False
     _changed: asyncio.Event | None = None
+
+    @property
+    def unclear(self) -> bool:
+        """Its record may be seen by the worker, and run, but is not known to be durable: it was not accepted yet."""
+        return self.durable is not None and self.durable.done()
 
     async def change(self, timeout_s: float) -> None:
         """Wait until woken, at most `timeout_s`."""

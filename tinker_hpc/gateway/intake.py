@@ -41,6 +41,9 @@ class Intake:
     ) -> Future:
         """Write the record, or find that it was written before, by this start of the loop or by an earlier one.
 
+        A record that readers may see although the disk did not promise to keep it is written again when the SDK tries
+        again; the worker, which may have run it, runs it once.
+
         Raises: Refusal 422 if the request id is taken by another payload; 503 if the disk refuses (nothing is
             accepted then, and the SDK tries again for 300 s).
         """
@@ -56,7 +59,7 @@ class Intake:
                 )
             await self._leave_recorded_path(known, header["op"])
             known = None
-        if known is not None:
+        if known is not None and not known.unclear:
             if known.durable is not None:
                 await asyncio.shield(known.durable)
             self.replay.claim(known)
@@ -65,12 +68,15 @@ class Intake:
         if self.ledger.closed:
             raise Refusal(422, "this run is closing: its loop has ended, nothing more is accepted. Start a new run.")
         loop = asyncio.get_running_loop()
-        future = self.ledger.enter(header, link.index)
+        future = known or self.ledger.enter(header, link.index)
         future.durable = loop.create_future()
         try:
             (seq,) = await loop.run_in_executor(self.pool, link.log.append, [Record(header, arrays or {})])
         except BaseException as error:
-            self.ledger.futures.drop(future)
+            if isinstance(error, DataRootError) and error.attributes.get("visible"):
+                future.seq = future.seq or error.attributes["seqs"][0]
+            if future.seq == 0:
+                self.ledger.futures.drop(future)
             refusal = self._refusal(error)
             future.durable.set_exception(refusal)
             with contextlib.suppress(Refusal):  # retrieved here, in case nobody else waits
@@ -80,6 +86,8 @@ class Intake:
         self.ledger.apply({**header, "seq": seq}, link.index)
         future.durable.set_result(None)
         future.durable = None
+        if known is not None:
+            self.replay.claim(known)
         return future
 
     async def _leave_recorded_path(self, known: Future, asked: str) -> None:
@@ -121,5 +129,6 @@ class Intake:
             self.on_superseded(str(error))
             return try_again(f"nothing was accepted: {error}")
         if isinstance(error, DataRootError):
-            return try_again(f"nothing was accepted: {error} The SDK tries again for 5 minutes.")
+            what = "this is not safe on the disk yet" if error.attributes.get("visible") else "nothing was accepted"
+            return try_again(f"{what}: {error} The SDK tries again for 5 minutes.")
         return Refusal(500, f"nothing was accepted: {type(error).__name__}: {error}")

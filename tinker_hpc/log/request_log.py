@@ -66,8 +66,8 @@ class RequestLog:
         The records of one call become visible together. `seq` is put into the written headers.
 
         Raises: DataRootError if the disk is full, over quota or failing. The records were not accepted then, and a
-            later append works once there is room (`error.visible` True: they may have been accepted; appending them
-            again under the same request_id is right, the worker runs a request once).
+            later append works once there is room (`error.visible` True: they may have been accepted, as `error.seqs`;
+            appending them again under the same request_id is right, the worker runs a request once).
             LeaseLostError if another process writes here: this one must end.
             TypeError if a header or an array cannot be encoded; the other callers' records are not affected.
         """
@@ -81,7 +81,8 @@ class RequestLog:
         if isinstance(waiting.error, LeaseLostError):
             raise LeaseLostError(waiting.error.message, **waiting.error.attributes) from waiting.error
         if isinstance(waiting.error, DataRootError):  # shared by several threads: each raises its own
-            raise DataRootError(waiting.error.message, **waiting.error.attributes) from waiting.error
+            attributes = {**waiting.error.attributes, "seqs": waiting.seqs}
+            raise DataRootError(waiting.error.message, **attributes) from waiting.error
         if waiting.error is not None:
             raise waiting.error
         return waiting.seqs

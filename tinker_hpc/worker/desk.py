@@ -218,6 +218,8 @@ class Desk:
             if self._rewinds.takes_back(request):
                 self._schedule.ignore(request.header["request_id"])
                 continue
+            if self._schedule.knows(request):
+                continue
             if request.header["op"] == "cancel" and not self._redo.is_answered(request):
                 self._answer(request, None, {}, {})
             if request.header["op"] not in ("cancel", "rejected", "close"):  # these never wait to run

@@ -98,9 +98,7 @@ class Schedule:
         if op == "close":
             self.closing = True
             return []
-        if (
-            request_id is not None and request_id in self._seen
-        ):  # appended again after an unclear answer of the disk: the first one runs
+        if self.knows(request):
             return []
         if request_id is not None:
             self._seen.add(request_id)
@@ -118,6 +116,10 @@ class Schedule:
             self._cancelled.add(header["cancels"])
             return []
         return [Refusal(request, f"the worker does not know the operation {op!r}; are gateway and worker one version?")]
+
+    def knows(self, request: Record) -> bool:
+        """Whether it was appended again after an unclear answer of the disk: the first one runs."""
+        return request.header.get("request_id") in self._seen
 
     def ignore(self, request_id: str) -> None:
         """A request of this id never runs: it was taken back."""

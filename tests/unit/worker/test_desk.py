@@ -1,4 +1,5 @@
-"""A model or sampler that redo cannot bring back takes nothing else down with it, and stays lost."""
+"""What the desk orders, on real logs. A model or sampler that redo cannot bring back takes nothing else down with it,
+and stays lost."""
 
 from __future__ import annotations
 
@@ -86,7 +87,7 @@ class Run:
                 computed.append(request.header["seq"])
                 outcome = compute(request)
                 desk.finish(request, outcome if isinstance(outcome, Failure) else (outcome, {}))
-        assert desk.coverage().open == frozenset()
+        assert desk.coverage().open == frozenset() and desk._backlog == 0, "nothing is left over"
         publisher.close()
         bell.close()
         return computed
@@ -111,6 +112,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     run = Run(tmp_path)
     yield run
     run.log.close()
+
+
+def test_a_record_that_is_in_the_log_twice_runs_once_and_leaves_nothing_over(run: Run) -> None:
+    run.send("create_model", "a:0")
+    run.send("optim_step", "a:0")
+    for record in LogReader(run.folder.requests).poll():
+        run.log.append([record])
+    assert run.worker(as_saved) == [1, 2]
+    assert run.worker(as_saved) == [1, 2]
 
 
 def as_saved(request: Record) -> dict[str, Any]:
