@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_adapters.engine import Engine
 from megatron_adapters.interface import AdamParams, LoraSpec, Pass
-from tinker_hpc.errors import RequestError
+from tinker_hpc.errors import RequestError, WeightsError
 from tinker_hpc.log import Record
 from tinker_hpc.patience import Wait
 from tinker_hpc.worker import checkpoint
@@ -37,9 +37,11 @@ SAVE_PATIENCE_S = 300.0
 """A checkpoint that a full disk refuses is tried again for so long, like a request (the SDK's five minutes); a quota
 that it does not fit into at all must not hold up everybody for ever."""
 MAX_SNAPSHOTS = 16
-"""Per model, in memory: each costs a copy of the adapter. The one sampled from longest ago is set aside first."""
+"""Per model, and of all that were opened by path, in memory: each costs a copy of the adapter. The one sampled from
+longest ago is set aside first."""
 MAX_ASIDE = 112
-"""Per model, on the disk beside those; beyond it the one set aside longest ago is lost."""
+"""Per model, on the disk beside those; beyond it the one set aside longest ago is lost. What was opened by path has its
+checkpoint there, and is never lost."""
 
 
 @dataclass
@@ -72,6 +74,8 @@ class TrainStep:
         self._aside = aside
         self._set_aside: dict[str, str] = {}  # sampler: whose snapshot it is, oldest first
         self._evicted: dict[str, str] = {}
+        self._opened: dict[str, dict[str, Any]] = {}
+        """Samplers opened by path, in memory or not: {"folder", "path", "checkpoint": its identity}."""
         self._operations: dict[str, Callable[[Record], Answer]] = {
             "create_model": self._create_model,
             "optim_step": self._optim_step,
@@ -108,7 +112,7 @@ class TrainStep:
         """The snapshot a sampler reads, brought back to memory where it was set aside.
 
         Raises: RequestError if it made room for newer ones, or cannot be read back.
-        Collectives: where it was set aside those of SnapshotsAside.
+        Collectives: where it was set aside those of SnapshotsAside, or Ranks.on_first.
         """
         if sampling_session_id in self._evicted:
             raise RequestError(
@@ -121,6 +125,8 @@ class TrainStep:
             owner = self._set_aside.pop(sampling_session_id)
             self.samplers[sampling_session_id] = sampling_session_id
             self._make_room(owner)
+        if sampling_session_id in self._opened and sampling_session_id not in self.samplers:
+            self._open_again(sampling_session_id)
         self.samplers.move_to_end(sampling_session_id)
         return self.samplers[sampling_session_id]
 
@@ -137,6 +143,7 @@ class TrainStep:
             "samplers": [[sampler, used, self._snapshot_of.get(sampler)] for sampler, used in self.samplers.items()],
             "aside": dict(self._set_aside),
             "evicted": dict(self._evicted),
+            "opened": dict(self._opened),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -151,6 +158,7 @@ class TrainStep:
         self._set_aside.update(state.get("aside", {}))
         self._snapshot_of.update(self._set_aside)
         self._evicted.update(state["evicted"])
+        self._opened.update(state.get("opened", {}))
 
     def touch(self, sampling_session_ids: Iterable[str]) -> None:
         """These samplers were used, in this order."""
@@ -276,10 +284,31 @@ class TrainStep:
             return {}, {}
         saved = self._verified(source["folder"], source["path"])
         self._engine.load_snapshot(sampler, Path(source["folder"]))
+        opened = {"folder": source["folder"], "path": source["path"], "checkpoint": _identity(saved)}
+        self._opened[sampler] = opened
+        self._keep_opened(sampler)
+        return {"checkpoint": opened["checkpoint"]}, {}
+
+    def _open_again(self, sampler: str) -> None:
+        opened = self._opened[sampler]
+        try:
+            if _identity(self._verified(opened["folder"], opened["path"])) != opened["checkpoint"]:
+                raise RequestError(f"{opened['path']} has been overwritten since.")
+            self._engine.load_snapshot(sampler, Path(opened["folder"]))
+        except (RequestError, WeightsError, OSError) as error:
+            raise RequestError(
+                f"sampler {sampler} made room for {MAX_SNAPSHOTS} others that were opened by path, and cannot be read "
+                f"back: {error} Keep what you sample from later under a name of its own."
+            ) from error
+        self._keep_opened(sampler)
+
+    def _keep_opened(self, sampler: str) -> None:
+        """Of what was opened by path MAX_SNAPSHOTS stay in memory; the others are on the disk already."""
         self.samplers[sampler] = sampler
-        self._snapshot_of[sampler] = source["path"]
-        self._make_room(source["path"])
-        return {"checkpoint": _identity(saved)}, {}
+        opened = [sampler for sampler in self.samplers if sampler in self._opened]
+        for oldest in [sampler for sampler in opened[:-MAX_SNAPSHOTS] if sampler not in self.in_use]:
+            self._engine.drop_snapshot(oldest)
+            del self.samplers[oldest]
 
     def _save(self, request: Record, *, kind: str, optimizer: bool) -> None:
         header = request.header

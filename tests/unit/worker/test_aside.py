@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ import torch
 
 from megatron_adapters.adapter_files import WEIGHTS_FILE, HostCopy
 from tinker_hpc.errors import RequestError, WeightsError
+from tinker_hpc.log import Record
+from tinker_hpc.worker import checkpoint
 from tinker_hpc.worker.aside import SnapshotsAside
+from tinker_hpc.worker.checkpoint import Checkpoint
 from tinker_hpc.worker.ranks import Ranks
 from tinker_hpc.worker.train_step import TrainStep
 
@@ -89,3 +94,43 @@ def test_beyond_what_is_kept_the_oldest_is_lost_and_says_so(tmp_path: Path, monk
     restarted._aside._engine = engine
     restarted.restore(step.state())
     assert restarted.snapshot_for("s2") == "s2" and engine.snapshots["s2"] == 2.0
+
+
+def save(root: Path, name: str, value: float, *, request_id: str = "r") -> dict[str, str]:
+    """A checkpoint of sampler weights, as open_sampler's source."""
+    folder, temporary = root / name, root / f".{name}"
+    temporary.mkdir(parents=True)
+    HostCopy({"name": name}, {"a": torch.full((2, 2), value)}, {}, 0).write(temporary)
+    path, lora = f"tinker://m/sampler_weights/{name}", {"rank": 1}
+    fields: dict[str, Any] = {"kind": "sampler", "step": 0, "optimizer": False, "request_id": request_id, "lora": lora}
+    checkpoint.publish(folder, temporary, Checkpoint(path=path, model_id="m", base_model="base", **fields))
+    return {"type": "folder", "folder": str(folder), "path": path}
+
+
+def test_of_samplers_opened_by_path_few_stay_in_memory_and_none_is_lost(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tinker_hpc.worker.train_step.MAX_SNAPSHOTS", 2)
+    engine, aside = make(tmp_path)
+    step = TrainStep(engine, Ranks(None, 0, 1), "base", None, aside)
+    for number in range(9):
+        source = save(tmp_path, f"{number:06d}", float(number))
+        fields = {"op": "open_sampler", "seq": number, "sampling_session_id": f"s{number}", "source": source}
+        step.run(Record(fields))
+        assert step.snapshot_for("s0") == "s0", "what is used stays, however old"
+    assert engine.snapshots == {"s0": 0.0, "s8": 8.0} and list(step.samplers) == ["s8", "s0"]
+    assert step.snapshot_for("s1") == "s1" and engine.snapshots == {"s0": 0.0, "s1": 1.0}
+    assert not (tmp_path / "aside").exists(), "their checkpoints are on the disk"
+
+    restarted = TrainStep(engine, Ranks(None, 0, 1), "base", None, aside)
+    restarted.restore(json.loads(json.dumps(step.state())))
+    assert restarted.snapshot_for("s2") == "s2" and engine.snapshots == {"s1": 1.0, "s2": 2.0}
+    save(tmp_path, "000003", 33.0, request_id="another")
+    with pytest.raises(
+        RequestError, match=r"sampler s3 made room .* tinker://m/sampler_weights/000003 has been overwritten"
+    ):
+        restarted.snapshot_for("s3")
+    shutil.rmtree(tmp_path / "000004")
+    with pytest.raises(
+        RequestError, match=r"sampler s4 made room .* no checkpoint at tinker://m/sampler_weights/000004"
+    ):
+        restarted.snapshot_for("s4")
+    assert engine.snapshots == {"s1": 1.0, "s2": 2.0}
