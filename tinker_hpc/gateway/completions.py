@@ -52,8 +52,13 @@ class Completions:
         self._cursor = time.time_ns()
 
     def expect(self, target: Target, request_id: str) -> None:
-        """A sample was accepted, or is about to be."""
-        self._lines.setdefault(target, _Line()).pending[request_id] = None
+        """A sample was accepted, or is about to be; or a loop that was started again asks for it, whose predecessor may
+        have been told of it before it was done.
+        """
+        line = self._lines.setdefault(target, _Line())
+        line.pending[request_id] = None
+        if line.scout == request_id:
+            line.scout = None
 
     def forget(self, target: Target, request_id: str) -> None:
         """It was not accepted after all."""

@@ -76,8 +76,9 @@ class Replay:
             return
         self._write_claim(future)
         future.loop_start = self.start
-        if future.done and future.target is not None:
-            self._ledger.futures.completions.again(future.target, future.request_id)
+        if future.target is not None:
+            completions = self._ledger.futures.completions
+            (completions.again if future.done else completions.expect)(future.target, future.request_id)
 
     def _write_claim(self, future: Future) -> None:
         # No fsync: a node that dies takes the loop with it, and then there is nothing to remember. The line begins

@@ -13,9 +13,11 @@ from tinker_hpc.gateway.answers import Answer, failure
 from tinker_hpc.gateway.completions import MAX_TOLD, Completions, target_of
 from tinker_hpc.gateway.ledger import Ledger
 from tinker_hpc.gateway.refusals import Refusal
+from tinker_hpc.gateway.replay import Replay
 from tinker_hpc.gateway.retrieval import Retrieval
 from tinker_hpc.gateway.wire import PROTOBUF
 from tinker_hpc.gateway.workers import Status
+from tinker_hpc.run_folder import RunFolder
 
 SAMPLER = "s:sample:0"
 OPEN = {
@@ -134,6 +136,32 @@ def test_while_the_worker_is_queued_one_sample_is_sent_ahead_to_hear_the_reason(
         gateway.link.status = Status("ready")
         gateway.finish(0, 1, 2)
         assert told(await gateway.ask(first["cursor"])) == ["1", "2"], "the scout asks for itself"
+
+    asyncio.run(run())
+
+
+def test_a_loop_that_was_started_again_hears_of_what_its_predecessor_was_sent_ahead_with(tmp_path, monkeypatch):
+    monkeypatch.setattr("tinker_hpc.gateway.retrieval.SCOUT_AFTER_S", 0.05)
+    run_folder = RunFolder.new(tmp_path)
+    run_folder.begin_loop()
+
+    async def run() -> None:
+        gateway = Gateway(2, phase="queued")
+        workers: Any = None
+        replay = Replay(run_folder, gateway.ledger, workers)
+        futures = [future for future in gateway.ledger.futures if future.op == "sample"]
+        for future in futures:
+            future.loop_start = replay.start
+        first = await gateway.ask(timeout=None)
+        assert told(first) == ["0"] and told(await gateway.ask(first["cursor"], timeout=0.2)) == []
+        run_folder.begin_loop()  # killed, and started again beside the same gateway
+        await replay.look()
+        for future in futures:
+            replay.claim(future)
+        assert told(await gateway.ask(timeout=None)) == ["1"], "it hears why it waits"
+        gateway.link.status = Status("ready")
+        gateway.finish(0, 1)
+        assert "0" in told(await gateway.ask())
 
     asyncio.run(run())
 
