@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tinker_hpc.errors import CorruptLogError, DataRootError, LeaseLostError, TinkerHpcError
-from tinker_hpc.log.looking import TEMPORARY, list_anew, tell_names
+from tinker_hpc.log.looking import MOST_NAMES, TEMPORARY, list_anew, tell_names
 from tinker_hpc.log.record import Buffer, Record, encode_parts
 from tinker_hpc.log.segment import (
     Segment,
@@ -55,7 +56,8 @@ class Appender:
             (folder / small.name).unlink(missing_ok=True)
         self._lock = threading.Lock()  # guards _sizes
         self._rewriting = threading.Lock()  # held while files are merged or compacted
-        self._sizes = {s: (folder / s.name).stat().st_size for s in kept}
+        self._sizes = {s: (folder / s.name).stat().st_size for s in kept}  # in order
+        self._appended = FANOUT  # since it was looked what could be merged
         self._merging: threading.Thread | None = None
         self._tell()
 
@@ -115,7 +117,7 @@ class Appender:
         with self._lock:
             left = sum(self._sizes.values())
             chosen: list[Segment] = []
-            for segment in sorted(self._sizes):
+            for segment in self._sizes:
                 if left <= keep_bytes or segment.last > through:
                     break
                 left -= self._sizes[segment]
@@ -128,8 +130,10 @@ class Appender:
             self._merging.join()
 
     def _merge_in_background(self) -> None:
-        if self._merging is not None and self._merging.is_alive():
+        self._appended += 1
+        if self._appended < FANOUT or (self._merging is not None and self._merging.is_alive()):
             return
+        self._appended = 0
         if self._next_merge():
             self._merging = threading.Thread(target=self._merge_while_possible, name="log-merge", daemon=True)
             self._merging.start()
@@ -149,33 +153,34 @@ class Appender:
                     merged = merge(self.folder, chosen)
                     with self._lock:
                         size = sum(self._sizes.pop(s) for s in chosen)
-                        self._sizes[merged] = size
+                        self._sizes = dict(sorted([*self._sizes.items(), (merged, size)]))
                     self._tell()
 
     def _tell(self) -> None:
         with self._lock:
-            tell_names(self.folder, [segment.name for segment in sorted(self._sizes)])
+            latest = list(itertools.islice(reversed(self._sizes), MOST_NAMES))
+            tell_names(self.folder, [segment.name for segment in reversed(latest)])
 
 
 def choose_merge(sizes: dict[Segment, int]) -> list[Segment]:
-    """Which neighbouring segments to merge now (an empty list: none). Pure.
+    """Which neighbouring segments to merge now (an empty list: none), of all in order. Pure.
 
     The size class of a segment is the power of FANOUT that its number of records has reached; FANOUT neighbours of one
     class, together at most MERGE_BYTES, become one of the next class. So a record is rewritten once per class.
     """
     run: list[Segment] = []
     total = 0
-    for segment in sorted(sizes):
+    for segment, size in sizes.items():
         fits = (
             run
             and segment.first == run[-1].last + 1
             and _size_class(segment) == _size_class(run[0])
-            and total + sizes[segment] <= MERGE_BYTES
+            and total + size <= MERGE_BYTES
         )
         if not fits:
             run, total = [], 0
         run.append(segment)
-        total += sizes[segment]
+        total += size
         if len(run) == FANOUT:
             return run
     return []

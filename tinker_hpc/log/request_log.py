@@ -209,16 +209,17 @@ class LogReader:
             raise CorruptLogError(missing(self.folder, self.position + 1, beyond), path=str(self.folder))
 
     def _poll(self, found: list[Record], max_bytes: int, until: int | None) -> list[Segment]:
-        """Adds to `found`. Returns: every segment there is to be seen."""
+        """Adds to `found`. Returns: every segment there is to be seen that holds something new."""
         num_bytes = 0
-        listed = list_segments(self.folder)
+        listed = list_segments(self.folder, self.position)
         segments = deque(chain(listed, self.position))
         relisted = False
         while segments and num_bytes < max_bytes and (until is None or self.position < until):
             segment = segments.popleft()
             records = read_segment(self.folder, segment, retry_s=self._retry_s)
             if records is None:  # merged away since we listed: list once more, then let the caller wait
-                segments = deque() if relisted else deque(chain(list_segments(self.folder), self.position))
+                again = [] if relisted else list_segments(self.folder, self.position)
+                segments = deque(chain(again, self.position))
                 relisted = True
                 continue
             relisted = False

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from tinker_hpc.log.lease import Lease
 from tinker_hpc.log.looking import list_anew, list_names, newest_told, tell_newest
 from tinker_hpc.log.record import Record, encode_parts
 from tinker_hpc.log.request_log import POLL_BYTES, LogReader
-from tinker_hpc.log.segment import chain, last_contiguous, list_segments, read_segment, segments_of
+from tinker_hpc.log.segment import Segment, last_contiguous, list_segments, outermost, read_segment, segments_of
 from tinker_hpc.private_files import fsync_folder, make_private
 from tinker_hpc.run_folder import WorkerFolder
 
@@ -81,27 +82,41 @@ class ResultLog:
 class ResultFinder:
     """Reads single results by where they are (`fence` and `number` of their headers). Thread-safe.
 
-    The segment read last stays in memory: a loop that is started again asks for one result after the other.
+    The segment read last stays in memory: a loop that is started again asks for one result after the other. So does
+    what was found in each folder; it is listed again, from the asked number on, when that is not where it was, or new.
     """
 
     def __init__(self, worker_folder: Path) -> None:
         self._results = WorkerFolder(worker_folder).results
         self._lock = threading.Lock()
         self._held: tuple[int, int, list[Record]] = (0, 0, [])  # fence, number of the first, records
+        self._listed: dict[int, list[Segment]] = {}  # by fence, as `outermost` leaves them
 
     def find(self, fence: int, number: int) -> Record | None:
         """That record; None if it is not to be seen. Raises: CorruptLogError."""
         with self._lock:
             held_fence, first, records = self._held
             if held_fence != fence or not first <= number < first + len(records):
-                folder = _fence_folder(self._results, fence)
-                segment = next(iter(chain(list_segments(folder), number - 1)), None)
-                found = None if segment is None else read_segment(folder, segment)
-                if segment is None or found is None:
+                if (read := self._read(fence, number, look=False) or self._read(fence, number, look=True)) is None:
                     return None
-                first, records = segment.first, found
+                first, records = read
                 self._held = (fence, first, records)
             return records[number - first]
+
+    def _read(self, fence: int, number: int, *, look: bool) -> tuple[int, list[Record]] | None:
+        """Number of the first and all records of the segment that holds `number`; None if it is not there.
+
+        Args: look: list the folder first, in place of believing what was found in it before.
+        """
+        folder, listed = _fence_folder(self._results, fence), self._listed.get(fence, [])
+        index = bisect_left(listed, number, key=lambda segment: segment.last)
+        if look:
+            listed[index:] = outermost(list_segments(folder, number - 1))
+            self._listed[fence] = listed
+        if index == len(listed) or listed[index].first > number:
+            return None
+        records = read_segment(folder, listed[index])
+        return None if records is None else (listed[index].first, records)
 
 
 class ResultReader:

@@ -51,17 +51,32 @@ class Segment:
         return self.last - self.first + 1
 
 
-def list_segments(folder: Path) -> list[Segment]:
-    """The segments in `folder`, listed and told, sorted. A folder that does not exist yet has none.
+def list_segments(folder: Path, after: int = 0) -> list[Segment]:
+    """The segments in `folder` that hold records behind `after`, listed and told, sorted. A folder that does not exist
+    yet has none.
 
     Raises: DataRootError if it cannot be listed.
     """
-    return segments_of([*list_names(folder), *names_told(folder)])
+    return segments_of([*list_names(folder), *names_told(folder)], after)
 
 
-def segments_of(names: Iterable[str]) -> list[Segment]:
-    """Those that are a segment's names, sorted, each once. Pure."""
-    return sorted({Segment(int(m[1]), int(m[2])) for m in map(_NAME.fullmatch, names) if m})
+def segments_of(names: Iterable[str], after: int = 0) -> list[Segment]:
+    """Those that are a segment's names and hold records behind `after`, sorted, each once. Pure.
+
+    A long run has thousands of names that its readers know: those are told by their text alone.
+    """
+    usual, known = len(Segment(0, 0).name), f"{after:012d}"
+    found = map(_NAME.fullmatch, (name for name in names if len(name) != usual or name[-12:] > known))
+    return sorted({Segment(int(m[1]), int(m[2])) for m in found if m and int(m[2]) > after})
+
+
+def outermost(segments: Iterable[Segment]) -> list[Segment]:
+    """Without those inside of another one, which were merged: both ends rise from each to the next. Pure."""
+    kept: list[Segment] = []
+    for segment in sorted(segments, key=lambda segment: (segment.first, -segment.last)):
+        if not kept or segment.last > kept[-1].last:
+            kept.append(segment)
+    return kept
 
 
 def chain(segments: Iterable[Segment], after: int) -> list[Segment]:

@@ -10,9 +10,10 @@ import pytest
 
 from tinker_hpc.errors import CorruptLogError, LeaseLostError
 from tinker_hpc.log import Lease, Record, ResultFinder, ResultLog, ResultReader
-from tinker_hpc.log.appender import Appender
+from tinker_hpc.log.appender import Appender, merge
 from tinker_hpc.log.record import encode_parts
 from tinker_hpc.log.result_log import _fence_folder
+from tinker_hpc.log.segment import Segment, list_segments
 
 
 def take_over(folder: Path) -> ResultLog:
@@ -198,3 +199,33 @@ def test_single_results_are_found_again(tmp_path: Path) -> None:
         record = finder.find(*places[name])
         assert record is not None and record.header["name"] == name
     assert finder.find(1, 99) is None and finder.find(7, 1) is None
+
+
+def test_a_folder_is_listed_again_only_for_what_is_not_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+
+    def counted(folder: Path, after: int = 0) -> list[Segment]:
+        looks.append(after)
+        return list_segments(folder, after)
+
+    monkeypatch.setattr("tinker_hpc.log.result_log.list_segments", counted)
+    log, finder = take_over(tmp_path), ResultFinder(tmp_path)
+    folder = _fence_folder(tmp_path / "results", 1)
+
+    def found(*numbers: int) -> list[str]:
+        return names([record for number in numbers if (record := finder.find(1, number)) is not None])
+
+    for n in range(2, 12):
+        log.publish([Record({"name": f"r{n}"})])
+    assert found(5, 9, 6, 11) == ["r5", "r9", "r6", "r11"] and looks == [4]
+    assert found(3, 4) == ["r3", "r4"] and looks == [4, 2], "not looked at before"
+    merge(folder, [Segment(n, n) for n in range(3, 9)])
+    assert found(9) == ["r9"] and found(7, 4, 8) == ["r7", "r4", "r8"] and looks == [4, 2, 6]
+    assert found(3, 11, 5) == ["r3", "r11", "r5"] and looks == [4, 2, 6, 4], "5 is gone too"
+    log.publish([Record({"name": "r12"})])
+    (folder / Segment(10, 10).name).rename(folder / "hidden")  # a filesystem that does not show it yet
+    assert found(12, 10) == ["r12"] and looks == [4, 2, 6, 4, 11, 9]
+    (folder / "hidden").rename(folder / Segment(10, 10).name)
+    assert found(10, 12) == ["r10", "r12"] and looks == [4, 2, 6, 4, 11, 9], "told, so it is where it was said to be"

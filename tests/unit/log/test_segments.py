@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+from bisect import bisect_left
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,20 @@ from hypothesis import strategies as st
 from tinker_hpc.errors import CorruptLogError, LeaseLostError
 from tinker_hpc.log import LogReader, Record
 from tinker_hpc.log import appender as appender_module
+from tinker_hpc.log import segment as segment_module
 from tinker_hpc.log.appender import FANOUT, MERGE_BYTES, Appender, choose_merge, merge
+from tinker_hpc.log.looking import MOST_NAMES, names_told
 from tinker_hpc.log.record import encode_parts
-from tinker_hpc.log.segment import Segment, chain, last_contiguous, list_segments, publish, read_segment
+from tinker_hpc.log.segment import (
+    Segment,
+    chain,
+    last_contiguous,
+    list_segments,
+    outermost,
+    publish,
+    read_segment,
+    segments_of,
+)
 
 SEGMENTS = st.lists(
     st.tuples(st.integers(1, 30), st.integers(0, 8)).map(lambda t: Segment(t[0], t[0] + t[1])), max_size=12
@@ -29,6 +41,10 @@ def parts(*numbers: int) -> list[list[bytes]]:
 
 def numbers(records: list[Record]) -> list[int]:
     return [record.header["n"] for record in records]
+
+
+def numbers_in(segment: Segment) -> range:
+    return range(segment.first, segment.last + 1)
 
 
 def write(folder: Path, *runs: range) -> Appender:
@@ -50,6 +66,56 @@ def test_a_chain_reaches_the_first_gap_and_no_further(segments: list[Segment], a
     for segment in chosen:  # every piece continues where the last one ended
         assert segment.first <= position + 1 <= segment.last
         position = segment.last
+
+
+@given(SEGMENTS, st.integers(0, 30))
+def test_what_is_known_need_not_be_looked_at(segments: list[Segment], after: int) -> None:
+    names = [segment.name for segment in segments]
+    assert segments_of(names, after) == sorted({segment for segment in segments if segment.last > after})
+    outer = outermost(segments)
+    lasts = [segment.last for segment in outer]
+    assert lasts == sorted(set(lasts)) and {n for s in outer for n in numbers_in(s)} == {
+        n for s in segments for n in numbers_in(s)
+    }
+    for number in {n for s in segments for n in numbers_in(s)}:
+        assert number in numbers_in(outer[bisect_left(lasts, number)])
+
+
+def test_numbers_beyond_twelve_digits_are_found() -> None:
+    beyond = [Segment(10**12 - 1, 10**12), Segment(10**12 + 1, 10**12 + 1)]
+    names = [segment.name for segment in [Segment(5, 5), *beyond]]
+    for after, expected in ((5, beyond), (10**12, beyond[1:]), (10**12 + 1, [])):
+        assert segments_of(names, after) == expected
+
+
+def test_a_look_at_a_long_log_costs_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the listing itself, and a comparison of texts for each name."""
+    appender = write(tmp_path, *(range(n, n + 1) for n in range(1, 11)))
+    reader = LogReader(tmp_path)
+    assert len(reader.poll()) == 10
+    made: list[Segment] = []
+
+    def counted(first: int, last: int) -> Segment:
+        made.append(Segment(first, last))
+        return made[-1]
+
+    appender.append(parts(11))
+    monkeypatch.setattr(segment_module, "Segment", counted)
+    assert numbers(reader.poll()) == [11] and Segment(11, 11) in made
+    assert set(made) <= {Segment(0, 0), Segment(11, 11)}
+
+
+@pytest.mark.usefixtures("no_fsync")
+def test_an_append_to_a_long_log_seldom_looks_through_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records too big to be merged, so that there are many files."""
+    looks: list[int] = []
+    monkeypatch.setattr(appender_module, "MERGE_BYTES", 1)
+    monkeypatch.setattr(appender_module, "choose_merge", lambda sizes: looks.append(len(sizes)) or choose_merge(sizes))
+    write(tmp_path, *(range(n, n + 1) for n in range(1, 321)))
+    assert looks == [1 + FANOUT * n for n in range(10)]
+    assert names_told(tmp_path) == [Segment(n, n).name for n in range(321 - MOST_NAMES, 321)], "the latest, in order"
 
 
 @given(st.lists(st.tuples(st.integers(1, 70), st.integers(1, MERGE_BYTES)), max_size=120))
@@ -122,7 +188,7 @@ def test_a_file_that_vanishes_is_looked_for_again(tmp_path: Path, monkeypatch: p
     listings = iter([stale])
     real = list_segments
     module = "tinker_hpc.log.request_log.list_segments"
-    monkeypatch.setattr(module, lambda folder: next(listings, None) or real(folder))
+    monkeypatch.setattr(module, lambda folder, after: next(listings, None) or real(folder, after))
     assert numbers(LogReader(tmp_path).poll()) == [1, 2]
 
 
