@@ -97,13 +97,13 @@ def facts_of(request: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def reply_of(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What the accepting endpoint answers, the first time, to a retry, and after a restart."""
-    request_id = request["request_id"]
-    op = request.get("asked") or request["op"]
-    if op == "sample":
-        ids = [f"{request_id}:{index}" for index in range(request.get("num_samples", 0))]
-        return {"request_id": request_id, "sample_sequence_ids": ids}
+def reply_of_sample(request_id: str, num_samples: int) -> dict[str, Any]:
+    """What the accepting endpoint answers to a sample, the first time, to a retry, and after a restart."""
+    return {"request_id": request_id, "sample_sequence_ids": [f"{request_id}:{index}" for index in range(num_samples)]}
+
+
+def reply_of(op: str, request_id: str, model_id: str | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of any other request; `facts`: as `facts_of` gives them."""
     if op == "open_sampler":
-        return {"type": "create_sampling_session", "sampling_session_id": request["sampling_session_id"]}
-    return {"request_id": request_id, "model_id": request["model_id"]}
+        return {"type": "create_sampling_session", "sampling_session_id": facts["sampling_session_id"]}
+    return {"request_id": request_id, "model_id": model_id}

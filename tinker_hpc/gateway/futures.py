@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinker_hpc.gateway.answers import Answer
+from tinker_hpc.gateway.answers import Answer, reply_of, reply_of_sample
 from tinker_hpc.gateway.completions import Completions, Target
 from tinker_hpc.gateway.wire import PROTOBUF
 
@@ -26,9 +26,9 @@ class Future:
     Attributes:
         worker_index: whose log holds it.
         digest: of the payload; a retry must have the same.
-        reply: what the accepting endpoint answered (`reply_of`), to be answered again to a retry.
         facts: what encoding the answer needs of the request (`facts_of`).
         target: the sampling client that sent it; None for anything but a sample.
+        num_samples: how many sequences it asked for.
         seq, accepted_at: its place in that log; 0 while the record is on its way to the disk.
         loop_start: which start of the loop asked for it last (replay.py).
         durable: done when the record is on disk, failed when it could not be written; None once it is there.
@@ -42,9 +42,9 @@ class Future:
     seq_id: int | None
     worker_index: int
     digest: str
-    reply: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     target: Target | None = None
+    num_samples: int = 0
     seq: int = 0
     accepted_at: float = 0.0
     loop_start: int = 0
@@ -52,6 +52,15 @@ class Future:
     durable: asyncio.Future[None] | None = None
     done: bool = False
     _changed: asyncio.Event | None = None
+
+    @property
+    def reply(self) -> dict[str, Any]:
+        """What the accepting endpoint answered, and answers to a retry. Not kept: every sample of a run is known for
+        ever, and the ids of 64 sequences would outweigh all else that is known of it.
+        """
+        if self.target is not None:
+            return reply_of_sample(self.request_id, self.num_samples)
+        return reply_of(self.op, self.request_id, self.model_id, self.facts)
 
     @property
     def unclear(self) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinker_hpc.gateway.answers import facts_of, failure, reply_of
+from tinker_hpc.gateway.answers import facts_of, failure
 from tinker_hpc.gateway.completions import target_of
 from tinker_hpc.gateway.futures import Future, FutureTable
 from tinker_hpc.gateway.seeds import Age
@@ -96,9 +96,9 @@ class Ledger:
             seq_id=header.get("seq_id"),
             worker_index=worker_index,
             digest=header["digest"],
-            reply=reply_of(header),
             facts=facts_of(header),
             target=target_of(header["sampling_session_id"], header["seq_id"]) if is_sample else None,
+            num_samples=header.get("num_samples") or 0,
             accepted_at=header.get("accepted_at") or 0.0,
             loop_start=header.get("loop_start") or 0,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -64,7 +65,30 @@ def test_a_replayed_log_is_the_same_knowledge():
         )
     sample = first.futures.get("s:sample:0:0")
     assert sample is not None
-    assert sample.reply["sample_sequence_ids"] == ["s:sample:0:0:0", "s:sample:0:0:1"]
+    assert sample.reply == {
+        "request_id": sample.request_id,
+        "sample_sequence_ids": ["s:sample:0:0:0", "s:sample:0:0:1"],
+    }
+    replies = {future.op: future.reply for future in first.futures}
+    assert replies["open_sampler"] == {"type": "create_sampling_session", "sampling_session_id": "s:sample:0"}
+    assert replies["save_sampler_weights"] == {"request_id": "s:train:0:3", "model_id": "s:train:0"}
+
+
+def test_what_is_known_for_ever_does_not_grow_with_the_number_of_samples():
+    def kept(num_samples: int) -> float:
+        """Bytes a request."""
+        ledger, requests = Ledger(), range(300)
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        for n in requests:
+            ledger.apply(header("sample", f"s:0:{n}", seq_id=n, sampling_session_id="s:0", num_samples=num_samples), 0)
+            ledger.futures.finish(f"s:0:{n}", Answer("m", b"x"), (1, n))
+            ledger.futures.release(f"s:0:{n}")
+        after = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        return (after - before) / len(requests)
+
+    assert kept(64) < kept(1) + 200
 
 
 def test_a_record_written_twice_is_one_request():
