@@ -77,14 +77,14 @@ def resolve(name: str, mapping: Mapping[str, str] | None = None, *, weights: boo
     searched: list[str] = []
     mapped = (mapping or {}).get(name)
     if mapped is not None:
-        folder = Path(mapped).expanduser()
+        folder = _expanded(mapped)
         if folder.is_dir():
             return _with_weights(read(name, folder.resolve()), weights)
         searched.append(f"[base_models] in the configuration says {mapped}, which is not a folder")
     else:
         searched.append(f"[base_models] in the configuration has no {name!r}")
 
-    folder = Path(name).expanduser()
+    folder = _expanded(name)
     if folder.is_dir():
         return _with_weights(read(public_name(name, folder), folder.resolve()), weights)
     searched.append(f"no folder {folder.absolute()}")
@@ -176,9 +176,14 @@ def same_model(asked: str, served: str, served_folder: str | Path, mapping: Mapp
     if parts and Path(served_folder).parts[-len(parts) :] == parts:
         return True
     for candidate in ((mapping or {}).get(asked), asked):  # the order of resolve()
-        if candidate and os.path.isdir(Path(candidate).expanduser()):
-            return Path(candidate).expanduser().resolve() == Path(served_folder).resolve()
+        if candidate and os.path.isdir(_expanded(candidate)):
+            return _expanded(candidate).resolve() == Path(served_folder).resolve()
     return False
+
+
+def _expanded(path: str) -> Path:
+    """With ~ and ~user replaced; of a user that there is not it stays as it is, where Path.expanduser raises."""
+    return Path(os.path.expanduser(path))
 
 
 def _offline() -> bool:

@@ -279,7 +279,7 @@ class _Reader:
         if kind == "float" and content in ("inf", "-inf", "nan"):
             return float(content)
         if kind == "dtype":
-            if content not in DTYPES:
+            if not isinstance(content, str) or content not in DTYPES:
                 self._refuse(f"dtype {_brief(content)} is not allowed; allowed: {', '.join(sorted(DTYPES))}")
             return Dtype(content)
         if kind == "device":

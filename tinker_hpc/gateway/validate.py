@@ -38,7 +38,8 @@ def adam(payload: Mapping[str, Any]) -> dict[str, float]:
     """AdamParams of an optim_step body, defaults filled in."""
     params = payload.get("adam_params", payload.get("optim_params"))
     if params is None:
-        family = (payload.get("optimizer_params") or {}).get("type")
+        given = payload.get("optimizer_params") or {}
+        family = given.get("type") if isinstance(given, Mapping) else given
         refuse(
             f"optim_step got parameters of optimizer {family!r}; this version has AdamW. "
             "Pass tinker.AdamParams(learning_rate=...) and create the model without optimizer=."
@@ -117,9 +118,13 @@ def number(name: str, value: Any) -> float:
         value = math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         refuse(f"{name} is {value!r}, expected a number.")
+    try:
+        value = float(value)
+    except OverflowError:  # an integer, which JSON lets be as long as it likes
+        value = math.inf if value > 0 else -math.inf
     if not math.isfinite(value):
         refuse(f"{name} is {value}, expected a finite number. A NaN would spread to every weight.")
-    return float(value)
+    return value
 
 
 def integer(payload: Mapping[str, Any], key: str, *, least: int = 0) -> int:

@@ -33,6 +33,8 @@ BASE = BaseModel(
         ({"learning_rate": -1.0}, "AdamParams.learning_rate is -1.0, expected 0 or more"),
         ({"beta1": 1.0}, "AdamParams.beta1 is 1.0, expected 0 <= beta1 < 1"),
         ({"beta2": math.inf}, "AdamParams.beta2 is inf"),
+        ({"learning_rate": 10**400}, "AdamParams.learning_rate is inf, expected a finite number"),
+        ({"weight_decay": -(10**400)}, "AdamParams.weight_decay is -inf"),
         ({"eps": "tiny"}, "AdamParams.eps is 'tiny', expected a number"),
         ({"eps": 0.0}, "AdamParams.eps is 0.0, expected 1e-30 or more"),
         ({"grad_clip_norm": -1}, "0 turns clipping off"),
@@ -49,6 +51,8 @@ def test_adam_defaults_are_tinkers_and_dimuon_is_refused():
     assert validate.adam({"adam_params": {}}) == dict(validate.ADAM_DEFAULTS)
     with pytest.raises(RequestError, match="'dimuon'; this version has AdamW"):
         validate.adam({"optimizer_params": {"type": "dimuon", "learning_rate": 1.0}})
+    with pytest.raises(RequestError, match=r"optimizer \[1\]; this version has AdamW"):
+        validate.adam({"optimizer_params": [1]})
 
 
 @pytest.mark.parametrize("rank", [0, -8, 3, 12, 33, 2.0, True, None, "8"])
@@ -153,6 +157,7 @@ WRONG_SAMPLES = [
     ({"sampling_params": {"temperature": -0.1}}, "expected 0 (greedy), or 1e-06 or more"),
     ({"sampling_params": {"temperature": 1e-9}}, "temperature is 1e-09, expected 0 (greedy)"),
     ({"sampling_params": {"temperature": math.nan}}, "temperature is nan"),
+    ({"sampling_params": {"temperature": 10**400}}, "temperature is inf"),
     ({"sampling_params": {"top_k": 0}}, "top_k is 0, expected 1 or more, or -1"),
     ({"sampling_params": {"top_p": 0}}, "top_p is 0.0, expected 0 < top_p <= 1"),
     ({"sampling_params": {"top_p": 1.5}}, "top_p is 1.5"),

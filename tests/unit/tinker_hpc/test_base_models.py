@@ -45,6 +45,13 @@ def test_a_folder_by_absolute_and_relative_path(folder, monkeypatch):
     assert base_models.resolve(relative).name == str(folder), "a path is named by its absolute form"
 
 
+def test_the_home_of_nobody_is_a_place_where_nothing_is(folder):
+    for mapping in (None, {"~nosuchuser/x": "~nosuchuser/y"}):
+        with pytest.raises(UnknownBaseModelError, match=r"no folder .*/~nosuchuser/x"):
+            base_models.resolve("~nosuchuser/x", mapping)
+        assert not base_models.same_model("~nosuchuser/x", "org/tiny", folder, mapping)
+
+
 def test_a_name_with_two_slashes_is_made_safe_for_the_sdk():
     assert base_models.public_name("/models/tiny", Path("/models/tiny")) == "/models/tiny/"
     assert base_models.public_name("/a/b/c", Path("/a/b/c")) == "/a/b/c"

@@ -113,6 +113,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "bottomless nesting": (function("torch.add", REF, nested(50_000)), "it has a giant constant"),
     "text": (function("torch.add", REF, "a" * 1000), "is no argument a loss needs"),
     "dtype": (function("torch.sum", REF, dtype={"dtype": "complex64"}), "dtype 'complex64' is not allowed"),
+    "unhashable dtype": (function("torch.sum", REF, dtype={"dtype": []}), "is not allowed; allowed: "),
     "layout": (function("torch.zeros", 3, layout={"layout": "sparse_csr"}), "is given 'layout'"),
     "unknown encoding": (function("torch.sum", {"pickle": "gASV"}), "an argument is a 'pickle'"),
     "two encodings": (function("torch.sum", {"ref": "logprobs", "tuple": []}), "an object of one key"),
