@@ -125,7 +125,7 @@ class Shelf:
             raise bad_request(
                 f"{model_id}/{kind}/{name} is not an external weights checkpoint. Make one with "
                 "training_client.save_weights_external(name), or read the folder itself: "
-                f"`tinker-hpc export tinker://{model_id}/{kind}/{name} --output FOLDER`."
+                f"`tinker-hpc export tinker://{model_id}/{kind}/{name} --to FOLDER`."
             )
         checkpoint = self.find(model_id, kind, name)
         files = sorted(checkpoint.metadata.get("files", {}))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 
 import pytest
 from test_gateway_checkpoints import PATH, write
 
+from tinker_hpc.cli.saved import export
 from tinker_hpc.errors import RequestError
 from tinker_hpc.gateway import checkpoints, retention
 from tinker_hpc.gateway.checkpoints import Checkpoint
@@ -38,6 +40,15 @@ def a_run(root: Path, name: str, *, reads: list[str], phase: str = "ready") -> R
 @pytest.fixture
 def shelf(tmp_path) -> Shelf:
     return Shelf(tmp_path, tmp_path / "exports")
+
+
+def test_the_command_that_a_refusal_names_is_one(shelf):
+    with pytest.raises(Refusal) as caught:
+        shelf.external_urls(*PARTS)
+    argv = shlex.split(caught.value.message.split("`")[1])
+    assert argv[:2] == ["tinker-hpc", "export"]
+    given = export.make_context("export", argv[2:]).params
+    assert (given["path"], given["target"]) == ("tinker://s-1:train:0/weights/a", Path("FOLDER"))
 
 
 def test_an_expired_one_is_refused_unlisted_and_swept(tmp_path):
