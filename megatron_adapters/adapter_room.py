@@ -8,12 +8,14 @@ snapshots are not touched: they are copies (adapters.py).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,8 +31,22 @@ training state of all adapters: one of rank 32 for an 8B model is 1.4 GiB."""
 _PIECE = 2**22
 """Numbers copied at a time on their way to the disk."""
 
-PutBack = Callable[[], list[Tensor]]
-"""Gives the buffers that were put away, in order, and forgets them."""
+
+class AdapterLost(BaseException):
+    """An adapter's state cannot be read back. Its weights are nowhere else on this rank, so no request can be right any
+    more: this ends the rank as KeyboardInterrupt would (`except Exception` lets it pass), and whoever starts it again
+    restores the adapter.
+    """
+
+
+class _Away(Protocol):
+    """The buffers of an adapter that was put away, those worth keeping, in order."""
+
+    def read(self) -> list[Tensor]:
+        """Raises: OSError if they are not there any more."""
+        ...
+
+    def forget(self) -> None: ...
 
 
 class AdapterRoom:
@@ -43,7 +59,7 @@ class AdapterRoom:
         self.device = device
         self.most_bytes = most_bytes
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # most recently used last
-        self._away: dict[str, PutBack] = {}
+        self._away: dict[str, _Away] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._disk_failed = False
 
@@ -65,10 +81,13 @@ class AdapterRoom:
         """Forget an adapter, wherever it is."""
         self._adapters.pop(adapter_id, None)
         if adapter_id in self._away:
-            self._away.pop(adapter_id)()
+            self._away.pop(adapter_id).forget()
 
     def use(self, adapter_ids: Collection[str]) -> None:
-        """See to it that all of these are on the device, and put others away until the rest fits."""
+        """See to it that all of these are on the device, and put others away until the rest fits.
+
+        Raises: AdapterLost; what the allocator raises, and then what was away still is.
+        """
         for adapter_id in adapter_ids:
             self._adapters.move_to_end(adapter_id)
         wanted = sum(_num_bytes(self._adapters[key]) for key in adapter_ids if key in self._away)
@@ -108,17 +127,29 @@ class AdapterRoom:
     @torch.no_grad()
     def _bring_back(self, adapter_id: str) -> None:
         adapter = self._adapters[adapter_id]
-        for buffer in _buffers(adapter):
-            buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
-        saved = self._away.pop(adapter_id)()
+        try:
+            saved = self._away[adapter_id].read()
+        except OSError as error:
+            raise AdapterLost(
+                f"adapter {adapter_id!r} was put away to make room and cannot be read back: {error}. If TMPDIR is "
+                "cleaned while jobs run, point it elsewhere."
+            ) from error
+        try:
+            for buffer in _buffers(adapter):
+                buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
+        except (RuntimeError, MemoryError):  # no room for all of them: it stays away
+            for buffer in _buffers(adapter):
+                buffer.untyped_storage().resize_(0)
+            raise
         kept = _worth_keeping(adapter)
         for buffer in _buffers(adapter):
             if not any(buffer is other for other in kept):
                 buffer.zero_()
         for buffer, values in zip(kept, saved, strict=True):
             buffer.copy_(values)
+        self._away.pop(adapter_id).forget()
 
-    def _to_disk(self, buffers: list[Tensor]) -> PutBack:
+    def _to_disk(self, buffers: list[Tensor]) -> _OnDisk:
         if self._folder is None:  # private (0700), on the node's own disk where TMPDIR is
             self._folder = tempfile.TemporaryDirectory(prefix="tinker_hpc-adapters-", ignore_cleanup_errors=True)
         with tempfile.NamedTemporaryFile(dir=self._folder.name, delete=False) as file:
@@ -131,14 +162,32 @@ class AdapterRoom:
             except OSError:
                 path.unlink(missing_ok=True)
                 raise
-        sizes = [buffer.numel() for buffer in buffers]
+        return _OnDisk(path, [buffer.numel() for buffer in buffers])
 
-        def put_back() -> list[Tensor]:
-            flat = torch.from_numpy(np.fromfile(path, np.float32))
-            path.unlink()
-            return list(flat.split(sizes))
 
-        return put_back
+class _OnDisk(NamedTuple):
+    path: Path
+    sizes: list[int]
+
+    def read(self) -> list[Tensor]:
+        flat = np.fromfile(self.path, np.float32)
+        if flat.size != sum(self.sizes):
+            raise OSError(f"{self.path} holds {flat.size} numbers, {sum(self.sizes)} were written")
+        return list(torch.from_numpy(flat).split(self.sizes))
+
+    def forget(self) -> None:
+        with contextlib.suppress(OSError):  # gone already, or left for the folder's end
+            self.path.unlink()
+
+
+class _OnHost(NamedTuple):
+    copies: list[Tensor]
+
+    def read(self) -> list[Tensor]:
+        return self.copies
+
+    def forget(self) -> None:
+        """They go with this object."""
 
 
 def memory_for_adapters(device: torch.device) -> int:
@@ -148,11 +197,11 @@ def memory_for_adapters(device: torch.device) -> int:
     return int(SHARE * free_host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _to_host(buffers: list[Tensor]) -> PutBack:
+def _to_host(buffers: list[Tensor]) -> _OnHost:
     copies = [torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True) for buffer in buffers]
     for copy, buffer in zip(copies, buffers, strict=True):
         copy.copy_(buffer)
-    return lambda: copies
+    return _OnHost(copies)
 
 
 def _buffers(adapter: Adapter) -> tuple[Tensor, ...]:

@@ -137,6 +137,39 @@ def test_killed_at_any_moment_equals_uninterrupted(
     assert len(steps) == 4, "redone steps do not repeat their line"
 
 
+NO_ROOM = """
+import megatron_adapters.adapter_room
+megatron_adapters.adapter_room.SHARE = 0.0
+"""
+
+
+def test_an_adapter_whose_file_is_lost_is_restored(
+    base: Path, workers: list[WorkerUnderTest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models and room for one: what somebody removes from TMPDIR is computed again."""
+    (tmp_path / "sitecustomize.py").write_text(NO_ROOM)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    found = {}
+    for name in ("whole", "lost"):
+        worker = WorkerUnderTest(tmp_path / name, base, elastic=True, snapshot_interval_s=3600.0)
+        workers.append(worker)
+        worker.start()
+        worker.create_model("a:0")
+        worker.forward_backward("a:0", 1)
+        worker.ok(worker.optim_step("a:0"))
+        worker.ok(worker.create_model("b:0", seed=2))
+        if name == "lost":
+            [file] = (tmp_path / "tmp").glob("tinker_hpc-adapters-*/*")
+            file.unlink()
+        found[name] = worker.ok(worker.forward_backward("a:0", 2)).arrays["logprobs"]
+        assert ("adapter 'a:0' was put away" in worker.stderr) == (name == "lost"), worker.stderr
+        worker.send("close")
+        assert worker.wait_for_exit() == [0]
+    assert found["lost"].tobytes() == found["whole"].tobytes()
+
+
 def test_passes_that_are_not_run_again_leave_their_neighbours_apart(
     base: Path, workers: list[WorkerUnderTest], tmp_path: Path
 ) -> None:

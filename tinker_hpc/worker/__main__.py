@@ -36,12 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         owner = agent.owner()
         if rank == "0":
             agent.refuse_if_superseded(folder.lease, owner["agent"])  # before torch: seconds of imports for nothing
+        from megatron_adapters.adapter_room import AdapterLost
         from tinker_hpc.worker.ranks import EndWorker
         from tinker_hpc.worker.serve import serve
 
         try:
             serve(folder, owner, Parting())
-        except EndWorker as error:
+        except (EndWorker, AdapterLost) as error:
             _fail(f"worker rank {rank} ends: {error}")
         except Parted:
             sys.stdout.flush()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_adapters.adapter_room import AdapterRoom
+from megatron_adapters.adapter_room import AdapterLost, AdapterRoom
 from megatron_adapters.adapters import Adapter
 from megatron_adapters.interface import AdamParams, Layout
 from megatron_adapters.lora_stack import stack_of
@@ -148,4 +148,65 @@ def test_training_with_and_without_a_bound_is_the_same(steps: list[tuple[str, in
         assert bounded[name].step == free[name].step
         for ours, theirs in zip(state(bounded[name]), state(free[name]), strict=True):
             assert torch.equal(ours, theirs)
+    room.close()
+
+
+def put_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[AdapterRoom, Path]:
+    """A room whose adapter "a" is in a file in `folder`."""
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    room = AdapterRoom(CPU, most_bytes=0)
+    room.add("a", make(2))
+    room.add("b", make(2))
+    [file] = folder.glob("*/*")
+    return room, file
+
+
+@pytest.mark.parametrize("what", ["gone", "cut short"])
+def test_an_adapter_that_cannot_be_read_is_never_used(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, file = put_away(tmp_path, monkeypatch)
+    if what == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-4])
+    for _ in range(2):  # also the second time
+        with pytest.raises(AdapterLost, match="adapter 'a' was put away"):
+            room.use(["a"])
+        assert room.is_away("a")
+    assert not issubclass(AdapterLost, Exception), "no request's failure: it ends the rank"
+    room.close()
+
+
+def test_one_that_cannot_be_read_is_dropped_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room, file = put_away(tmp_path, monkeypatch)
+    file.unlink()
+    replacement = make(2, seed=5)
+    room.add("a", replacement)
+    room.use(["a"])
+    assert torch.equal(replacement.weights, make(2, seed=5).weights) and room.is_away("b")
+    [file] = tmp_path.glob("*/*")
+    file.unlink()
+    room.remove("b")
+    assert not room.is_away("b")
+    room.close()
+
+
+def test_what_finds_no_room_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room, _ = put_away(tmp_path, monkeypatch)
+    adapter, resize = room._adapters["a"], torch.UntypedStorage.resize_
+    before = make(2).weights
+
+    def too_much(storage: torch.UntypedStorage, size: int) -> None:
+        if size and storage.data_ptr() == adapter.exp_avg.untyped_storage().data_ptr():
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        resize(storage, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "resize_", too_much)
+        with pytest.raises(RuntimeError, match="allocate"):
+            room.use(["a"])
+    assert room.is_away("a") and adapter.weights.untyped_storage().nbytes() == 0
+    room.use(["a"])
+    assert torch.equal(adapter.weights, before)
     room.close()
