@@ -5,6 +5,7 @@ Shapes: L a TP rank's share of the tokens, D hidden.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from .runtime import Runtime
 class Links:
     """This rank's ends of the pipeline: from and to the ranks of the stages beside it with the same place otherwise.
 
-    Sending does not wait; `finish` does. On the first stage nothing arrives, on the last nothing is sent.
+    Sending waits for what was sent pp_size messages ago alone, so that tensors do not pile up where a stage is ahead of
+    the next; `finish` waits for the rest. On the first stage nothing arrives, on the last nothing is sent.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._stage = runtime.place.pp_rank
-        self._sending: list[tuple[Any, Tensor]] = []
+        self._sending: deque[tuple[Any, Tensor]] = deque()  # oldest first
 
     def receive_hidden(self, num_local: int, hidden_size: int) -> Tensor | None:
         """[L, 1, D] from the stage before; None on the first."""
@@ -49,10 +51,15 @@ class Links:
         self._send(gradient, self._runtime.backward_group, self._stage - 1)
 
     def _send(self, tensor: Tensor, group: dist.ProcessGroup, to_stage: int) -> None:
+        while len(self._sending) >= self._runtime.layout.pp_size:
+            self._wait_for_oldest()
         tensor = tensor.contiguous()
         self._sending.append((dist.isend(tensor, group=group, group_dst=to_stage), tensor))
 
     def finish(self) -> None:
-        for work, _ in self._sending:
-            work.wait()
-        self._sending.clear()
+        while self._sending:
+            self._wait_for_oldest()
+
+    def _wait_for_oldest(self) -> None:
+        work, _ = self._sending.popleft()
+        work.wait()

@@ -13,8 +13,10 @@ import torch
 from jobs import Ground
 from parity_reference import ADAM, RANK, VOCAB
 from parity_scenarios import Bench, Outcome, batch, cross_entropy, start
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_adapters.engine import AdamParams, Datum, Engine, LoraSpec
+from megatron_adapters.links import Links
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 
@@ -118,6 +120,26 @@ def kept_bytes(ground: Ground) -> dict[str, float]:
             engine.run_pass("a", data, lambda logprobs_T, *_: -logprobs_T.sum(), backward=True)
         found[dtype] = sum(x.untyped_storage().nbytes() for x in kept.values()) / sum(lengths)
     return found
+
+
+def many_sent(ground: Ground) -> Outcome:
+    """A first stage far ahead of the second: how many of the tensors it sent are alive, and whether all arrived."""
+    runtime = start(ground).engine.runtime
+    links = Links(runtime)
+    if runtime.is_first_stage:
+        sent = []
+        for number in range(20):
+            hidden = torch.full((3, 1, 8), float(number))
+            links.send_hidden(hidden)
+            sent.append(StorageWeakRef(hidden.untyped_storage()))
+            del hidden
+        alive = sum(not storage.expired() for storage in sent)
+        links.finish()
+        return {"alive": alive}
+    for number in range(20):
+        hidden = links.receive_hidden(3, 8)
+        assert hidden is not None and bool((hidden == number).all())
+    return {}
 
 
 def little_data(ground: Ground) -> Outcome:

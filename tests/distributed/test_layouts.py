@@ -182,3 +182,7 @@ def test_a_quantised_model_is_the_one_transformers_dequantises(
     assert largest_gap(result["base_logits"], theirs) <= BOUNDS.logits
     assert largest_gap(references[job.family].base_logits, theirs) > 0.1, "quantising rounds"
     assert all(gradient.isfinite().all() and gradient.any() for gradient in result["grads"].values())
+
+
+def test_what_was_sent_to_the_next_stage_is_not_kept(outcome_of: Outcomes) -> None:
+    assert outcome_of(Job("PP2", "layout_scenarios:many_sent", "qwen3"))["alive"] <= 2

@@ -37,6 +37,43 @@ def test_stages_never_wait_for_each_other_in_a_circle(num_micro_batches: int, nu
     assert len(sent) == 2 * num_micro_batches * num_stages
 
 
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 8])
+@pytest.mark.parametrize("num_micro_batches", [1, 3, 9, 20])
+def test_stages_may_wait_until_what_they_sent_has_arrived(
+    num_micro_batches: int, num_stages: int, backward: bool
+) -> None:
+    """links.py holds at most pp_size messages; here a message is only done when the other side has received it."""
+    plans = [list(schedule(num_micro_batches, stage, num_stages, backward=backward)) for stage in range(num_stages)]
+    sent: set[tuple[str, int, int]] = set()  # what, micro-batch, to which stage
+    sending: list[list[tuple[str, int, int]]] = [[] for _ in range(num_stages)]
+    done: set[tuple[str, int, int]] = set()
+    computed: list[tuple[str, int, int] | None] = [None] * num_stages  # a result that waits for room to be sent
+    while any(plans) or any(computed):
+        moved = False
+        for stage, plan in enumerate(plans):
+            if computed[stage] is None and plan:
+                what, index = plan[0]
+                comes_from, goes_to = (stage - 1, stage + 1) if what == "forward" else (stage + 1, stage - 1)
+                message = (what, index, stage)
+                if 0 <= comes_from < num_stages and message not in sent:
+                    continue
+                plan.pop(0)
+                done.add(message)
+                moved = True
+                if 0 <= goes_to < num_stages:
+                    computed[stage] = (what, index, goes_to)
+            while sending[stage] and sending[stage][0] in done:
+                sending[stage].pop(0)
+            message = computed[stage]
+            if message is not None and len(sending[stage]) < num_stages:
+                sending[stage].append(message)
+                sent.add(message)
+                computed[stage] = None
+                moved = True
+        assert moved, (plans, computed)
+
+
 def test_places_are_megatrons() -> None:
     """Order tp-cp-ep-dp-pp (megatron/core/parallel_state.py): TP fastest, stages slowest."""
     layout = Layout(tp_size=2, dp_size=2, pp_size=2, ep_size=2)
