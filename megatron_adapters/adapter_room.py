@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .adapters import Adapter
 from .host_memory import free_host_memory
+from .out_of_memory import is_out_of_memory
 
 SHARE = 0.25
 """Of a GPU's memory, or of the memory free to this node's or job's processes and divided among its ranks, for the
@@ -61,7 +62,7 @@ class AdapterRoom:
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # most recently used last
         self._away: dict[str, _Away] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._disk_failed = False
+        self._said = False
 
     @property
     def bytes_here(self) -> int:
@@ -111,16 +112,15 @@ class AdapterRoom:
     @torch.no_grad()
     def _put_away(self, adapter_id: str) -> None:
         kept = _worth_keeping(self._adapters[adapter_id])
-        if self.device.type == "cuda":
-            self._away[adapter_id] = _to_host(kept)
-        else:
-            try:
-                self._away[adapter_id] = self._to_disk(kept)
-            except OSError as error:  # over the bound is better than a request that fails for another's sake
-                if not self._disk_failed:
-                    print(f"adapters stay in memory beyond their bound: {error}", file=sys.stderr, flush=True)
-                self._disk_failed = True
-                return
+        try:
+            self._away[adapter_id] = _to_host(kept) if self.device.type == "cuda" else self._to_disk(kept)
+        except (OSError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, OSError) and not is_out_of_memory(error):
+                raise
+            if not self._said:  # over the bound is better than a request that fails for another's sake
+                print(f"adapters stay on the device beyond their bound: {error}", file=sys.stderr, flush=True)
+            self._said = True
+            return
         for buffer in _buffers(self._adapters[adapter_id]):
             buffer.untyped_storage().resize_(0)
 

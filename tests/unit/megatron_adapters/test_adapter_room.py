@@ -210,3 +210,38 @@ def test_what_finds_no_room_stays_away(tmp_path: Path, monkeypatch: pytest.Monke
     room.use(["a"])
     assert torch.equal(adapter.weights, before)
     room.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: out of memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_full_host_memory_leaves_adapters_on_the_gpu(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU's room on the CPU: the tensors are here, the device's name and the allocator's failure are CUDA's."""
+    room = AdapterRoom(torch.device("cuda"), most_bytes=0)
+    first, empty = make(1), torch.empty
+    before = state(first)
+
+    def no_pinned(*shape: int, pin_memory: bool = False, **options: object) -> torch.Tensor:
+        if pin_memory:
+            raise error
+        return empty(*shape, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch, "empty", no_pinned)
+    room.add("a", first)
+    room.add("b", make(1))
+    assert not room.is_away("a")
+    assert all(torch.equal(now, then) for now, then in zip(state(first), before, strict=True))
+    assert capsys.readouterr().err.count("beyond their bound") == 1
+    error.args = ("CUDA error: an illegal memory access was encountered",)
+    if type(error) is not torch.OutOfMemoryError:
+        with pytest.raises(type(error), match="illegal"):
+            room.use(["b"])
+    room.close()
