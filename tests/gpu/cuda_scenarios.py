@@ -105,7 +105,7 @@ def sample(model_folder: Path, adapter_folder: Path, layout: Layout, dtype: str,
 def out_of_memory(model_folder: Path) -> dict[str, Any]:
     """A pass with all of the GPU's memory, then cut smaller with too little of it, as worker/loop.py cuts it."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(3, 250, (24, 257), dtype=np.int32)
+    tokens = rng.integers(3, 120, (24, 257), dtype=np.int32)
     data = [Datum(row[:-1], {"target_tokens": row[1:].astype(np.int64)}) for row in tokens]
     lengths = [256] * len(data)
     engine = Engine.start(model_folder, Layout(), dtype="float32", token_budget=sum(lengths))

@@ -1,6 +1,10 @@
 """The engine on CUDA and NCCL: float32 against transformers, bf16 against the same in float32, TP 2 against TP 1.
 
-.venv/bin/python -m pytest tests/gpu -m gpu          # on a node with one GPU; the TP 2 tests want two
+.venv/bin/python -m pytest tests/gpu -m gpu -n 6     # on a node with one GPU; the TP 2 tests want two
+
+Each of the 82 tests starts its ranks anew, which is most of its time, on models so tiny that six such processes share a
+GPU: one after the other they take longer than ten minutes. In parts: -k float32_equals, -k "trains or train_in",
+-k routing, -k "mixed or recomputed", -k "sampled or cut_smaller".
 """
 
 from __future__ import annotations
@@ -23,12 +27,14 @@ from parity_reference import Reference, sequences  # noqa: E402
 
 from megatron_adapters.interface import Layout  # noqa: E402
 
+COMMAND = ".venv/bin/python -m pytest tests/gpu -m gpu -n 6"
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(
         not torch.cuda.is_available(),
-        reason="no CUDA device; on a GPU node run: .venv/bin/python -m pytest tests/gpu -m gpu",
+        reason=f"no CUDA device; on a GPU node run: {COMMAND}",
     ),
 ]
 
@@ -45,7 +51,7 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def run(reference: Reference, layout: Layout, dtype: str, folder: Path, scenario: str = "train") -> dict[str, Any]:
     if torch.cuda.device_count() < layout.world_size:
-        pytest.skip(f"{layout.world_size} GPUs needed; on such a node run: .venv/bin/python -m pytest tests/gpu -m gpu")
+        pytest.skip(f"{layout.world_size} GPUs needed; on such a node run: {COMMAND}")
     arguments = (reference.model_folder, reference.adapter_folder, layout, dtype, folder)
     return run_ranks(f"cuda_scenarios:{scenario}", layout.world_size, folder, *arguments, modules=HERE)
 
@@ -95,7 +101,7 @@ def test_routing_is_replayed(reference: Reference, layout: str, tmp_path: Path) 
     """The trainer takes the sampler's experts; the CPU form, beside transformers, is in tests/distributed."""
     job = Job(layout, "routing_scenarios:both", reference.family)
     if torch.cuda.device_count() < job.num_ranks:
-        pytest.skip(f"{job.num_ranks} GPUs needed; on such a node run: .venv/bin/python -m pytest tests/gpu -m gpu")
+        pytest.skip(f"{job.num_ranks} GPUs needed; on such a node run: {COMMAND}")
     references = {reference.family: reference}
     found = run_ranks("jobs:run_jobs", job.num_ranks, tmp_path, [job], references, tmp_path, {})[job]
     for dtype in ("float32", "bfloat16"):
