@@ -1,7 +1,7 @@
 """Real shapes with random weights on one GPU: training and sampling beside transformers + peft, MFU and memory.
 
     python tests/benchmarks/bench_gpu.py --model Qwen3-8B          # H100 or H200; results/gpu_<model>-cuda-<date>.json
-    python tests/benchmarks/bench_gpu.py --model Qwen3-30B-A3B     # needs about 100 GB: an H200
+    python tests/benchmarks/bench_gpu.py --model Qwen3-30B-A3B     # needs about 120 GB: an H200
     python tests/benchmarks/bench_gpu.py --quick                   # tiny shapes, one step, also without a GPU
 
 training  forward, backward, clipping and AdamW on `batch` sequences; rank-32 LoRA on all linears and the unembedding
@@ -12,12 +12,14 @@ MFU       4 * N * tokens / seconds / peak, N the weights that take part in a tok
           Attention's own products are left out, so the true utilisation is a little higher.
 
 The weights files are sparse (zeros that take no room on the disk); after loading, every weight is drawn anew, so that
-experts are chosen as evenly as random weights choose. transformers runs where its side fits the GPU; `--ours` leaves it
-out.
+experts are chosen as evenly as random weights choose. A model with experts runs the batch as two micro-batches: as one,
+the planner's memory model says 144 GiB for Qwen3-30B-A3B. A side that runs out of memory is in the record with what it
+had measured, and with the allocator's words (`out_of_memory`); `--ours` leaves transformers out.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
 import sys
@@ -45,6 +47,7 @@ class Config:
     model: str
     batch: int = 8
     sequence_length: int = 1024
+    token_budget: int = 8192
     lora_rank: int = 32
     mixed_rank: int = 8
     num_prompts: int = 64
@@ -90,7 +93,7 @@ class Ours:
 
         from megatron_adapters.engine import Engine, Layout, LoraSpec
 
-        self.engine = Engine.start(folder, Layout(), token_budget=config.batch * config.sequence_length)
+        self.engine = Engine.start(folder, Layout(), token_budget=config.token_budget)
         with torch.no_grad():
             for parameter in self.engine.model.gpt.parameters():
                 if parameter.ndim > 1:
@@ -197,15 +200,19 @@ def rates(action: Callable[[], Any], tokens: int, warmup: int, repeats: int) -> 
     return found
 
 
-def measure(side: Any, config: Config, vocab_size: int, warmup: int, repeats: int) -> dict[str, list[float]]:
-    """All numbers of one side; sides run one after the other, since two large models do not fit a GPU."""
+def measure(side: Any, config: Config, vocab_size: int, *, warmup: int, repeats: int, found: dict[str, Any]) -> None:
+    """All numbers of one side, into `found` as they come; sides run one after the other, since two large models do not
+    fit a GPU.
+    """
     import torch
 
     random = np.random.default_rng(config.seed)
     tokens = random.integers(3, vocab_size, (config.batch, config.sequence_length + 1), dtype=np.int64)
     prompts = random.integers(3, vocab_size, (config.num_prompts, config.prompt_length), dtype=np.int64)
     count = config.batch * config.sequence_length
-    found = {"training tokens_per_s": rates(lambda: side.train(tokens), count, warmup, repeats)}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    found["training tokens_per_s"] = rates(lambda: side.train(tokens), count, warmup, repeats)
     if torch.cuda.is_available():
         found["training peak_memory_gib"] = [torch.cuda.max_memory_allocated() / 2**30]
     if isinstance(side, Ours):
@@ -216,7 +223,6 @@ def measure(side: Any, config: Config, vocab_size: int, warmup: int, repeats: in
         assert sampled == config.num_prompts * config.new_tokens, f"{sampled} tokens sampled"
 
     found["sampling tokens_per_s"] = rates(sample, config.num_prompts * config.new_tokens, warmup, repeats)
-    return found
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -233,36 +239,46 @@ def main(argv: list[str] | None = None) -> Path:
     if not torch.cuda.is_available() and not options.quick:
         raise SystemExit("no GPU here: the real shapes need one. Tiny shapes run anywhere: --quick")
     config_json = PUBLISHED[options.model]
-    config, repeats, warmup = Config(options.model), options.repeats, options.warmup
+    repeats, warmup = options.repeats, options.warmup
     if options.quick:
         config_json = config_json | {key: value for key, value in SMALL.items() if key in config_json}
-        config = Config(options.model, 2, 16, 4, 2, 4, 8, 4)
         repeats, warmup = 1, 0
     sizes = read_sizes(config_json)
+    config = Config(options.model, token_budget=4096 if sizes.num_experts else 8192)
+    if options.quick:
+        config = Config(options.model, 2, 16, 16, 4, 2, 4, 8, 4)
     flops = sizes.flops_per_trained_token
     facts = {"flops_per_trained_token": flops, "num_active_parameters": sizes.num_active_parameters}
     outcome = record.Outcome(f"gpu_{options.model}", asdict(config) | facts, warmup, repeats)
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_model(config_json, Path(temporary) / "model")
-        found = {}
+        found: dict[str, dict[str, list[float]]] = {}
         for name, kind in (("tinker_hpc", Ours), *(() if options.ours else (("transformers_peft", Theirs),))):
-            side = kind(folder, config)
-            found[name] = measure(side, config, sizes.vocab_size, warmup, repeats)
-            side.stop()
-            del side
+            found[name], side = {}, None
+            try:
+                side = kind(folder, config)
+                measure(side, config, sizes.vocab_size, warmup=warmup, repeats=repeats, found=found[name])
+            except torch.OutOfMemoryError as error:  # the other side's numbers stand all the same
+                outcome.config.setdefault("out_of_memory", {})[name] = str(error).splitlines()[0]
+                print(f"{name} ran out of memory; measured before: {list(found[name]) or 'nothing'}. {error}")
+            if side is not None:
+                side.stop()
+            side = None
+            gc.collect()  # the engine's model is a cycle (recompute.install)
             torch.cuda.empty_cache()
-    mixed = found["tinker_hpc"].pop("mixed tokens_per_s")
-    for key in found["tinker_hpc"]:
+    mixed = found["tinker_hpc"].pop("mixed tokens_per_s", None)
+    for key in dict.fromkeys(key for values in found.values() for key in values):
         case, metric = key.split()
-        outcome.add(case, metric, {name: values[key] for name, values in found.items()})
-    outcome.add("mixed", "tokens_per_s", {"mixed": mixed, "one": found["tinker_hpc"]["training tokens_per_s"]})
+        outcome.add(case, metric, {name: values[key] for name, values in found.items() if key in values})
+    if mixed is not None:
+        outcome.add("mixed", "tokens_per_s", {"mixed": mixed, "one": found["tinker_hpc"]["training tokens_per_s"]})
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     peak = next((tflops for word, tflops in PEAK_TFLOPS.items() if word in device), None)
-    if peak is not None:
-        shares = {
-            name: [100 * flops * rate / (peak * 1e12) for rate in values["training tokens_per_s"]]
-            for name, values in found.items()
-        }
+    trained = {
+        name: values["training tokens_per_s"] for name, values in found.items() if "training tokens_per_s" in values
+    }
+    if peak is not None and trained:
+        shares = {name: [100 * flops * rate / (peak * 1e12) for rate in values] for name, values in trained.items()}
         outcome.add("training", "mfu_percent_of_4N", shares)
     print(f"MFU counts {flops:,} FLOPs a trained token: 4 N, N = {flops // 4:,}")
     return outcome.finish(options.results)

@@ -61,6 +61,32 @@ def test_gpu_shapes_made_tiny(model: str, tmp_path: Path) -> None:
         assert record["metrics"][case]["tokens_per_s"][f"ratio_{ratio}"]["median"] > 0
 
 
+SHORT_OF_MEMORY = """
+import gc, sys, torch, bench_gpu
+def after_ours(side, *arguments):
+    assert not [x for x in gc.get_objects() if type(x).__name__ == "TransformerLayer"], "the first side is still there"
+    init(side, *arguments)
+def sample(side, prompts, new_tokens):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+init, bench_gpu.Theirs.__init__ = bench_gpu.Theirs.__init__, after_ours
+bench_gpu.Theirs.sample = sample
+bench_gpu.main(sys.argv[1:])
+"""
+
+
+def test_a_side_that_runs_out_of_memory_leaves_the_others_numbers(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, "--quick", "--model", "Qwen3-30B-A3B", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "transformers_peft ran out of memory" in done.stdout
+    [path] = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert list(record["config"]["out_of_memory"]) == ["transformers_peft"]
+    metrics = record["metrics"]
+    assert "transformers_peft" in metrics["training"]["tokens_per_s"]
+    assert list(metrics["sampling"]["tokens_per_s"]) == ["tinker_hpc"]
+
+
 def test_custom_loss(tmp_path: Path) -> None:
     [metrics] = quick("bench_custom_loss.py", tmp_path)["metrics"].values()
     sides = metrics["pass_ms"]
