@@ -245,8 +245,7 @@ class Engine:
 
     def recover_memory(self) -> None:
         """After an operation that ran out of memory: free what it held and what can be had again. Collectives: none."""
-        if self._decoder is not None:
-            self._decoder.release_memory()
+        self._free_idle_cache()
         give_memory_back()
 
     def cancel_sample(self, index: int, reason: str) -> None:
@@ -290,8 +289,7 @@ class Engine:
                 check_data(one.data, self.info)
             except (RequestError, ShapeError) as error:
                 outcomes[index] = error
-        if self._decoder is not None:
-            self._decoder.release_memory()
+        self._free_idle_cache()
         while left := [index for index in range(len(passes)) if index not in outcomes]:
             together = [passes[index] for index in left]
             adapters = {one.adapter_id: self.adapters[one.adapter_id] for one in together}
@@ -326,6 +324,7 @@ class Engine:
     # ---- checks
 
     def _new_adapter(self, rank: int, alpha: float, targets: tuple[str, ...], *, per_expert: bool) -> Adapter:
+        self._free_idle_cache()
         wanted = projections(self.model.arch, targets, per_expert=per_expert, layers=self.model.layers)
         return Adapter(
             wanted,
@@ -346,8 +345,17 @@ class Engine:
         """The adapter, its state on the device."""
         if adapter_id not in self.adapters:
             raise self._unknown(adapter_id)
+        if self.room.is_away(adapter_id):
+            self._free_idle_cache()
         self.room.use([adapter_id])
         return self.adapters[adapter_id]
+
+    def _free_idle_cache(self) -> None:
+        """Sampling's cache makes room for what is about to be allocated; the next sample takes it anew. Not where next
+        to nothing is: a step or a save between two samples would cost the cache.
+        """
+        if self._decoder is not None:
+            self._decoder.release_memory()
 
     def _unknown(self, adapter_id: str) -> RequestError:
         return RequestError(f"no adapter {adapter_id!r}. Known: {', '.join(self.adapters) or 'none'}.")

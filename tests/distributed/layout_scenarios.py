@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from parity_reference import ADAM, RANK, VOCAB
 from parity_scenarios import Bench, Outcome, batch, cross_entropy, start
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megatron_adapters.engine import AdamParams, Datum, Engine, LoraSpec
+from megatron_adapters.engine import AdamParams, Datum, Engine, LoraSpec, SampleRequest
 from megatron_adapters.links import Links
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
@@ -140,6 +141,30 @@ def many_sent(ground: Ground) -> Outcome:
         hidden = links.receive_hidden(3, 8)
         assert hidden is not None and bool((hidden == number).all())
     return {}
+
+
+def cache_held(ground: Ground) -> Outcome:
+    """Tokens that the idle cache has room for after a sample, and after each thing done then."""
+    engine = start(ground).engine
+    engine.room.most_bytes = 0
+    found = {}
+
+    def after(what: str, act: Callable[[], Any]) -> None:
+        engine.sample([SampleRequest("a", np.arange(3, 9, dtype=np.int32), 1, 4, seed=1)])
+        act()
+        assert engine._decoder is not None
+        groups = engine._decoder._cache.groups.values()
+        found[what] = sum(group.num_rows * group.lane_tokens for group in groups)
+
+    engine.create_adapter("a", LoraSpec(RANK, seed=1))
+    engine.snapshot("a", "a")
+    after("a sample", lambda: None)
+    after("a step", lambda: engine.optim_step("a", AdamParams(**ADAM)))
+    after("saving", lambda: engine.save_adapter("a", ground.folder / "a", optimizer=True))
+    after("a new adapter", lambda: engine.create_adapter("b", LoraSpec(RANK, seed=2)))
+    after("bringing one back", lambda: engine.snapshot("a", "a"))
+    after("loading", lambda: engine.load_adapter("c", ground.folder / "a", optimizer=True))
+    return found
 
 
 def little_data(ground: Ground) -> Outcome:

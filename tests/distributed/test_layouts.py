@@ -186,3 +186,9 @@ def test_a_quantised_model_is_the_one_transformers_dequantises(
 
 def test_what_was_sent_to_the_next_stage_is_not_kept(outcome_of: Outcomes) -> None:
     assert outcome_of(Job("PP2", "layout_scenarios:many_sent", "qwen3"))["alive"] <= 2
+
+
+def test_an_idle_cache_makes_room_for_adapters(outcome_of: Outcomes) -> None:
+    """And stays where nothing of size is allocated, so that a step between two samples does not cost it."""
+    held = outcome_of(Job("TP1", "layout_scenarios:cache_held", "qwen3"))
+    assert {what for what, tokens in held.items() if tokens} == {"a sample", "a step", "saving"}
