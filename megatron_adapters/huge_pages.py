@@ -28,7 +28,9 @@ def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(*shape, dtype=dtype)
     try:
-        room = mmap.mmap(-1, num_bytes + _HUGE_PAGE)  # one more, to begin where a huge page may: addresses, no memory
+        # One more, to begin where a huge page may: addresses, no memory. Private, since what is shared (mmap's default)
+        # is a file in memory, to which another setting applies (`shmem_enabled`, most often `never`).
+        room = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{num_bytes} bytes of zeros: {error}") from error
     offset = -torch.frombuffer(room, dtype=torch.uint8).data_ptr() % _HUGE_PAGE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import resource
 from pathlib import Path
 
@@ -34,7 +35,28 @@ def test_large_ones_begin_at_a_huge_page() -> None:
     assert huge_pages.zeros((64, MIB), torch.uint8).data_ptr() % (2 * MIB) == 0
 
 
+def huge_kib(address: int) -> int:
+    """Of the mapping that an address is in: AnonHugePages of proc_pid_smaps(5)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= address < int(match[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            return int(line.split()[1])
+    raise AssertionError(f"no mapping holds {address:x}")
+
+
+def test_they_are_huge_pages() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip(f"this kernel gives no huge pages; to have them: echo madvise > {setting}")
+    x = huge_pages.zeros((64, MIB), torch.uint8)
+    x += 1
+    assert huge_kib(x.data_ptr()) >= 32 * 1024, "as many as the kernel had free"
+
+
 def test_they_are_given_back_with_their_last_view() -> None:
+    gc.collect()
     before = mapped_mib()
     x = huge_pages.zeros((64, 32 * MIB), torch.uint8)
     view = x[3]
