@@ -5,7 +5,7 @@ of the layer, the other is the expert's own. Per-expert adapters are the same co
 experts a rank holds changes nothing about the numbers: shared factors are replicated, and their gradients summed over
 all ranks of the stage (grad_sync.py).
 
-Shapes: N rows sorted by expert, E experts of this rank, D hidden, F the experts' width, R rank.
+Shapes: N rows sorted by expert, M those of one adapter, E experts of this rank, D hidden, F the experts' width, R rank.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import LoraPair, LoraWeights
+from .adapters import LoraWeights
 from .families import Experts
 from .grouped import Groups, frozen_grouped, grouped
+from .permutation import inverse_of, permuted
 from .projections import expert_path
 from .row_products import whole_vectors
 
@@ -75,12 +76,13 @@ class StackedExperts(nn.Module):
             gate_up_NG = gate_up_NG + self.gate_up_bias_EG[expert_N]
         rows = _Rows(groups, table, numbers_N)
         gate_NF, up_NF = gate_up_NG.chunk(2, dim=-1)
-        gate_NF, up_NF = rows.adapted(gate_NF, x_ND, gate), rows.adapted(up_NF, x_ND, up)
+        inputs = rows.by_adapter(x_ND, gate, up)
+        gate_NF, up_NF = rows.adapted(gate_NF, inputs, gate), rows.adapted(up_NF, inputs, up)
         act_NF = self._gated(whole_vectors(gate_NF), whole_vectors(up_NF))[:, : gate_NF.shape[1]]
         out_ND = frozen_grouped(act_NF, self.down_EDF, self._down, groups)
         if self.down_bias_ED is not None:
             out_ND = out_ND + self.down_bias_ED[expert_N]
-        return rows.adapted(out_ND, act_NF, down)
+        return rows.adapted(out_ND, rows.by_adapter(act_NF, down), down)
 
     def _gated(self, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
         if self.swiglu_alpha is None:
@@ -91,38 +93,57 @@ class StackedExperts(nn.Module):
 
 
 class _Rows:
-    """The rows of one forward, by the adapter they use."""
+    """The rows of one forward, by the adapter they use. Each input is put in their order once, for all projections that
+    read it: what the backward keeps of it is that copy, as large as the input itself.
+    """
 
     def __init__(self, groups: Groups, table: Sequence[LoraWeights | None], numbers_N: Tensor | None) -> None:
-        self.parts: list[tuple[LoraWeights, Tensor | None, Groups]] = []
-        """adapter, its rows (None: all), and how they are grouped by expert"""
+        self._orders: tuple[Tensor, Tensor] | None = None
+        """into the adapters' order and back; None: all rows use one adapter"""
+        self._parts: list[tuple[LoraWeights | None, Groups]] = [(table[0], groups)]
+        """adapter, and how its rows are grouped by expert"""
+        self._sizes: list[int] = []
         if numbers_N is None:
-            self.parts = [(table[0], None, groups)] if table[0] is not None else []
             return
         # Counted for all adapters at once: on CUDA the host waits for the device once, not twice for each of them.
         num_experts = len(groups.counts_E)
         place_N = numbers_N * num_experts + groups.expert_of_row(len(numbers_N))
         counts = place_N.new_zeros(len(table) * num_experts).scatter_add_(0, place_N, torch.ones_like(place_N))
         counts_by_adapter = counts.view(len(table), num_experts)
-        rows_by_adapter = numbers_N.argsort(stable=True).split(counts_by_adapter.sum(1).tolist())
-        for lora, rows, counts_E in zip(table, rows_by_adapter, counts_by_adapter, strict=True):
-            if lora is not None and len(rows):
-                self.parts.append((lora, rows, Groups(counts_E)))
+        order_N = numbers_N.argsort(stable=True)
+        self._orders = order_N, inverse_of(order_N)
+        self._sizes = counts_by_adapter.sum(1).tolist()
+        self._parts = [(lora, Groups(counts_E)) for lora, counts_E in zip(table, counts_by_adapter, strict=True)]
 
-    def adapted(self, out_NO: Tensor, x_NI: Tensor, path: str) -> Tensor:
-        """out plus the update of the projection `path`."""
-        for lora, rows, groups in self.parts:
-            pair = lora.pairs.get(path)
-            if pair is None:
-                continue
-            if rows is None:
-                out_NO = out_NO + _delta(x_NI, pair, lora.scaling, groups)
-            else:
-                out_NO = out_NO.index_add(0, rows, _delta(x_NI[rows], pair, lora.scaling, groups))
-        return out_NO
+    def by_adapter(self, x_NI: Tensor, *paths: str) -> Sequence[Tensor]:
+        """The rows of each adapter, for the projections `paths`; nothing where no adapter has any of them."""
+        if not any(lora is not None and path in lora.pairs for lora, _ in self._parts for path in paths):
+            return ()
+        return (x_NI,) if self._orders is None else permuted(x_NI, *self._orders).split(self._sizes)
+
+    def adapted(self, out_NO: Tensor, inputs: Sequence[Tensor], path: str) -> Tensor:
+        """out plus the update of the projection `path`; its inputs as by_adapter gave them."""
+        if not inputs:
+            return out_NO
+        deltas = [_delta(x_MI, lora, path, groups) for x_MI, (lora, groups) in zip(inputs, self._parts, strict=True)]
+        present = [delta for delta in deltas if delta is not None]
+        if not present:
+            return out_NO
+        if self._orders is None:
+            return out_NO + present[0]
+        order_N, inverse_N = self._orders
+        num_outputs = out_NO.shape[1]
+        whole = [
+            out_NO.new_zeros(len(x_MI), num_outputs) if delta is None else delta
+            for x_MI, delta in zip(inputs, deltas, strict=True)
+        ]
+        return out_NO + permuted(torch.cat(whole), inverse_N, order_N)
 
 
-def _delta(x_NI: Tensor, pair: LoraPair, scaling: float, groups: Groups) -> Tensor:
-    """(alpha / rank) * (x A^T) B^T with each row's expert's A and B."""
-    h_NR = grouped(x_NI, pair.a.to(x_NI.dtype), groups) * scaling
-    return grouped(h_NR, pair.b.to(x_NI.dtype), groups)
+def _delta(x_MI: Tensor, lora: LoraWeights | None, path: str, groups: Groups) -> Tensor | None:
+    """(alpha / rank) * (x A^T) B^T with each row's expert's A and B; None without rows, or where it is not adapted."""
+    pair = None if lora is None else lora.pairs.get(path)
+    if lora is None or pair is None or not len(x_MI):
+        return None
+    h_MR = grouped(x_MI, pair.a.to(x_MI.dtype), groups) * lora.scaling
+    return grouped(h_MR, pair.b.to(x_MI.dtype), groups)

@@ -26,6 +26,7 @@ from .families import Experts
 from .frozen_linear import frozen_linear
 from .grouped import Groups
 from .lora_linear import Routing
+from .permutation import inverse_of, permuted
 
 Choose = Callable[[Tensor], Tensor]
 """From the experts that the router would choose, int64 [L, K], those that are taken."""
@@ -117,7 +118,7 @@ class MoeMlp(nn.Module):
             noted[self.place] = chosen_LK
         num_tokens, top_k = chosen_LK.shape
         order_A = chosen_LK.flatten().argsort(stable=True)
-        inverse_A = _inverse(order_A)
+        inverse_A = inverse_of(order_A)
         rows_AD = _Spread.apply(x_LD, order_A, inverse_A, top_k)
         chosen_A = chosen_LK.flatten()  # not bincount, for which the host waits on CUDA
         counts_E = chosen_A.new_zeros(self.router.experts.count).scatter_add_(0, chosen_A, torch.ones_like(chosen_A))
@@ -128,7 +129,7 @@ class MoeMlp(nn.Module):
             y_AD = self.experts(rows_AD, Groups(counts_E), table, numbers_A)
         else:
             y_AD = self._exchanged(rows_AD, counts_E, numbers_A)
-        y_LKD = _Permute.apply(y_AD, inverse_A, order_A).view(num_tokens, top_k, -1)
+        y_LKD = permuted(y_AD, inverse_A, order_A).view(num_tokens, top_k, -1)
         out_L1D = (y_LKD * weights_LK[..., None]).sum(1)[:, None]
         return (out_L1D if self.shared is None else out_L1D + self.shared(x_L1D)[0]), None
 
@@ -143,21 +144,15 @@ class MoeMlp(nn.Module):
         # What arrived is sorted by source, then by expert.
         local = torch.arange(arriving_SE.shape[1], device=rows_AD.device).repeat(ep_size)
         order_N = local.repeat_interleave(arriving_E, output_size=sum(coming)).argsort(stable=True)
-        inverse_N = _inverse(order_N)
+        inverse_N = inverse_of(order_N)
         numbers_N = None
         if numbers_A is not None:
             numbers_N = numbers_A.new_empty(sum(coming))
             dist.all_to_all_single(numbers_N, numbers_A, coming, leaving, group=group)
             numbers_N = numbers_N[order_N]
-        x_ND = _Permute.apply(rows_ND, order_N, inverse_N)
+        x_ND = permuted(rows_ND, order_N, inverse_N)
         y_ND = self.experts(x_ND, Groups(arriving_SE.sum(0)), self.routing.table, numbers_N)
-        return all_to_all(group, _Permute.apply(y_ND, inverse_N, order_N), leaving, coming)
-
-
-def _inverse(order: Tensor) -> Tensor:
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return inverse
+        return all_to_all(group, permuted(y_ND, inverse_N, order_N), leaving, coming)
 
 
 class _Spread(torch.autograd.Function):
@@ -173,17 +168,3 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_A,) = ctx.saved_tensors
         return grads[0][inverse_A].unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
-
-
-class _Permute(torch.autograd.Function):
-    """x[order]; the gradient is a permutation too, where indexing's own would add."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x[order]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grads[0][inverse], None, None
