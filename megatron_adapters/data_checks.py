@@ -37,7 +37,7 @@ def check_data(data: Sequence[Datum], model: ModelInfo) -> None:
                 f"the loss inputs {sorted(keys)} lack target_tokens: the token to score at every position."
             )
         for key, values in datum.inputs.items():
-            if values.shape[0] != length or (key == "target_tokens" and values.ndim > 2):
+            if values.shape[0] != length or 0 in values.shape or (key == "target_tokens" and values.ndim > 2):
                 raise ShapeError(
                     f"datum {index}: {key} has shape {list(values.shape)}, the datum has {length} tokens. "
                     "Give one entry per token, or K targets per token as [N, K]."
@@ -54,6 +54,11 @@ def check_data(data: Sequence[Datum], model: ModelInfo) -> None:
 
 
 def _check_experts(index: int, experts: np.ndarray, length: int, model: ModelInfo) -> None:
+    if model.num_experts == 0:
+        raise ShapeError(
+            f"datum {index} brings experts to go through, of shape {list(experts.shape)}, and this model has none. "
+            "Were they sampled by another model? Leave them out."
+        )
     expected = (length, model.expert_layers, model.experts_per_token)
     if experts.shape != expected:
         raise ShapeError(

@@ -88,3 +88,17 @@ def test_experts_of_another_model_are_refused() -> None:
     with pytest.raises(RequestError, match="expert 5 of 4"):
         check_data([datum(3, 0)], ModelInfo("any", 9, 99, 2, 8, (), 4, expert_layers=2, experts_per_token=2))
     check_data([datum(3, 0), datum(2, None)], INFO)
+
+
+def test_experts_for_a_model_without_are_refused() -> None:
+    dense = ModelInfo("any", 9, 99, 2, 8, ())
+    brought = Datum(np.zeros(3, np.int32), {"target_tokens": np.zeros(3, np.int64)}, np.zeros((3, 0, 0), np.uint8))
+    with pytest.raises(ShapeError, match=re.escape("shape [3, 0, 0], and this model has none")):
+        check_data([brought], dense)
+
+
+@pytest.mark.parametrize("key", ["target_tokens", "weights"])
+def test_no_entries_at_all_are_refused(key: str) -> None:
+    inputs = {"target_tokens": np.zeros(3, np.int64)} | {key: np.zeros((3, 0), np.int64)}
+    with pytest.raises(ShapeError, match=re.escape(f"datum 0: {key} has shape [3, 0], the datum has 3 tokens")):
+        check_data([Datum(np.zeros(3, np.int32), inputs)], INFO)
