@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from tinker_hpc.run_folder import RunFolder
 from tinker_hpc.runs import Run
 from tinker_hpc.submission import check_call, submit
 
+MODEL = Path(__file__).parents[2] / "models" / "tiny-qwen3"
 OURS = {"base_model": "m", "cluster": None, "nodes": None, "name": None, "time": None}
 
 
@@ -84,26 +86,25 @@ def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "error"),
+    ("kwargs", "error", "words"),
     [
-        ({"base_model": "no/such-model"}, UnknownBaseModelError),
-        ({"base_model": "m", "cluster": "nowhere"}, UnknownClusterError),
-        ({"base_model": "MODEL", "nodes": 0}, ConfigError),
-        ({"base_model": "MODEL", "nodes": 2}, ConfigError),
-        ({"base_model": "MODEL", "tp_size": 3}, ConfigError),
-        ({"base_model": "MODEL", "time": "soon"}, ConfigError),
-        ({"base_model": "MODEL", "name": "a/b"}, ConfigError),
+        ({"base_model": "no/such-model"}, UnknownBaseModelError, "no/such-model"),
+        ({"base_model": "m", "cluster": "nowhere"}, UnknownClusterError, "nowhere"),
+        ({"base_model": "MODEL", "nodes": 0}, ConfigError, "nodes is 0"),
+        ({"base_model": "MODEL", "nodes": 2}, ConfigError, "nodes is 2"),
+        ({"base_model": "MODEL", "tp_size": 3}, ConfigError, "tp_size is 3"),
+        ({"base_model": "MODEL", "time": "soon"}, ConfigError, "'soon'"),
+        ({"base_model": "MODEL", "name": "a/b"}, ConfigError, "'a/b'"),
     ],
 )
-def test_a_mistake_leaves_no_run_behind(data_root: Path, tmp_path: Path, kwargs, error, monkeypatch) -> None:
+def test_a_mistake_leaves_no_run_behind(data_root: Path, *, kwargs, error, words, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    model = tmp_path / "model"
+    model = data_root.parent / "model"
     model.mkdir()
-    config = {"vocab_size": 8, "max_position_embeddings": 8, "hidden_size": 8, "num_key_value_heads": 2}
-    (model / "config.json").write_text(json.dumps(config))
+    shutil.copy(MODEL / "config.json", model)
     (model / "model.safetensors").touch()
     kwargs["base_model"] = str(model) if kwargs["base_model"] == "MODEL" else kwargs["base_model"]
-    with pytest.raises(error):
+    with pytest.raises(error, match=words):
         submit(train, 1, **{"cluster": "local", **kwargs})
     assert not (data_root / "runs").exists() or not list((data_root / "runs").iterdir())
 
