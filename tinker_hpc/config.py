@@ -165,7 +165,8 @@ def load_config(path: Path | None = None, *, environ: Mapping[str, str] | None =
     Raises: ConfigError naming the file, the key and the valid keys.
     """
     environ = os.environ if environ is None else environ
-    named = path or (Path(environ["TINKER_HPC_CONFIG"]).expanduser() if environ.get("TINKER_HPC_CONFIG") else None)
+    said = environ.get("TINKER_HPC_CONFIG")  # os.path leaves the ~ of an unknown user as it is, pathlib raises
+    named = path or (Path(os.path.expanduser(said)) if said else None)
     file = named or default_config_path(environ)
     try:
         table = tomllib.loads(file.read_text("utf-8"))

@@ -99,6 +99,8 @@ def test_a_missing_file_is_fine_unless_it_was_named(tmp_path: Path) -> None:
     assert load_config(environ={**HOME, "XDG_CONFIG_HOME": str(tmp_path)}).path is None
     with pytest.raises(ConfigError, match="no configuration file"):
         load_config(environ={**HOME, "TINKER_HPC_CONFIG": str(tmp_path / "gone.toml")})
+    with pytest.raises(ConfigError, match="no configuration file ~nosuchuser/x"):
+        load_config(environ={**HOME, "TINKER_HPC_CONFIG": "~nosuchuser/x"})
 
 
 def test_broken_toml_names_the_file(tmp_path: Path) -> None:
