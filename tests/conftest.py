@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import hypothesis
 import pytest
 
+from launch.loop_start.sitecustomize import end_the_sdks_requests
+
 CI = os.environ.get("CI") == "true"
+
+# Or pytest, with all of its tests passed, may end by SIGABRT, as any program of the SDK may.
+atexit.register(end_the_sdks_requests)
 
 # How long an example takes is not what a property is about: a busy machine is no failure.
 hypothesis.settings.register_profile("patient", hypothesis.settings(), deadline=None)

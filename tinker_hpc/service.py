@@ -19,10 +19,13 @@ from typing import Any
 
 import tinker
 
+from launch.loop_start.sitecustomize import end_the_sdks_requests
 from tinker_hpc.resources import Resources
 from tinker_hpc.sessions import Session
 
 _LOOPBACK = ("127.0.0.1", "localhost")
+
+atexit.register(end_the_sdks_requests)  # a program with a session of its own should end as one in a run does
 
 
 class ServiceClient(tinker.ServiceClient):

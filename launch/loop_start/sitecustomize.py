@@ -96,9 +96,10 @@ def run_the_hidden_one() -> None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-if (given := os.environ.pop(SEED_VARIABLE, None)) is not None:
+if __name__ == "sitecustomize":  # not where it is imported for what it knows
     leave_the_path()
     atexit.register(end_the_sdks_requests)  # the first to be registered is the last to be called
-    random.seed(int(given))
-    sys.meta_path.insert(0, SeedsNumpy(int(given)))  # type: ignore[arg-type]
+    if (given := os.environ.pop(SEED_VARIABLE, None)) is not None:
+        random.seed(int(given))
+        sys.meta_path.insert(0, SeedsNumpy(int(given)))  # type: ignore[arg-type]
     run_the_hidden_one()

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from sdk_programs import python_path
 
 from tinker_hpc.private_files import read_json, write_json
 from tinker_hpc.run_folder import RunFolder, WorkerFolder
@@ -74,6 +75,13 @@ class Service:
 
     def get(self, path: str, **more: Any) -> Reply:
         return self.http("GET", f"/api/v1/{path}", **more)
+
+
+def program_environment(service: Service, packages: Path | None = None) -> dict[str, str]:
+    """Of a program with the stock SDK, the installed one or that in the folder `packages`."""
+    path = python_path() if packages is None else python_path(packages)
+    address = {"TINKER_BASE_URL": service.base_url, "TINKER_API_KEY": service.api_key}
+    return {**os.environ, **address, "PYTHONPATH": path}
 
 
 @dataclass

@@ -25,9 +25,7 @@ BROKEN_IN_OLDEST = {"RestClient.get_audit_log_async"}
 
 def drive(service: serving.Service, packages: Path | None = None) -> tuple[str, dict[str, str]]:
     """(SDK version, outcome of each method) of the SDK in `packages`, or the installed one."""
-    env = {**os.environ, "TINKER_BASE_URL": service.base_url, "TINKER_API_KEY": service.api_key}
-    if packages is not None:
-        env["PYTHONPATH"] = str(packages)
+    env = serving.program_environment(service, packages)
     argv = [sys.executable, "-W", "ignore", str(HERE / "api_driver.py"), service.base_model]
     ran = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -5,7 +5,6 @@ training goes back with it.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ REPLAY_STEPS = 300
 
 def start(service: serving.Service, **asked: Any) -> list[dict[str, Any]]:
     """Run the program to its end, or its death; what it printed."""
-    env = {**os.environ, "TINKER_BASE_URL": service.base_url, "TINKER_API_KEY": service.api_key}
+    env = serving.program_environment(service)
     argv = [sys.executable, PROGRAM, service.base_model, json.dumps(asked)]
     done = subprocess.run(argv, env=env, capture_output=True, timeout=280, check=False)
     assert done.returncode == (0 if asked.get("die_at") is None else -9), done.stderr.decode()[-3000:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,14 +18,9 @@ PROGRAM = Path(__file__).with_name("any_sdk_program.py")
 CONFORMANCE = Path(__file__).with_name("conformance")
 
 
-def environment(service: serving.Service, packages: Path | None) -> dict[str, str]:
-    env = {**os.environ, "TINKER_BASE_URL": service.base_url, "TINKER_API_KEY": service.api_key}
-    return env if packages is None else {**env, "PYTHONPATH": str(packages)}
-
-
 def run_program(service: serving.Service, packages: Path | None) -> dict:
     argv = [sys.executable, "-W", "ignore", str(PROGRAM), service.base_model]
-    env = environment(service, packages)
+    env = serving.program_environment(service, packages)
     ran = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(ran.stdout.splitlines()[-1])
@@ -45,7 +39,7 @@ def test_the_oldest_and_the_newest_sdk(service, oldest_sdk):
 
 def test_the_conformance_suite_with_the_oldest_sdk(service, oldest_sdk):
     """As it is pointed at any server; with the installed SDK it runs beside this test."""
-    env = {**environment(service, oldest_sdk), "CONFORMANCE_BASE_MODEL": service.base_model}
+    env = {**serving.program_environment(service, oldest_sdk), "CONFORMANCE_BASE_MODEL": service.base_model}
     argv = [sys.executable, "-m", "pytest", str(CONFORMANCE), "-q", "-W", "ignore", "-p", "no:cacheprovider"]
     ran = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=400, check=False)
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-1000:]

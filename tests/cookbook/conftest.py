@@ -15,6 +15,7 @@ import local_datasets
 import pytest
 import stretched_model
 from recipe_runner import ALSO_TEACHER, PYTHON, STUDENT, TEACHER, TINY, Place
+from sdk_programs import python_path
 
 from tinker_hpc.sessions import Session
 
@@ -47,6 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         "TINKER_TELEMETRY": "0",
         "WANDB_MODE": "disabled",
         "TINKER_COOKBOOK_RUNS_DIR": str(root / "logs"),
+        "PYTHONPATH": python_path(),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     return Place(root, root / "data", environment)

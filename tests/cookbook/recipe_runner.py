@@ -56,7 +56,7 @@ class Place:
             timeout=timeout_s,
             check=False,
         )
-        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-6000:]}"
+        assert done.returncode == 0, f"exit code {done.returncode}: {' '.join(words)}\n{done.stdout[-6000:]}"
         return done.stdout
 
 

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+from sdk_programs import python_path
+
 from launch.children import loop_environment
 from launch.job_spec import JobSpec
 from tinker_hpc.config import ClusterProfile
@@ -61,9 +64,13 @@ raise SystemExit(3)
 """
 
 
-def test_what_the_sdk_still_asks_for_is_cancelled_last_and_the_exit_code_stays() -> None:
+def in_a_run() -> dict[str, str]:
     spec = JobSpec("r-1", "run", "r", "m", "/m", ClusterProfile("della"))
-    env = loop_environment(spec, os.environ, base_url="http://127.0.0.1:1", api_key="tml-x")
+    return loop_environment(spec, os.environ, base_url="http://127.0.0.1:1", api_key="tml-x")
+
+
+@pytest.mark.parametrize("env", [in_a_run(), {**os.environ, "PYTHONPATH": python_path()}], ids=["in a run", "alone"])
+def test_what_the_sdk_still_asks_for_is_cancelled_last_and_the_exit_code_stays(env: dict[str, str]) -> None:
     done = subprocess.run([sys.executable, "-c", SDK], env=env, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (3, "")
     assert done.stdout.splitlines() == ["the program's own end", "cancelled"]
