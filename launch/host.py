@@ -1,4 +1,4 @@
-"""Where Slurm's commands run: this machine today, one behind ssh later. Three verbs, one seam.
+"""Where Slurm's commands run: this machine today, one behind ssh later. One verb, one seam.
 
 Nothing above this file calls `subprocess` for a Slurm command, so a host elsewhere is one more class.
 """
@@ -6,11 +6,9 @@ Nothing above this file calls `subprocess` for a Slurm command, so a host elsewh
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from tinker_hpc.errors import SlurmUnavailableError
@@ -48,14 +46,6 @@ class Host(Protocol):
         Raises: SlurmUnavailableError if it is not installed there (`missing`), cannot be started, or does not end in
         time (`timed_out`).
         """
-        ...
-
-    def put(self, local: Path, remote: str) -> None:
-        """Copy one file from here to there."""
-        ...
-
-    def get(self, remote: str, local: Path) -> None:
-        """Copy one file from there to here."""
         ...
 
 
@@ -97,12 +87,6 @@ class LocalHost:
                 timed_out=True,
             ) from error
         return CommandResult(tuple(argv), done.returncode, done.stdout, done.stderr)
-
-    def put(self, local: Path, remote: str) -> None:
-        shutil.copyfile(local, remote)
-
-    def get(self, remote: str, local: Path) -> None:
-        shutil.copyfile(remote, local)
 
 
 _OF_ONE_JOB = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "TMPDIR")

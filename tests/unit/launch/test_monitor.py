@@ -33,12 +33,6 @@ class TableHost:
         code, out, err = answer if isinstance(answer, tuple) else (0, answer, "")
         return CommandResult(tuple(argv), code, str(out), str(err))
 
-    def put(self, local: Path, remote: str) -> None:
-        raise AssertionError("not part of this")
-
-    def get(self, remote: str, local: Path) -> None:
-        raise AssertionError("not part of this")
-
 
 @dataclass
 class Clock:

@@ -108,10 +108,6 @@ class ScriptedHost:
             raise answer
         return answer
 
-    def put(self, local: Path, remote: str) -> None: ...
-
-    def get(self, remote: str, local: Path) -> None: ...
-
 
 def ok(out: str) -> CommandResult:
     return CommandResult(("x",), 0, out, "")

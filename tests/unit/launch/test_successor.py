@@ -66,12 +66,6 @@ class Queue:
             self.on_cancel()
         return CommandResult(tuple(argv), 0, out + "\n", "")
 
-    def put(self, local: Path, remote: str) -> None:
-        raise AssertionError("not part of this")
-
-    def get(self, remote: str, local: Path) -> None:
-        raise AssertionError("not part of this")
-
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> RunFolder:

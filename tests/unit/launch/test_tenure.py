@@ -32,12 +32,6 @@ class Slurm:
         out = {"sbatch": "12", "sacct": f"10|{self._run_id}|NODE_FAIL|0:0|1|2|3|1|n1|||"}.get(argv[0], "")
         return CommandResult(tuple(argv), 0, out + "\n", "")
 
-    def put(self, local: Path, remote: str) -> None:
-        raise AssertionError("not part of this")
-
-    def get(self, remote: str, local: Path) -> None:
-        raise AssertionError("not part of this")
-
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> RunFolder:
