@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,11 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "contract"), str(HERE.parent.parent)]
-
-import record  # noqa: E402
+import record
 
 WAIT_S = 300
 RANKS = {"logprobs": 1, "q": 1, "advantages": 1, "mask": 1}

@@ -32,13 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
+from benchmark_model import SMALL, ModelConfig
 
 HERE = Path(__file__).parent
-FOLDERS = [HERE, HERE.parent / "models", HERE.parent / "distributed", HERE.parent / "contract", HERE.parent.parent]
-sys.path[:0] = [str(folder) for folder in FOLDERS]
-
-import record  # noqa: E402
-from benchmark_model import SMALL, ModelConfig  # noqa: E402
 
 
 @dataclass(frozen=True)

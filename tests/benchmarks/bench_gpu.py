@@ -22,7 +22,6 @@ from __future__ import annotations
 import gc
 import json
 import struct
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,11 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent.parent)]
-
-import record  # noqa: E402
+import record
 
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362}
 """Dense bf16, from the vendor's data sheets, by a word of the device's name; the first that matches."""

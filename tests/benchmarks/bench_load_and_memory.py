@@ -21,12 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent / "distributed"), str(HERE.parent.parent)]
-
-import record  # noqa: E402
-from benchmark_model import SMALL, ModelConfig  # noqa: E402
+import record
+from benchmark_model import SMALL, ModelConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 

@@ -14,19 +14,14 @@ one by one   the same eight adapters, one after the other
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent.parent)]
-
-import record  # noqa: E402
-from benchmark_model import SMALL, ModelConfig  # noqa: E402
+import record
+from benchmark_model import SMALL, ModelConfig
 
 
 @dataclass(frozen=True)

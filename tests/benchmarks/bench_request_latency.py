@@ -13,17 +13,13 @@ disk              one file of 1 kB written and fsynced, and its folder fsynced: 
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "contract"), str(HERE.parent.parent)]
-
-import record  # noqa: E402
+import record
 
 WAIT_S = 120
 

@@ -10,19 +10,14 @@ Nats of |trainer - sampler|, over all sampled tokens; what is better is smaller.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+import bench_throughput
 import numpy as np
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent.parent)]
-
-import bench_throughput  # noqa: E402
-import record  # noqa: E402
-from bench_throughput import QUICK, Config, Theirs  # noqa: E402
+import record
+from bench_throughput import QUICK, Config, Theirs
 
 
 def our_gaps(model: Path, adapter: Path, prompts: list[np.ndarray], config: Config, dtype: str) -> np.ndarray:

@@ -24,13 +24,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import record
+from benchmark_model import SMALL, ModelConfig
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent / "contract"), str(ROOT)]
-
-import record  # noqa: E402
-from benchmark_model import SMALL, ModelConfig  # noqa: E402
-
 SKYRL_PYTHON = ROOT / ".venv-skyrl" / "bin" / "python"
 START_S = 300
 

@@ -12,7 +12,6 @@ sampling, prompts 32 different prompts, one sample of 64 tokens each, with logpr
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,12 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(HERE.parent.parent)]
-
-import record  # noqa: E402
-from benchmark_model import SMALL, ModelConfig  # noqa: E402
+import record
+from benchmark_model import SMALL, ModelConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 

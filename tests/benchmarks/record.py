@@ -19,6 +19,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+# Where a benchmark finds what it borrows from the tests, and the packages if they are not installed: all import this.
+sys.path += [str(HERE.parent / folder) for folder in (".", "models", "distributed", "contract", "..")]
 RESULTS = HERE / "results"
 PACKAGES = ("torch", "megatron-core", "transformers", "peft", "tinker")
 

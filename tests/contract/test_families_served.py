@@ -4,13 +4,13 @@ expert. What a client trains, saves and samples is what transformers computes wi
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import random_models
 import serving
 import tinker
 import torch
@@ -20,10 +20,6 @@ from tinker_hpc.checkpoints import Checkpoint, export_peft, find_checkpoint
 from tinker_hpc.merged_export import export_merged
 from tinker_hpc.private_files import read_json, write_json
 from tinker_hpc.run_folder import WorkerFolder
-
-sys.path.append(str(serving.HERE.parent / "models"))
-
-import random_models
 
 pytestmark = [
     pytest.mark.slow,

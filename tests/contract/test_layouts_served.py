@@ -6,22 +6,18 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import random_models
 import serving
 import tinker
 
 from tinker_hpc.private_files import read_json, write_json
 from tinker_hpc.run_folder import RunFolder, WorkerFolder
-
-sys.path.append(str(serving.HERE.parent / "models"))
-
-import random_models
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

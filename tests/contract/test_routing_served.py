@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import random_models
 import serving
 import tinker
 import torch
@@ -20,10 +20,6 @@ import torch
 from tinker_hpc.log import LogReader, ResultReader
 from tinker_hpc.private_files import read_json, write_json
 from tinker_hpc.run_folder import RunFolder, WorkerFolder
-
-sys.path.append(str(serving.HERE.parent / "models"))
-
-import random_models
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,21 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import random_models
+from jobs import Job
+from parity_reference import RANK as LORA_RANK
+from parity_reference import Reference
+from published_configs import PUBLISHED
+
+from launch.memory_model import GIB, activation_bytes_per_token, heap_factor, memory
+from launch.memory_model import Job as PlannedJob
+from launch.model_sizes import Split, read_sizes
+from launch.plan import Machine, make_plan
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "models"))
-
-import random_models  # noqa: E402
-from jobs import Job  # noqa: E402
-from parity_reference import RANK as LORA_RANK  # noqa: E402
-from parity_reference import Reference  # noqa: E402
-from published_configs import PUBLISHED  # noqa: E402
-
-from launch.memory_model import GIB, activation_bytes_per_token, heap_factor, memory  # noqa: E402
-from launch.memory_model import Job as PlannedJob  # noqa: E402
-from launch.model_sizes import Split, read_sizes  # noqa: E402
-from launch.plan import Machine, make_plan  # noqa: E402
-
 RANK = 32
 WHOLE = {"tp_size": 1, "dp_size": 1, "pp_size": 1, "ep_size": 1}
 # Trainable parameters per unit of rank as Tinker's cookbook publishes them (hyperparam_utils.py): MLP, attention,

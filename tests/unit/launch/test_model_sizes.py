@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from published_configs import PUBLISHED
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
-
-sys.path.append(str(Path(__file__).parents[2] / "models"))
-
-from published_configs import PUBLISHED
 
 from launch.model_sizes import Split, adapter_parameters, base_parameters, read_sizes
 from tinker_hpc.errors import ConfigError

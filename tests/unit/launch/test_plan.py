@@ -5,16 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.append(str(Path(__file__).parents[2] / "models"))
-
 from published_configs import PUBLISHED
 
 from launch.memory_model import (

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "models"))
-
 import published_configs
+import pytest
 
 from megatron_adapters import parameter_count
 from megatron_adapters.engine import Engine, Layout

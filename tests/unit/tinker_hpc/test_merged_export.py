@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import quantised_models
+import random_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-
-sys.path.append(str(Path(__file__).parents[2] / "models"))
-
-import quantised_models
-import random_models
 
 from tinker_hpc import safetensors_file
 from tinker_hpc.cli.main import main

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import random_models
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-sys.path.append(str(Path(__file__).parents[2] / "models"))
-
-import random_models
 
 from tinker_hpc.errors import ConfigError
 from tinker_hpc.merged_export import export_merged

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[2] / "models"))
-
 from quantised_models import fp8, mxfp4
 
 from tinker_hpc.errors import ConfigError, WeightsError

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "models"))
-
 from published_configs import PUBLISHED
 
 from tinker_hpc.base_models import BaseModel
