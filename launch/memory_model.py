@@ -21,6 +21,14 @@ LOGIT_CHUNK = 2**26
 CACHE_SHARE_GPU, CACHE_SHARE_CPU = 0.6, 0.25
 """Of the room beside weights and adapters, what sampling may fill with keys and values (megatron_adapters/sampler.py).
 The same room holds activations while a pass runs: the cache is emptied before."""
+SNAPSHOT_SHARE = 0.1
+"""Of that room, what snapshots of adapters for sampling may take beside one (megatron_adapters/snapshot_room.py)."""
+MAX_SNAPSHOTS = 16
+"""Of an adapter (tinker_hpc/worker/train_step.py)."""
+SNAPSHOT_COPIES = {"attention": 2.6, "mlp": 2.0, "experts": 1.0, "unembed": 2.0}
+"""What a snapshot takes, as a multiple of its matrices: all but experts' are kept a second time as products read them,
+those of queries, keys and values with zeros between (megatron_adapters/lora_inference.py): 2.46 for Qwen3-8B's
+attention, 2.59 for Qwen3-30B-A3B's."""
 CUDA_CONTEXT_GIB = 1.0
 """CUDA context, cuBLAS workspaces and kernels of one process. Assumed, not measured by us."""
 NCCL_GIB = 1.0
@@ -43,6 +51,8 @@ class Memory:
     weights: int
     adapters: int
     """With gradients and Adam moments."""
+    snapshots: int
+    """Frozen copies of adapters, for sampling."""
     activations: int
     """Of one micro-batch (of several under pipeline parallelism)."""
     cache: int
@@ -52,7 +62,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapters + self.workspace + max(self.activations, self.cache)
+        return self.weights + self.adapters + self.snapshots + self.workspace + max(self.activations, self.cache)
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,17 @@ def fixed_memory(sizes: ModelSizes, split: Split, job: Job) -> tuple[int, int]:
     weights = sum(base_parameters(sizes, split).values()) * job.bytes_per_number
     trained = sum(adapter_parameters(sizes, split, job.lora_rank, per_expert=job.per_expert).values())
     return weights, trained * BYTES_PER_TRAINED * job.num_adapters
+
+
+def snapshot_memory(sizes: ModelSizes, split: Split, job: Job, room: float) -> int:
+    """Bytes for snapshots, of the `room` beside weights and adapters: one in any case, and MAX_SNAPSHOTS of every
+    adapter where their share allows it.
+    """
+    parts = adapter_parameters(sizes, split, job.lora_rank, per_expert=job.per_expert)
+    if sizes.num_experts:
+        parts["experts"] = parts.pop("mlp")
+    one = job.bytes_per_number * sum(SNAPSHOT_COPIES[part] * size for part, size in parts.items())
+    return int(max(one, min(MAX_SNAPSHOTS * job.num_adapters * one, SNAPSHOT_SHARE * room)))
 
 
 def activation_bytes_per_token(sizes: ModelSizes, split: Split, job: Job) -> float:
@@ -171,12 +192,22 @@ def cache_bytes_per_token(sizes: ModelSizes, split: Split, job: Job) -> int:
     return split.stage_layers(sizes) * split.kv_heads(sizes) * dims * job.bytes_per_number
 
 
-def memory(sizes: ModelSizes, split: Split, job: Job, token_budget: int, cache_tokens: int, *, alone: bool) -> Memory:
-    """Everything one rank holds."""
+def memory(
+    sizes: ModelSizes,
+    split: Split,
+    job: Job,
+    token_budget: int,
+    *,
+    cache_tokens: int = 0,
+    snapshots: int = 0,
+    alone: bool,
+) -> Memory:
+    """Everything one rank holds. Without cache and snapshots: of a worker that only trains."""
     weights, adapters = fixed_memory(sizes, split, job)
     return Memory(
         weights=weights,
         adapters=adapters,
+        snapshots=snapshots,
         activations=int(activation_bytes_per_token(sizes, split, job) * token_budget),
         cache=cache_bytes_per_token(sizes, split, job) * cache_tokens,
         workspace=workspace_bytes(sizes, split, job, token_budget, alone=alone),

@@ -29,6 +29,7 @@ from launch.memory_model import (
     cache_bytes_per_token,
     fixed_memory,
     memory,
+    snapshot_memory,
     tokens_that_fit,
     workspace_bytes,
 )
@@ -175,7 +176,7 @@ class _Costed:
     split: Split
     recompute: bool
     room: float
-    """Bytes left beside weights, adapters and workspace; negative if they do not fit, infinite if memory is."""
+    """Bytes left beside all that stays, and the workspace; negative if they do not fit, infinite if memory is."""
     token_budget: int
     tokens: int
     """That fit at once, up to the model's context."""
@@ -202,10 +203,11 @@ class _Costed:
 def _cost(sizes: ModelSizes, machine: Machine, split: Split, job: Job) -> _Costed:
     alone = machine.world_size == 1
     usable = machine.memory_gib * GIB * (1 - MARGIN)
-    fixed = sum(fixed_memory(sizes, split, job))
-    tokens = tokens_that_fit(sizes, split, job, usable - fixed, alone=alone)
+    left = usable - sum(fixed_memory(sizes, split, job))
+    snapshots = snapshot_memory(sizes, split, job, left)
+    tokens = tokens_that_fit(sizes, split, job, left - snapshots, alone=alone)
     budget = int(max(1, min(tokens, MAX_TOKENS if math.isfinite(tokens) else GOOD_TOKENS)))
-    room = usable - fixed - workspace_bytes(sizes, split, job, budget, alone=alone)
+    room = left - snapshots - workspace_bytes(sizes, split, job, budget, alone=alone)
     share = CACHE_SHARE_GPU if machine.on_gpu else CACHE_SHARE_CPU
     per_cached = max(1, cache_bytes_per_token(sizes, split, job))
     cache_tokens = int(max(0.0, min(share * room / per_cached, MAX_ROWS * sizes.max_context)))
@@ -216,7 +218,7 @@ def _cost(sizes: ModelSizes, machine: Machine, split: Split, job: Job) -> _Coste
         token_budget=budget,
         tokens=int(min(tokens, sizes.max_context)),
         cache_tokens=cache_tokens,
-        memory=memory(sizes, split, job, budget, cache_tokens, alone=alone),
+        memory=memory(sizes, split, job, budget, cache_tokens=cache_tokens, snapshots=snapshots, alone=alone),
         max_context=sizes.max_context,
     )
 

@@ -9,7 +9,6 @@ snapshots are not touched: they are copies (adapters.py).
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import tempfile
 from collections import OrderedDict
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter
-from .host_memory import free_host_memory
+from .free_memory import free_memory
 from .out_of_memory import is_out_of_memory
 
 SHARE = 0.25
@@ -194,7 +193,7 @@ def memory_for_adapters(device: torch.device) -> int:
     """Bytes of training state this rank may have on its device."""
     if device.type == "cuda":
         return int(SHARE * torch.cuda.mem_get_info(device)[1])
-    return int(SHARE * free_host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return int(SHARE * free_memory(device))
 
 
 def _to_host(buffers: list[Tensor]) -> _OnHost:

@@ -57,6 +57,12 @@ class LoraWeights:
     def scaling(self) -> float:
         return self.alpha / self.rank
 
+    @property
+    def num_bytes(self) -> int:
+        """Of a snapshot on this rank, what has been put together from it included."""
+        matrices = sum(part.nbytes for pair in self.pairs.values() for part in pair)
+        return matrices + sum(update.num_bytes for update in self.kept.values() if update is not None)
+
     def snapshot(self, dtype: torch.dtype) -> LoraWeights:
         """A frozen copy in the compute dtype: the numbers a forward of this adapter uses now."""
         copies = {

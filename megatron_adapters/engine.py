@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from tinker_hpc.errors import RequestError, ShapeError
 
@@ -31,6 +33,7 @@ from .pass_group import run_together
 from .projections import attention_names, parameters_per_rank, projections, target_names
 from .sample_request import SampledSequence, SampleRequest, SampleResult
 from .sampler import make_decoder
+from .snapshot_room import memory_for_snapshots, num_in_excess
 
 __all__ = [
     "AdamParams",
@@ -86,6 +89,7 @@ class Engine:
         self.adapters: dict[str, Adapter] = {}
         self.room = AdapterRoom(self.runtime.device, memory_for_adapters(self.runtime.device))
         self.snapshots: dict[str, LoraWeights] = {}
+        self._most_snapshot_bytes: int | None = None
         self._decoder: Decoder | None = None
 
     @classmethod
@@ -225,6 +229,16 @@ class Engine:
         """Forget a snapshot. Collectives: none."""
         if self.snapshots.pop(snapshot_id, None) is None:
             raise RequestError(f"no snapshot {snapshot_id!r}. Known: {', '.join(self.snapshots) or 'none'}.")
+
+    def snapshots_in_excess(self, oldest_first: Sequence[str]) -> int:
+        """How many of these snapshots, from the first, to drop for all that there are to stay within their memory
+        (snapshot_room.py). Collectives: one all-reduce over the control group: the most that any rank says.
+        """
+        if self._most_snapshot_bytes is None:  # as the cache is planned: into what is free when it is first asked for
+            self._most_snapshot_bytes = memory_for_snapshots(self.runtime.device)
+        number = torch.tensor(num_in_excess(self.snapshots, oldest_first, self._most_snapshot_bytes))
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control_group)
+        return int(number.item())
 
     def sample(
         self,

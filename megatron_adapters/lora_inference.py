@@ -45,6 +45,10 @@ class Update(NamedTuple):
     up: tuple[tuple[slice, slice, Tensor], ...]
     """products that together make the update: columns of O, columns of W, B^T of these"""
 
+    @property
+    def num_bytes(self) -> int:
+        return self.a_IW.nbytes + sum(b_RO.nbytes for _, _, b_RO in self.up)
+
 
 def update_of(lora: LoraWeights | None, fused: Fused, dtype: torch.dtype) -> Update | None:
     """None where the adapter has none of these projections. Kept where it cannot change, that is for a snapshot.

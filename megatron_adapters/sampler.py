@@ -5,7 +5,6 @@ Puts the decode loop together for one engine: the model, a cache planned into th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from .adapters import LoraWeights
 from .decode import Decoder
-from .host_memory import free_host_memory
+from .free_memory import free_memory
 from .kv_cache import KvCache, KvShape
 from .model import Model
 from .placement import kv_heads_of_rank
@@ -69,11 +68,7 @@ def make_decoder(model: Model, snapshots: Mapping[str, LoraWeights], base_model_
 
 def memory_for_cache(device: torch.device) -> int:
     """Bytes this rank may cache. They are allocated only as sequences need them."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(CUDA_SHARE * (free + reusable))
-    return int(CPU_SHARE * free_host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return int((CUDA_SHARE if device.type == "cuda" else CPU_SHARE) * free_memory(device))
 
 
 @cache

@@ -47,6 +47,22 @@ def _start(ground: Ground) -> Engine:
     return engine
 
 
+def snapshot_memory(ground: Ground) -> Outcome:
+    """What a snapshot takes once it was sampled from, and how many of three are too many where one rank is short."""
+    engine = _start(ground)
+    greedy(engine)
+    num_bytes = engine.snapshots["peft"].num_bytes
+    names = ["peft", "second", "third"]
+    for name in names[1:]:
+        engine.snapshot("peft", name)
+    in_excess = {"by default": engine.snapshots_in_excess(names)}
+    last = engine.global_rank == engine.world_size - 1
+    for what, most_bytes in {"all": 0, "one": num_bytes + 2 * engine.snapshots["third"].num_bytes - 1}.items():
+        engine._most_snapshot_bytes = most_bytes if last else 2**40
+        in_excess[what] = engine.snapshots_in_excess(names)
+    return {"num_bytes": num_bytes, "in_excess": in_excess}
+
+
 def greedy(engine: Engine) -> dict[str | None, list[SampleResult]]:
     """Base and adapter in one batch."""
     requests = [ask(prompt, weights, temperature=0.0) for prompt in prompts() for weights in (None, "peft")]

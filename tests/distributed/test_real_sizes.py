@@ -152,7 +152,7 @@ def test_estimate_is_the_measured_peak(
     arguments = (str(folder), str(RANK), str(num_sequences), str(length), "recompute" if recompute else "")
     sizes = read_sizes(json.loads((folder / "config.json").read_text()))
     job = PlannedJob(4, on_gpu=False, lora_rank=RANK, recompute=recompute)
-    estimate = memory(sizes, Split(), job, num_sequences * length, 0, alone=True)
+    estimate = memory(sizes, Split(), job, num_sequences * length, alone=True)
     measured = json.loads(output_of("peak_memory.py", *arguments))
     print(f"{family}: estimated {estimate.total / GIB:.3f} GiB, measured {measured['peak'] / GIB:.3f} GiB")
     assert estimate.total == pytest.approx(measured["peak"], rel=0.15)

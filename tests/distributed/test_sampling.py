@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from jobs import Job
-from parity_reference import Reference, load_transformers
+from parity_reference import RANK, Reference, load_transformers
 from sampling_scenarios import NEW_TOKENS, prompts
 
+from launch.memory_model import Job as PlannedJob
+from launch.memory_model import snapshot_memory as planned_snapshots
+from launch.model_sizes import Split, read_sizes
 from megatron_adapters.engine import SampleResult
 
 pytestmark = pytest.mark.distributed
@@ -156,6 +160,25 @@ def test_snapshots_do_not_move_with_their_adapter(sampled) -> None:
         assert again.tokens.tolist() == first.tokens.tolist() and again.logprobs.tolist() == first.logprobs.tolist()
     assert outcome["late"].sequences[0].logprobs.tolist() != first.logprobs.tolist()
     assert "'early' are not loaded" in outcome["dropped"].error
+
+
+SNAPSHOTS = [
+    (Job("TP1", "sampling_scenarios:snapshot_memory", "qwen3"), Split()),
+    (Job("TP2", "sampling_scenarios:snapshot_memory", "qwen3"), Split(tp_size=2)),
+    (Job("TP1", "sampling_scenarios:snapshot_memory", "qwen3_moe"), Split()),
+]
+
+
+@pytest.mark.parametrize(("job", "split"), SNAPSHOTS, ids=str)
+def test_what_a_snapshot_takes_is_planned_and_ranks_agree_when_it_is_too_much(
+    job: Job, split: Split, outcome_of: Outcomes, references: dict[str, Reference]
+) -> None:
+    outcome = outcome_of(job)
+    assert outcome["in_excess"] == {"by default": 0, "all": 3, "one": 1}, "the last rank's word counts"
+    sizes = read_sizes(json.loads((references[job.family].model_folder / "config.json").read_text()))
+    planned = planned_snapshots(sizes, split, PlannedJob(4, on_gpu=False, lora_rank=RANK), 0)
+    print(f"{job}: {outcome['num_bytes']} bytes taken, {planned} planned")
+    assert 0.95 * outcome["num_bytes"] <= planned <= 1.15 * outcome["num_bytes"]
 
 
 def test_requests_join_while_others_run(sampled) -> None:

@@ -93,13 +93,14 @@ def _show(made: Plan) -> None:
     rows = [
         ("weights", held.weights, ""),
         ("adapters", held.adapters, "with gradients and Adam moments"),
+        ("snapshots", held.snapshots, "of adapters, for sampling"),
         ("activations", held.activations, "of a micro-batch"),
         ("KV cache", held.cache, "in the room of the activations, while none are held: the larger of the two counts"),
         ("workspace", held.workspace, "process, communication, logits, one layer at work"),
         ("total", held.total, _capacity_text(made)),
     ]
     if not made.fits:  # there is no micro-batch, and no sample
-        rows = [row for row in rows if row[0] not in ("activations", "KV cache")]
+        rows = [row for row in rows if row[0] not in ("snapshots", "activations", "KV cache")]
     table(("A RANK HOLDS", "GIB", ""), [(name, f"{size / GIB:.2f}", words) for name, size, words in rows])
     click.echo()
     for reason in made.reasons:

@@ -52,6 +52,11 @@ class Loop:
         self._desk = desk
         self._prompt_tokens = 0
         """Of the longest prompt of this round of sampling."""
+        self._sampling = False
+        self._fits_beside: int | None = None
+        """The micro-batches that fitted beside this round's samples, whose cache stays while training cuts in; None:
+        the worker's do, as far as is known. Equal on all ranks.
+        """
 
     def run(self) -> bool:
         """Returns False after `close`, everything answered and durable; True if the worker has to begin again from a
@@ -82,9 +87,11 @@ class Loop:
                 if self._desk:
                     self._desk.sampling_starts()
                 self._note_prompts(requests)
+                self._sampling = True
                 self._sample_step.run(requests, self._finish, self._admit, self._nobody_joins, self._break_off)
                 self._hang.rest()
                 self._prompt_tokens = 0
+                self._sampling, self._fits_beside = False, None
 
     def _admit(self) -> tuple[Sequence[Record], Sequence[int]]:
         """Called between decode steps: samples that join, and the seqs of those that nobody wants any more.
@@ -148,6 +155,8 @@ class Loop:
         for seqs in how["groups"]:
             group = [of_seq[seq] for seq in seqs]
             given = [budgets[r.header["seq"]] for r in group if r.header["seq"] in budgets]
+            if self._fits_beside is not None and group[0].header["op"] == "forward_backward":
+                given.append(self._fits_beside)
             budget = min(given) if given else None
             with self._watched(group):
                 if len(group) > 1:
@@ -242,6 +251,8 @@ class Loop:
         self._train_step.recover_memory()
         now = budget or self._train_step.token_budget
         smaller = split.smaller(passes, now)
+        if self._sampling and smaller is not None:
+            self._fits_beside = smaller
         if self._desk:
             seqs = ", ".join(str(request.header["seq"]) for request in passes)
             then = (

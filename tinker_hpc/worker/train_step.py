@@ -37,8 +37,8 @@ SAVE_PATIENCE_S = 300.0
 """A checkpoint that a full disk refuses is tried again for so long, like a request (the SDK's five minutes); a quota
 that it does not fit into at all must not hold up everybody for ever."""
 MAX_SNAPSHOTS = 16
-"""Per model, and of all that were opened by path, in memory: each costs a copy of the adapter. The one sampled from
-longest ago is set aside first."""
+"""Per model, and of all that were opened by path, in memory, or fewer where all together take too much of it
+(megatron_adapters/snapshot_room.py). The one sampled from longest ago is set aside first."""
 MAX_ASIDE = 112
 """Per model, on the disk beside those; beyond it the one set aside longest ago is lost. What was opened by path has its
 checkpoint there, and is never lost."""
@@ -122,9 +122,8 @@ class TrainStep:
             )
         if sampling_session_id in self._set_aside:
             self._aside.bring_back(sampling_session_id)
-            owner = self._set_aside.pop(sampling_session_id)
-            self.samplers[sampling_session_id] = sampling_session_id
-            self._make_room(owner)
+            del self._set_aside[sampling_session_id]
+            self._keep_in_memory(sampling_session_id)
         if sampling_session_id in self._opened and sampling_session_id not in self.samplers:
             self._open_again(sampling_session_id)
         self.samplers.move_to_end(sampling_session_id)
@@ -254,9 +253,8 @@ class TrainStep:
             return {"path": header["path"]}, {}
         sampler, model_id = header["sampling_session_id"], header["model_id"]
         self._engine.snapshot(model_id, sampler)
-        self.samplers[sampler] = sampler
         self._snapshot_of[sampler] = model_id
-        self._make_room(model_id)
+        self._keep_in_memory(sampler)
         return {"sampling_session_id": sampler}, {}
 
     def _load_state(self, request: Record) -> Answer:
@@ -286,7 +284,7 @@ class TrainStep:
         self._engine.load_snapshot(sampler, Path(source["folder"]))
         opened = {"folder": source["folder"], "path": source["path"], "checkpoint": _identity(saved)}
         self._opened[sampler] = opened
-        self._keep_opened(sampler)
+        self._keep_in_memory(sampler)
         return {"checkpoint": opened["checkpoint"]}, {}
 
     def _open_again(self, sampler: str) -> None:
@@ -297,18 +295,10 @@ class TrainStep:
             self._engine.load_snapshot(sampler, Path(opened["folder"]))
         except (RequestError, WeightsError, OSError) as error:
             raise RequestError(
-                f"sampler {sampler} made room for {MAX_SNAPSHOTS} others that were opened by path, and cannot be read "
-                f"back: {error} Keep what you sample from later under a name of its own."
+                f"sampler {sampler} made room for others that were used since, and cannot be read back: {error} Keep "
+                "what you sample from later under a name of its own."
             ) from error
-        self._keep_opened(sampler)
-
-    def _keep_opened(self, sampler: str) -> None:
-        """Of what was opened by path MAX_SNAPSHOTS stay in memory; the others are on the disk already."""
-        self.samplers[sampler] = sampler
-        opened = [sampler for sampler in self.samplers if sampler in self._opened]
-        for oldest in [sampler for sampler in opened[:-MAX_SNAPSHOTS] if sampler not in self.in_use]:
-            self._engine.drop_snapshot(oldest)
-            del self.samplers[oldest]
+        self._keep_in_memory(sampler)
 
     def _save(self, request: Record, *, kind: str, optimizer: bool) -> None:
         header = request.header
@@ -363,18 +353,34 @@ class TrainStep:
             )
         return wanted
 
-    def _make_room(self, owner: str) -> None:
-        """Set aside the snapshot of this owner that was used longest ago, beyond MAX_SNAPSHOTS."""
-        own = [sampler for sampler in self.samplers if self._snapshot_of.get(sampler) == owner]
-        for sampler in [sampler for sampler in own[:-MAX_SNAPSHOTS] if sampler not in self.in_use]:
-            self._aside.put(sampler)
-            del self.samplers[sampler]
-            self._set_aside[sampler] = owner
-        lost = [sampler for sampler, whose in self._set_aside.items() if whose == owner]
-        for sampler in lost[: max(0, len(lost) - MAX_ASIDE)]:
-            self._aside.forget(sampler)
-            del self._set_aside[sampler]
-            self._evicted[sampler] = owner
+    def _keep_in_memory(self, sampler: str) -> None:
+        """What the engine has now; those used longest ago make room, first of the same owner, then where memory is
+        short of any. Those that samples use at this moment stay.
+        """
+        self.samplers[sampler] = sampler
+        owner = self._snapshot_of.get(sampler)
+        held = [s for s, used in self.samplers.items() if used is not None]
+        own = [s for s in held if self._snapshot_of.get(s) == owner]
+        for oldest in [s for s in own[:-MAX_SNAPSHOTS] if s not in self.in_use]:
+            self._take_out(oldest)
+        others = [s for s in held if s in self.samplers and s not in self.in_use and s != sampler]
+        for oldest in others[: self._engine.snapshots_in_excess(others)]:
+            self._take_out(oldest)
+
+    def _take_out(self, sampler: str) -> None:
+        """Of memory: what was opened by path is on the disk already, the snapshot of a model is set aside."""
+        del self.samplers[sampler]
+        owner = self._snapshot_of.get(sampler)
+        if owner is None:
+            self._engine.drop_snapshot(sampler)
+            return
+        self._aside.put(sampler)
+        self._set_aside[sampler] = owner
+        lost = [s for s, whose in self._set_aside.items() if whose == owner]
+        for oldest in lost[: max(0, len(lost) - MAX_ASIDE)]:
+            self._aside.forget(oldest)
+            del self._set_aside[oldest]
+            self._evicted[oldest] = owner
 
 
 def _identity(saved: Checkpoint) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ class Engine:
     def __init__(self) -> None:
         self.snapshots: dict[str, float] = {}
         self.num_copies = 0
+        self.most = 1000
+
+    def snapshots_in_excess(self, oldest_first: Sequence[str]) -> int:
+        return min(len(oldest_first), max(0, len(self.snapshots) - self.most))
 
     def copy_snapshot(self, name: str) -> HostCopy:
         self.num_copies += 1
@@ -80,9 +85,8 @@ def test_beyond_what_is_kept_the_oldest_is_lost_and_says_so(tmp_path: Path, monk
     for number in range(7):
         name = f"s{number}"
         engine.snapshots[name] = float(number)
-        step.samplers[name] = name
         step._snapshot_of[name] = "m"
-        step._make_room("m")
+        step._keep_in_memory(name)
     assert list(step.samplers) == ["s5", "s6"] and set(engine.snapshots) == {"s5", "s6"}
     for lost in ("s0", "s1"):
         with pytest.raises(RequestError, match="m has saved 5 newer snapshots"):
@@ -94,6 +98,26 @@ def test_beyond_what_is_kept_the_oldest_is_lost_and_says_so(tmp_path: Path, monk
     restarted._aside._engine = engine
     restarted.restore(step.state())
     assert restarted.snapshot_for("s2") == "s2" and engine.snapshots["s2"] == 2.0
+
+
+def test_where_memory_is_short_of_all_those_used_longest_ago_leave_whosever_they_are(tmp_path: Path) -> None:
+    engine, aside = make(tmp_path)
+    engine.most = 3
+    step = TrainStep(engine, Ranks(None, 0, 1), "base", None, aside)
+    step.run(Record({"op": "open_sampler", "seq": 0, "sampling_session_id": "base", "source": {"type": "base"}}))
+    source = save(tmp_path, "000001", 9.0)
+    step.run(Record({"op": "open_sampler", "seq": 1, "sampling_session_id": "opened", "source": source}))
+    for number, owner in enumerate("mnm"):
+        engine.snapshots[f"s{number}"] = float(number)
+        step._snapshot_of[f"s{number}"] = owner
+        step._keep_in_memory(f"s{number}")
+    assert list(step.samplers) == ["base", "s0", "s1", "s2"], "the bare base costs nothing"
+    assert step.snapshot_for("opened") == "opened" and engine.snapshots == {"s1": 1.0, "s2": 2.0, "opened": 9.0}
+    step.in_use = {"s1"}
+    assert step.snapshot_for("s0") == "s0" and engine.snapshots == {"s1": 1.0, "opened": 9.0, "s0": 0.0}
+    engine.most = 0
+    assert step.snapshot_for("s2") == "s2" and engine.snapshots == {"s1": 1.0, "s2": 2.0}, "these are needed now"
+    assert step.state()["aside"] == {"s0": "m"} and step.snapshot_for("base") is None
 
 
 def save(root: Path, name: str, value: float, *, request_id: str = "r") -> dict[str, str]:
