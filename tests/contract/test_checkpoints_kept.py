@@ -50,14 +50,14 @@ def listed(service: serving.Service) -> dict[str, dict]:
 
 def test_times_are_enforced_when_the_gateway_starts(alone, processes):
     assert alone.run is not None
-    kept = saved(alone, "kept")
-    over = saved(alone, "over", age_s=8000, ttl_s=3600)
-    needed = saved(alone, "needed", age_s=8000, ttl_s=3600)
     write_json(alone.run.reads, [f"tinker://{MODEL}/weights/needed"])  # this run goes on, and has read it
+    kept = saved(alone, "kept")
+    needed = saved(alone, "needed", age_s=8000, ttl_s=3600)
     assert set(listed(alone)) == {"kept"}, "what is over is not listed from that second on"
-    refused = alone.post("weights_info", {"tinker_path": f"tinker://{MODEL}/weights/over"})
+    refused = alone.post("weights_info", {"tinker_path": f"tinker://{MODEL}/weights/needed"})
     assert refused.status == 404 and "it expired at" in refused.json["error"]
     processes.stop("gateway")
+    over = saved(alone, "over", age_s=8000, ttl_s=3600)  # not before: the first gateway may not have swept yet
     again = serving.start_gateway(processes, alone.run)
     serving.wait_for(lambda: not over.exists(), WAIT_S, "the sweep")
     assert kept.exists() and needed.exists() and set(listed(again)) == {"kept"}
