@@ -98,6 +98,7 @@ class Plan:
     cache_tokens: int
     """Tokens of all samples under way together, in each of the dp_size copies."""
     memory: Memory
+    """Where it does not fit, what a micro-batch of LEAST_TOKENS would need, without a cache."""
     capacity: float
     """Bytes of one rank; infinite where it is not known (null in JSON)."""
     fits: bool
@@ -207,6 +208,8 @@ def _cost(sizes: ModelSizes, machine: Machine, split: Split, job: Job) -> _Coste
     snapshots = snapshot_memory(sizes, split, job, left)
     tokens = tokens_that_fit(sizes, split, job, left - snapshots, alone=alone)
     budget = int(max(1, min(tokens, MAX_TOKENS if math.isfinite(tokens) else GOOD_TOKENS)))
+    least = min(LEAST_TOKENS, sizes.max_context)
+    fits = tokens >= least
     room = left - snapshots - workspace_bytes(sizes, split, job, budget, alone=alone)
     share = CACHE_SHARE_GPU if machine.on_gpu else CACHE_SHARE_CPU
     per_cached = max(1, cache_bytes_per_token(sizes, split, job))
@@ -218,14 +221,22 @@ def _cost(sizes: ModelSizes, machine: Machine, split: Split, job: Job) -> _Coste
         token_budget=budget,
         tokens=int(min(tokens, sizes.max_context)),
         cache_tokens=cache_tokens,
-        memory=memory(sizes, split, job, budget, cache_tokens=cache_tokens, snapshots=snapshots, alone=alone),
+        memory=memory(
+            sizes,
+            split,
+            job,
+            budget if fits else least,
+            cache_tokens=cache_tokens if fits else 0,
+            snapshots=snapshots,
+            alone=alone,
+        ),
         max_context=sizes.max_context,
     )
 
 
 def _preference(costed: _Costed) -> tuple[float, ...]:
     """Smaller is better. Those with much room by their stages, then whether activations are kept, then by what they
-    communicate; others by their room.
+    communicate; then those that compute again by how far they reach, and those that do not fit by what they would need.
     """
     split, again = costed.split, costed.recompute
     if costed.has_room_for(GOOD_TOKENS) and (costed.reaches_far() or not again):
@@ -234,7 +245,7 @@ def _preference(costed: _Costed) -> tuple[float, ...]:
         return (0, split.pp_size, again, 1, -costed.tokens, split.tp_size, split.ep_size)
     if costed.fits and again:
         return (1, -costed.reach, split.pp_size, split.tp_size, split.ep_size)
-    return (2, -costed.room, not again, split.pp_size, split.tp_size, split.ep_size)
+    return (2, costed.memory.total, not again, split.pp_size, split.tp_size, split.ep_size)
 
 
 def _reasons(
@@ -259,10 +270,10 @@ def _reasons(
     if chosen.recompute and chosen.fits:
         words.append(_why_recompute(chosen, costed))
     if not chosen.fits:
-        short = chosen.memory.weights + chosen.memory.adapters + chosen.memory.workspace - capacity * GIB
         words.append(
-            f"It does not fit: a micro-batch of {LEAST_TOKENS} tokens has no room"
-            + (f"; weights, adapter and workspace alone exceed a rank by {short / GIB:.1f} GiB." if short > 0 else ".")
+            f"It does not fit: with a micro-batch of {min(LEAST_TOKENS, sizes.max_context)} tokens a rank would hold "
+            f"{_size_text(chosen.memory.total)}, and it may fill {_size_text(capacity * GIB * (1 - MARGIN))} "
+            f"({MARGIN:.0%} of its memory stay free)."
         )
         words.append(_what_would_fit(sizes, machine, wish, job))
     else:

@@ -94,13 +94,13 @@ def _show(made: Plan) -> None:
         ("weights", held.weights, ""),
         ("adapters", held.adapters, "with gradients and Adam moments"),
         ("snapshots", held.snapshots, "of adapters, for sampling"),
-        ("activations", held.activations, "of a micro-batch"),
+        ("activations", held.activations, f"of {'a' if made.fits else 'the smallest'} micro-batch"),
         ("KV cache", held.cache, "in the room of the activations, while none are held: the larger of the two counts"),
         ("workspace", held.workspace, "process, communication, logits, one layer at work"),
         ("total", held.total, _capacity_text(made)),
     ]
-    if not made.fits:  # there is no micro-batch, and no sample
-        rows = [row for row in rows if row[0] not in ("snapshots", "activations", "KV cache")]
+    if not made.fits:  # there are no samples
+        rows = [row for row in rows if row[0] != "KV cache"]
     table(("A RANK HOLDS", "GIB", ""), [(name, f"{size / GIB:.2f}", words) for name, size, words in rows])
     click.echo()
     for reason in made.reasons:
@@ -110,4 +110,4 @@ def _show(made: Plan) -> None:
 def _capacity_text(made: Plan) -> str:
     if not math.isfinite(made.capacity):
         return ""
-    return f"of {made.capacity / GIB:g} GiB" + (f", {MARGIN:.0%} of which stay free" if made.fits else "")
+    return f"of {made.capacity / GIB:g} GiB, {MARGIN:.0%} of which stay free"

@@ -102,6 +102,16 @@ def test_does_not_fit_and_says_what_would() -> None:
     assert "not fit on 64 nodes with 8 such GPUs each either: take GPUs with more memory" in hopeless.reasons[-1]
 
 
+@settings(deadline=None, max_examples=50)
+@given(MODELS, st.builds(Machine, st.integers(1, 2), st.integers(1, 8), st.sampled_from([4, 24, 48, 80])))
+def test_what_does_not_fit_needs_more_than_may_be_filled(name: str, machine: Machine) -> None:
+    made = plan(name, machine)
+    assert made.fits == (made.memory.total <= machine.memory_gib * GIB * (1 - MARGIN) + 1)
+    if not made.fits:
+        assert made.memory.activations > 0 and made.memory.cache == 0
+        assert f"a rank would hold {made.memory.total / GIB:.2f} GiB" in " ".join(made.reasons)
+
+
 @settings(deadline=None, max_examples=20)
 @given(MODELS, st.builds(Machine, st.integers(1, 3), st.integers(1, 8), st.sampled_from([4, 11, 16, 24, 40])))
 def test_no_fewer_would_fit(name: str, machine: Machine) -> None:

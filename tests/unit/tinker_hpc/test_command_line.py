@@ -282,6 +282,11 @@ def test_plan(root: Path, call, tmp_path: Path) -> None:
     assert made["memory"]["weights"] == 35_278_831_616  # what the built model holds: tests/distributed/meta_model.py
     code, out, _ = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "40")
     assert code == 0 and "fits    no\n" in out and "or on 2 such nodes" in out and "longest sequence" not in out
+    assert "of 40 GiB, 10% of which stay free" in out
+    held = {
+        row[0]: float(row[1]) for row in (line.split() for line in out.partition("HOLDS")[2].splitlines()[1:8] if line)
+    }
+    assert held.pop("total") == pytest.approx(sum(held.values()), abs=0.02) and held["snapshots"] > 0
     code, out, _ = call("plan", "--base-model", "llama", "--cluster", "slurm", "--gpus", "8")
     assert code == 0 and "is not known: 40 GiB are assumed. Give --gpu-memory" in out
     code, _, err = call("plan", "--base-model", "llama", "--gpus", "0", "--memory", "64X")
