@@ -122,13 +122,11 @@ def make_plan(
     """The best layout for this model on this machine; None if no layout divides both model and machine."""
     wish = wish or Wish()
     job = Job(2 if machine.on_gpu else 4, machine.on_gpu, lora_rank, num_adapters, per_expert)
-    layouts = list(possible_layouts(sizes, machine, wish))
-    if not layouts:
+    costed = _all_costed(sizes, machine, wish, job)
+    if not costed:
         return None
-    jobs = (job, replace(job, recompute=True))
-    costed = [_cost(sizes, machine, split, one) for one in jobs for split in layouts]
     chosen = min(costed, key=_preference)
-    longest = _cost(sizes, machine, chosen.split, jobs[1]).tokens
+    longest = _longest(costed, chosen.split)
     reasons = _reasons(sizes, machine, wish, job, chosen=chosen, longest=longest, costed=costed)
     return Plan(
         tp_size=chosen.split.tp_size,
@@ -234,6 +232,17 @@ def _cost(sizes: ModelSizes, machine: Machine, split: Split, job: Job) -> _Coste
     )
 
 
+def _all_costed(sizes: ModelSizes, machine: Machine, wish: Wish, job: Job) -> list[_Costed]:
+    """Every possible layout, with the activations kept and with them computed again."""
+    layouts = list(possible_layouts(sizes, machine, wish))
+    return [_cost(sizes, machine, split, one) for one in (job, replace(job, recompute=True)) for split in layouts]
+
+
+def _longest(costed: list[_Costed], split: Split) -> int:
+    """Tokens of the longest sequence that can be trained under a layout: that of recomputation."""
+    return next(c.tokens for c in costed if c.recompute and c.split == split)
+
+
 def _preference(costed: _Costed) -> tuple[float, ...]:
     """Smaller is better. Those with much room by their stages, then whether activations are kept, then by what they
     communicate; then those that compute again by how far they reach, and those that do not fit by what they would need.
@@ -278,6 +287,8 @@ def _reasons(
         words.append(_what_would_fit(sizes, machine, wish, job))
     else:
         words.append(_why_long(sizes, chosen, longest, costed))
+        if fewer := _fewer_do_better(sizes, machine, wish, job, chosen=chosen, longest=longest):
+            words.append(fewer)
     return words
 
 
@@ -348,8 +359,39 @@ def _why_long(sizes: ModelSizes, chosen: _Costed, longest: int, costed: list[_Co
     return words + "."
 
 
+def _fewer_do_better(
+    sizes: ModelSizes, machine: Machine, wish: Wish, job: Job, *, chosen: _Costed, longest: int
+) -> str | None:
+    """What a number of GPUs that divides the model would do, where this one cuts it into stages: no shorter sequences
+    in fewer stages, without computing again what is kept here. Looked for among more than half of a node's GPUs: with
+    fewer, the time lost to stages may be less than that of the GPUs left out.
+    """
+    if not machine.on_gpu or chosen.split.pp_size == 1:
+        return None
+    better = []
+    for num in range(machine.ranks_per_node // 2 + 1, machine.ranks_per_node):
+        costed = _all_costed(sizes, replace(machine, ranks_per_node=num), wish, job)
+        best = min(costed, key=_preference, default=None)
+        if best is None or not best.fits or best.split.pp_size >= chosen.split.pp_size:
+            continue
+        reach = _longest(costed, best.split)
+        if reach >= longest and best.recompute <= chosen.recompute:
+            better.append((best.split.pp_size, best.recompute, -reach, num))
+    if not better:
+        return None
+    stages, recompute, reach, num = min(better)
+    kept = ", keep the activations" if chosen.recompute and not recompute else ""
+    return (
+        f"{num} of these GPUs on a node would do better, as they divide the model into fewer stages ({stages} instead "
+        f"of {chosen.split.pp_size}){kept} and leave room for sequences of up to {-reach} tokens: ask for {num}."
+    )
+
+
 def _what_would_fit(sizes: ModelSizes, machine: Machine, wish: Wish, job: Job) -> str:
-    """The smallest number of such ranks on a node, of such nodes, and of both together, with which it would fit."""
+    """The smallest number of such ranks on a node, of such nodes, and of both together, with which it would fit.
+
+    Also a smaller one than was asked for: it may divide the model where that does not.
+    """
     if machine.sliced:
         return "Slices of GPUs (MIG) cannot share a model: take a larger slice, whole GPUs, or a smaller model."
     job = replace(job, recompute=True)
@@ -358,20 +400,21 @@ def _what_would_fit(sizes: ModelSizes, machine: Machine, wish: Wish, job: Job) -
         return next((m for m in machines if _fits(sizes, m, wish, job)), None)
 
     what = "GPUs" if machine.on_gpu else "ranks, each with as much memory,"
-    widths = range(machine.ranks_per_node + 1, RANKS_OF_A_NODE + 1)
-    lengths = range(machine.nodes + 1, MOST_NODES + 1)
+    most = max(RANKS_OF_A_NODE, machine.ranks_per_node)
     ways = []
-    if wider := first(replace(machine, ranks_per_node=n) for n in widths):
-        ways.append(f"with {wider.ranks_per_node} such {what} on a node")
+    if other := first(replace(machine, ranks_per_node=n) for n in range(1, most + 1)):
+        fewer = other.ranks_per_node < machine.ranks_per_node
+        better = f", which divide the model better than {machine.ranks_per_node}" if fewer else ""
+        ways.append(f"with {other.ranks_per_node} such {what} on a node{better}")
     else:
+        lengths, widths = range(machine.nodes + 1, MOST_NODES + 1), range(machine.ranks_per_node + 1, most + 1)
         larger = (replace(machine, nodes=nodes, ranks_per_node=n) for nodes in lengths for n in widths)
         if both := first(sorted(larger, key=lambda m: (m.world_size, m.nodes))):
             ways.append(f"on {both.nodes} nodes with {both.ranks_per_node} such {what} each")
-    if longer := first(replace(machine, nodes=n) for n in lengths):
-        ways.append(f"on {longer.nodes} such nodes")
+    if longer := first(replace(machine, nodes=n) for n in range(1, MOST_NODES + 1)):
+        ways.append(f"on {longer.nodes} such node" + ("s" if longer.nodes > 1 else ""))
     if ways:
         return f"It would fit {', or '.join(ways)}."
-    most = max(RANKS_OF_A_NODE, machine.ranks_per_node)
     return (
         f"It would not fit on {MOST_NODES} nodes with {most} such {what} each either: take GPUs with more memory, or a "
         "smaller model."

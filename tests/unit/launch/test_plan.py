@@ -116,11 +116,36 @@ def test_what_does_not_fit_needs_more_than_may_be_filled(name: str, machine: Mac
 @given(MODELS, st.builds(Machine, st.integers(1, 3), st.integers(1, 8), st.sampled_from([4, 11, 16, 24, 40])))
 def test_no_fewer_would_fit(name: str, machine: Machine) -> None:
     reason = plan(name, machine).reasons[-1]
+    if plan(name, machine).fits:
+        return
     if wider := re.search(r"with (\d+) such GPUs on a node", reason):
         fits = [plan(name, replace(machine, ranks_per_node=n)).fits for n in range(1, int(wider[1]) + 1)]
-        assert fits[-1] and not any(fits[machine.ranks_per_node - 1 : -1])
+        assert fits[-1] and not any(fits[:-1])
     if both := re.search(r"on (\d+) nodes with (\d+) such GPUs each\.", reason):
         assert plan(name, replace(machine, nodes=int(both[1]), ranks_per_node=int(both[2]))).fits
+
+
+def test_fewer_gpus_may_fit() -> None:
+    """Seven cut neither heads nor experts of gpt-oss-120b: stages alone, of which the first is too full."""
+    reason = plan("gpt-oss-120b", Machine(1, 7, 48)).reasons[-1]
+    assert (
+        reason == "It would fit with 6 such GPUs on a node, which divide the model better than 7, or on 2 such nodes."
+    )
+    assert plan("gpt-oss-120b", Machine(1, 6, 48)).fits
+
+
+def test_fewer_gpus_may_do_better() -> None:
+    """An odd number cuts Llama-3.1-70B into stages, where an even one cuts its heads."""
+    five, four = plan("Llama-3.1-70B", Machine(1, 5, 80)), plan("Llama-3.1-70B", Machine(1, 4, 80))
+    assert five.reasons[-1] == (
+        "4 of these GPUs on a node would do better, as they divide the model into fewer stages (1 instead of 5), keep "
+        f"the activations and leave room for sequences of up to {four.longest_sequence} tokens: ask for 4."
+    )
+    assert (five.pp_size, five.recompute, four.pp_size, four.recompute) == (5, True, 1, False)
+    for even in (Machine(1, 4, 80), Machine(1, 8, 80)):
+        assert "do better" not in " ".join(plan("Llama-3.1-70B", even).reasons)
+    copies = plan("Qwen3-8B", Machine(1, 7, 80))  # each holds the model: seven are faster than four
+    assert "do better" not in " ".join(copies.reasons)
 
 
 def test_reasons_say_why() -> None:
