@@ -14,6 +14,7 @@ pipeline stage, so ep_size divides that product (Megatron's "parallel folding", 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -388,43 +389,55 @@ def _fewer_do_better(
 
 
 def _what_would_fit(sizes: ModelSizes, machine: Machine, wish: Wish, job: Job) -> str:
-    """The smallest number of such ranks on a node, of such nodes, and of both together, with which it would fit.
+    """The smallest number of such GPUs on a node, of such nodes, and of both together, with which it would fit.
 
-    Also a smaller one than was asked for: it may divide the model where that does not.
+    Also a smaller one than was asked for: it may divide the model where that does not. On CPUs the ranks of a node
+    share its memory, so what is said is how much of it would do.
     """
     if machine.sliced:
         return "Slices of GPUs (MIG) cannot share a model: take a larger slice, whole GPUs, or a smaller model."
-    job = replace(job, recompute=True)
 
     def first(machines: Iterable[Machine]) -> Machine | None:
         return next((m for m in machines if _fits(sizes, m, wish, job)), None)
 
-    what = "GPUs" if machine.on_gpu else "ranks, each with as much memory,"
     most = max(RANKS_OF_A_NODE, machine.ranks_per_node)
     ways = []
-    if other := first(replace(machine, ranks_per_node=n) for n in range(1, most + 1)):
+    if not machine.on_gpu:
+        ways.append(_enough_memory(sizes, machine, wish, job))
+    elif other := first(replace(machine, ranks_per_node=n) for n in range(1, most + 1)):
         fewer = other.ranks_per_node < machine.ranks_per_node
         better = f", which divide the model better than {machine.ranks_per_node}" if fewer else ""
-        ways.append(f"with {other.ranks_per_node} such {what} on a node{better}")
+        ways.append(f"with {other.ranks_per_node} such GPUs on a node{better}")
     else:
         lengths, widths = range(machine.nodes + 1, MOST_NODES + 1), range(machine.ranks_per_node + 1, most + 1)
         larger = (replace(machine, nodes=nodes, ranks_per_node=n) for nodes in lengths for n in widths)
         if both := first(sorted(larger, key=lambda m: (m.world_size, m.nodes))):
-            ways.append(f"on {both.nodes} nodes with {both.ranks_per_node} such {what} each")
+            ways.append(f"on {both.nodes} nodes with {both.ranks_per_node} such GPUs each")
     if longer := first(replace(machine, nodes=n) for n in range(1, MOST_NODES + 1)):
         ways.append(f"on {longer.nodes} such node" + ("s" if longer.nodes > 1 else ""))
     if ways:
         return f"It would fit {', or '.join(ways)}."
     return (
-        f"It would not fit on {MOST_NODES} nodes with {most} such {what} each either: take GPUs with more memory, or a "
+        f"It would not fit on {MOST_NODES} nodes with {most} such GPUs each either: take GPUs with more memory, or a "
         "smaller model."
     )
 
 
+def _enough_memory(sizes: ModelSizes, machine: Machine, wish: Wish, job: Job) -> str:
+    """The fewest whole GiB of a node with which it would fit."""
+    ranks = machine.ranks_per_node
+    least = math.ceil(min(c.memory.total for c in _all_costed(sizes, machine, wish, job)) * ranks / GIB)
+    enough = next(n for n in itertools.count(least) if _fits(sizes, replace(machine, memory_gib=n / ranks), wish, job))
+    return f"with {enough} GiB of memory on a node (--memory {enough}G)"
+
+
 def _fits(sizes: ModelSizes, machine: Machine, wish: Wish, job: Job) -> bool:
-    if sizes.num_parameters * job.bytes_per_number > machine.world_size * machine.memory_gib * GIB:
+    if sizes.num_parameters * job.bytes_per_number > machine.world_size * machine.memory_gib * GIB * (1 - MARGIN):
         return False  # soon said, and needs no layout
-    return any(_cost(sizes, machine, split, job).fits for split in possible_layouts(sizes, machine, wish))
+    jobs = (replace(job, recompute=True), job)
+    return any(
+        _cost(sizes, machine, split, one).fits for split in possible_layouts(sizes, machine, wish) for one in jobs
+    )
 
 
 def _size_text(num_bytes: float) -> str:

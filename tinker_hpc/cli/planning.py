@@ -50,7 +50,8 @@ def plan(
     profile = config.profile(cluster)
     gpus_per_node = profile.default_gpus_per_node if gpus is None else gpus
     ranks_per_node = gpus_per_node or 1
-    known = rank_memory_gib(profile, gpus_per_node, ranks_per_node, memory or profile.memory)
+    memory = memory or profile.memory
+    known = rank_memory_gib(profile, gpus_per_node, ranks_per_node, memory)
     machine = Machine(
         nodes,
         ranks_per_node,
@@ -70,6 +71,9 @@ def plan(
                 f"gpu_memory_gib in [clusters.{profile.name}] of the configuration.",
             ),
         )
+    if not gpus_per_node and not made.fits and memory is not None and memory.isdigit() and int(memory) < 1024:
+        words = f"memory is {memory!r}, which is {memory} MiB (Slurm's unit): write {memory}G for GiB."
+        made = replace(made, reasons=(*made.reasons, words))
     if as_json:
         emit({"base_model": model.name, "nodes": nodes, "ranks_per_node": ranks_per_node, **made.to_json()})
         return

@@ -289,6 +289,10 @@ def test_plan(root: Path, call, tmp_path: Path) -> None:
     assert held.pop("total") == pytest.approx(sum(held.values()), abs=0.02) and held["snapshots"] > 0
     code, out, _ = call("plan", "--base-model", "llama", "--cluster", "slurm", "--gpus", "8")
     assert code == 0 and "is not known: 40 GiB are assumed. Give --gpu-memory" in out
+    code, out, _ = call("plan", "--base-model", "llama", "--gpus", "0", "--memory", "400")
+    assert code == 0 and "memory is '400', which is 400 MiB (Slurm's unit): write 400G for GiB." in out
+    assert "GPU" not in out and "GiB of memory on a node (--memory " in out
+    assert "Slurm's unit" not in call("plan", "--base-model", "llama", "--gpus", "0", "--memory", "200G")[1]
     code, _, err = call("plan", "--base-model", "llama", "--gpus", "0", "--memory", "64X")
     assert code == 2 and "memory is '64X'; write a number and K, M, G or T" in err
     code, _, err = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "80", "--tp-size", "3")
