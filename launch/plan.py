@@ -101,14 +101,22 @@ class Plan:
     memory: Memory
     """Where it does not fit, what a micro-batch of LEAST_TOKENS would need, without a cache."""
     capacity: float
-    """Bytes of one rank; infinite where it is not known (null in JSON)."""
+    """Bytes of one rank; infinite where it is not known."""
     fits: bool
     reasons: tuple[str, ...]
 
+    @property
+    def capacity_known(self) -> bool:
+        return math.isfinite(self.capacity)
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values, memory in bytes and with its total."""
+        """Plain values, memory in bytes and with its total; null what depends on a capacity that is not known."""
         memory = {**asdict(self.memory), "total": self.memory.total}
-        return {**asdict(self), "memory": memory, "capacity": self.capacity if math.isfinite(self.capacity) else None}
+        shown = {**asdict(self), "memory": memory}
+        if not self.capacity_known:
+            memory |= dict.fromkeys(("snapshots", "cache", "total"))
+            shown |= dict.fromkeys(("capacity", "fits", "longest_sequence", "cache_tokens"))
+        return shown
 
 
 def make_plan(
@@ -279,7 +287,13 @@ def _reasons(
         words.append(_why_pp(wish, chosen, costed))
     if chosen.recompute and chosen.fits:
         words.append(_why_recompute(chosen, costed))
-    if not chosen.fits:
+    if not math.isfinite(capacity):
+        words.append(
+            "Whether that fits is not known, nor for how many samples and how long sequences there is room: the worker "
+            "measures what is free when it starts, and cuts micro-batches that do not fit. Give --memory (for example "
+            "64G, of each node) to have it planned."
+        )
+    elif not chosen.fits:
         words.append(
             f"It does not fit: with a micro-batch of {min(LEAST_TOKENS, sizes.max_context)} tokens a rank would hold "
             f"{_size_text(chosen.memory.total)}, and it may fill {_size_text(capacity * GIB * (1 - MARGIN))} "

@@ -11,6 +11,7 @@ from launch.memory_model import GIB, MARGIN
 from launch.plan import Plan
 from tinker_hpc.cli.options import json_option
 from tinker_hpc.cli.output import emit, fields, table
+from tinker_hpc.errors import ConfigError
 
 
 @click.command()
@@ -18,7 +19,7 @@ from tinker_hpc.cli.output import emit, fields, table
 @click.option("--cluster", metavar="C", help="Profile of the configuration, for what is not given here.")
 @click.option("--nodes", type=click.IntRange(1), default=1, metavar="N", help="Number of nodes (1).")
 @click.option("--gpus", type=click.IntRange(0), metavar="N", help="GPUs of each node; 0 is CPU only (the profile's).")
-@click.option("--gpu-memory", type=click.FloatRange(1), metavar="GIB", help="Of one GPU, e.g. 80 (the profile's).")
+@click.option("--gpu-memory", type=float, metavar="GIB", help="Of one GPU, e.g. 80 (the profile's).")
 @click.option("--memory", metavar="SIZE", help="Memory of each node without GPUs, e.g. 64G (the profile's).")
 @click.option("--tp-size", type=click.IntRange(1), metavar="N", help="Tensor parallel size (chosen).")
 @click.option("--lora-rank", type=click.IntRange(1), default=32, metavar="N", help="Rank of the adapters (32).")
@@ -50,12 +51,13 @@ def plan(
     profile = config.profile(cluster)
     gpus_per_node = profile.default_gpus_per_node if gpus is None else gpus
     ranks_per_node = gpus_per_node or 1
+    _check_memory(gpus_per_node, gpu_memory, memory)
     memory = memory or profile.memory
     known = rank_memory_gib(profile, gpus_per_node, ranks_per_node, memory)
     machine = Machine(
         nodes,
         ranks_per_node,
-        gpu_memory if gpu_memory and gpus_per_node else known,
+        known if gpu_memory is None else gpu_memory,
         on_gpu=gpus_per_node > 0,
         sliced=gpus_per_node > 0 and gpu_memory is None and has_slices(profile),  # else another GPU is asked about
     )
@@ -80,16 +82,33 @@ def plan(
     _show(made)
 
 
+def _check_memory(gpus_per_node: int, gpu_memory: float | None, memory: str | None) -> None:
+    """Refuses what would play no part in the plan, and what is no size. Raises: ConfigError."""
+    if gpu_memory is not None and not gpus_per_node:
+        raise ConfigError(
+            f"--gpu-memory is {gpu_memory:g}, but the plan is for nodes without GPUs (--gpus 0, or the cluster's "
+            "profile). Give the number of GPUs, or in its place --memory, that of each node."
+        )
+    if memory is not None and gpus_per_node:
+        raise ConfigError(
+            f"--memory is {memory!r}, but the plan is for {gpus_per_node} GPU(s) on a node, whose own memory counts. "
+            "Leave it out, give --gpu-memory in its place, or --gpus 0 for nodes without GPUs."
+        )
+    if gpu_memory is not None and not 1 <= gpu_memory < math.inf:  # nor NaN
+        raise ConfigError(f"--gpu-memory is {gpu_memory:g}; it must be a number of GiB of at least 1, for example 80.")
+
+
 def _show(made: Plan) -> None:
     sizes = f"tp {made.tp_size}, ep {made.ep_size}, pp {made.pp_size}, dp {made.dp_size}, {made.dtype}"
-    shown = {"layout": sizes, "fits": "yes" if made.fits else "no"}
+    known = made.capacity_known
+    shown = {"layout": sizes, "fits": ("yes" if made.fits else "no") if known else "not known"}
     if made.fits:
         copies = f" in each of {made.dp_size} data parallel copies" if made.dp_size > 1 else ""
         shown |= {
             "micro-batch": f"{made.token_budget} tokens",
-            "longest sequence": f"{made.longest_sequence} tokens in training",
+            "longest sequence": f"{made.longest_sequence} tokens in training" if known else None,
             "activations": "computed again in the backward" if made.recompute else "kept for the backward",
-            "KV cache": f"{made.cache_tokens} tokens of samples under way{copies}",
+            "KV cache": f"{made.cache_tokens} tokens of samples under way{copies}" if known else None,
         }
     fields(shown)
     click.echo()
@@ -101,17 +120,11 @@ def _show(made: Plan) -> None:
         ("activations", held.activations, f"of {'a' if made.fits else 'the smallest'} micro-batch"),
         ("KV cache", held.cache, "in the room of the activations, while none are held: the larger of the two counts"),
         ("workspace", held.workspace, "process, communication, logits, one layer at work"),
-        ("total", held.total, _capacity_text(made)),
+        ("total", held.total, f"of {made.capacity / GIB:g} GiB, {MARGIN:.0%} of which stay free"),
     ]
-    if not made.fits:  # there are no samples
-        rows = [row for row in rows if row[0] != "KV cache"]
+    left_out = () if known and made.fits else ("KV cache",) if known else ("snapshots", "KV cache", "total")
+    rows = [row for row in rows if row[0] not in left_out]
     table(("A RANK HOLDS", "GIB", ""), [(name, f"{size / GIB:.2f}", words) for name, size, words in rows])
     click.echo()
     for reason in made.reasons:
         click.echo(reason)
-
-
-def _capacity_text(made: Plan) -> str:
-    if not math.isfinite(made.capacity):
-        return ""
-    return f"of {made.capacity / GIB:g} GiB, {MARGIN:.0%} of which stay free"

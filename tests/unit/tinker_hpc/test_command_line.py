@@ -302,6 +302,29 @@ def test_plan(root: Path, call, tmp_path: Path) -> None:
     assert code == 2 and out == "" and "says model_type 'mistral', which is not supported" in err
 
 
+def test_plan_without_known_memory(root: Path, call) -> None:
+    code, out, _ = call("plan", "--base-model", str(TINY), "--cluster", "local")
+    assert code == 0 and "fits         not known\n" in out and "Give --memory" in out
+    assert not any(word in out for word in ("total", "KV cache", "snapshots", "longest sequence", "inf"))
+    code, out, _ = call("plan", "--base-model", str(TINY), "--cluster", "local", "--memory", "8G")
+    assert code == 0 and "of 8 GiB, 10% of which stay free" in out and "Give --memory" not in out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--cluster", "local", "--gpu-memory", "80"), "--gpu-memory is 80, but the plan is for nodes without GPUs"),
+        (("--gpus", "4", "--memory", "64G"), "--memory is '64G', but the plan is for 4 GPU(s) on a node"),
+        (("--gpus", "4", "--gpu-memory", "nan"), "--gpu-memory is nan; it must be a number of GiB of at least 1"),
+        (("--gpus", "4", "--gpu-memory", "inf"), "--gpu-memory is inf; it must be"),
+        (("--gpus", "4", "--gpu-memory", "0"), "--gpu-memory is 0; it must be"),
+    ],
+)
+def test_plan_refuses_memory_that_would_play_no_part(root: Path, call, options: tuple[str, ...], words: str) -> None:
+    code, out, err = call("plan", "--base-model", str(TINY), *options)
+    assert code == 2 and out == "" and words in err
+
+
 def test_plan_on_slices_of_a_gpu(root: Path, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.toml").write_text('[clusters.mig]\ngpu_type = "a100_1g.5gb"\n')
     monkeypatch.setenv("TINKER_HPC_CONFIG", str(tmp_path / "config.toml"))
