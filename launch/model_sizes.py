@@ -8,12 +8,12 @@ H hidden, I MLP width, E experts, q and kv attention widths, V vocabulary, R LoR
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinker_hpc.base_models import NUM_EXPERTS_KEYS, language_model
 from tinker_hpc.errors import ConfigError
+from tinker_hpc.model_config import NUM_EXPERTS_KEYS, language_model
 from tinker_hpc.quantised import fp8_block
 
 
@@ -135,13 +135,16 @@ def read_sizes(config: Mapping[str, Any], where: str = "config.json") -> ModelSi
     text = language_model(config)
     model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
 
-    def number(*names: str, otherwise: int | None = None) -> int:
+    def number(*names: str, otherwise: int | None = None, least: int = 1) -> int:
         for name in names:
             value = text.get(name)
             if value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"{where}: {name} is {value!r}, expected a whole number.")
+            if type(value) is not int or value < least:
+                raise ConfigError(
+                    f"{where}: {name} is {value!r}, expected a whole number, at least {least}. "
+                    "Is it the config.json of a Hugging Face language model?"
+                )
             return value
         if otherwise is None:
             raise ConfigError(
@@ -151,20 +154,24 @@ def read_sizes(config: Mapping[str, Any], where: str = "config.json") -> ModelSi
         return otherwise
 
     num_layers, hidden, heads = number("num_hidden_layers"), number("hidden_size"), number("num_attention_heads")
-    num_experts = number(*NUM_EXPERTS_KEYS, otherwise=0)
+    num_experts = number(*NUM_EXPERTS_KEYS, otherwise=0, least=0)
     expert_ffn = number("moe_intermediate_size", "intermediate_size") if num_experts else 0
+    num_dense_layers = num_layers
+    if num_experts:
+        step, first = number("decoder_sparse_step", otherwise=1), number("first_k_dense_replace", otherwise=0, least=0)
+        num_dense_layers = _num_dense_layers(num_layers, step, first, text.get("mlp_only_layers") or ())
     latent = None
     if "kv_lora_rank" in text:
         names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        latent = LatentSizes(number("q_lora_rank", otherwise=0), *(number(name) for name in names))
+        latent = LatentSizes(number("q_lora_rank", otherwise=0, least=0), *(number(name) for name in names))
     return ModelSizes(
         model_type=model_type,
         num_layers=num_layers,
         hidden_size=hidden,
-        ffn_size=number("intermediate_size"),
+        ffn_size=number("intermediate_size", least=min(1, num_dense_layers)),
         num_heads=heads,
         num_kv_heads=heads if latent else number("num_key_value_heads", otherwise=heads),
-        head_dim=latent.nope_dim + latent.rope_dim if latent else number("head_dim", otherwise=hidden // max(heads, 1)),
+        head_dim=latent.nope_dim + latent.rope_dim if latent else number("head_dim", otherwise=hidden // heads),
         vocab_size=number("vocab_size"),
         max_context=number("max_position_embeddings"),
         tied_embeddings=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
@@ -173,13 +180,13 @@ def read_sizes(config: Mapping[str, Any], where: str = "config.json") -> ModelSi
         sinks=model_type == "gpt_oss",
         expert_bias=model_type == "gpt_oss",
         # DeepSeek's; Qwen's shared expert (shared_expert_intermediate_size) belongs to families that are refused.
-        shared_ffn_size=number("n_shared_experts", otherwise=0) * expert_ffn,
+        shared_ffn_size=number("n_shared_experts", otherwise=0, least=0) * expert_ffn,
         latent=latent,
         qk_norm=model_type.startswith("qwen3"),
         num_experts=num_experts,
         experts_per_token=number("num_experts_per_tok") if num_experts else 0,
         expert_ffn_size=expert_ffn,
-        num_dense_layers=_num_dense_layers(text, num_layers) if num_experts else num_layers,
+        num_dense_layers=num_dense_layers,
     )
 
 
@@ -257,11 +264,8 @@ def _stage_layers(sizes: ModelSizes, split: Split) -> tuple[int, int]:
     return layers - expert, expert
 
 
-def _num_dense_layers(text: Mapping[str, Any], num_layers: int) -> int:
+def _num_dense_layers(num_layers: int, step: int, first: int, only_dense: Sequence[int]) -> int:
     """Layers without experts, as transformers' Qwen-MoE (decoder_sparse_step, mlp_only_layers) and DeepSeek
     (first_k_dense_replace) configurations say."""
-    step = int(text.get("decoder_sparse_step") or 1)
-    only_dense = set(text.get("mlp_only_layers") or ())
-    first = int(text.get("first_k_dense_replace") or 0)
     sparse = [i for i in range(num_layers) if i not in only_dense and (i + 1) % step == 0 and i >= first]
     return num_layers - len(sparse)

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinker_hpc.errors import UnknownBaseModelError, WeightsError
+from tinker_hpc.errors import ConfigError, UnknownBaseModelError, WeightsError
+from tinker_hpc.model_config import NUM_EXPERTS_KEYS, checked, language_model
 from tinker_hpc.model_folder import HUB_FILES, weight_files
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""What families call the number of a layer's experts in config.json."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,6 @@ class BaseModel:
     def tokenizer_name(self) -> str:
         """What transformers' AutoTokenizer can load anywhere on this filesystem: the folder."""
         return str(self.folder)
-
-
-def language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config.json that describes the language model; where there is more, it is in `text_config`."""
-    return config.get("text_config") or config
 
 
 def resolve(name: str, mapping: Mapping[str, str] | None = None, *, weights: bool = True) -> BaseModel:
@@ -119,6 +113,10 @@ def read(name: str, folder: Path) -> BaseModel:
         raise UnknownBaseModelError(
             f"base model {name!r}: cannot read {path}: {error}. Copy or download the model again.", name=name
         ) from error
+    try:
+        config = checked(config, str(path))
+    except ConfigError as error:
+        raise UnknownBaseModelError(f"base model {name!r}: {error}", name=name) from error
     text = language_model(config)
     facts: dict[str, int] = {}
     for key in ("vocab_size", "max_position_embeddings", "hidden_size"):

@@ -14,6 +14,7 @@ from typing import Any
 
 from tinker_hpc import supported_models
 from tinker_hpc.errors import ConfigError
+from tinker_hpc.model_config import checked
 
 from .architecture import Architecture, Experts, as_ids
 from .layouts import check_layout
@@ -38,7 +39,7 @@ def read_hf_config(folder: Path) -> Any:
         ) from error
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}). Download the model again.") from error
-    supported_models.check_supported(config, str(path))
+    supported_models.check_supported(checked(config, str(path)), str(path))
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder, local_files_only=True)

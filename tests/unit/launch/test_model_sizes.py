@@ -110,3 +110,34 @@ def test_dense_layers_among_experts() -> None:
 def test_fields_that_are_missing(change, words) -> None:
     with pytest.raises(ConfigError, match=words):
         read_sizes(PUBLISHED["Qwen3-8B"] | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("Qwen3-8B", "num_hidden_layers", 0),
+        ("Qwen3-8B", "num_attention_heads", 0),
+        ("Qwen3-8B", "num_key_value_heads", 0),
+        ("Qwen3-8B", "intermediate_size", 0),
+        ("Qwen3-8B", "head_dim", 0),
+        ("Qwen3-8B", "vocab_size", True),
+        ("Qwen3-30B-A3B", "num_experts", "many"),
+        ("Qwen3-30B-A3B", "moe_intermediate_size", 0),
+        ("Qwen3-30B-A3B", "num_experts_per_tok", 0),
+        ("Qwen3-30B-A3B", "decoder_sparse_step", "two"),
+        ("Qwen3-30B-A3B", "decoder_sparse_step", 0),
+        ("DeepSeek-V3", "first_k_dense_replace", "x"),
+        ("DeepSeek-V3", "kv_lora_rank", 0),
+    ],
+)
+def test_sizes_that_are_no_positive_numbers(name: str, field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"here/config.json: {field} is {value!r}, expected a whole number, at least"):
+        read_sizes(PUBLISHED[name] | {field: value}, "here/config.json")
+
+
+def test_sizes_that_may_be_none() -> None:
+    """No experts, no width of a dense MLP where every layer has experts, queries from the hidden state."""
+    assert read_sizes(PUBLISHED["Qwen3-8B"] | {"num_experts": 0}) == read_sizes(PUBLISHED["Qwen3-8B"])
+    assert read_sizes(PUBLISHED["Qwen3-30B-A3B"] | {"intermediate_size": 0}).ffn_size == 0
+    latent = read_sizes(PUBLISHED["DeepSeek-V3"] | {"q_lora_rank": None}).latent
+    assert latent is not None and latent.q_rank == 0
