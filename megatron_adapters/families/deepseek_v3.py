@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and what is built like it (R1, Moonlight, Kimi K2): latent attention, many small experts, shared ones.
+"""DeepSeek-V3 and what is built like it (R1, Moonlight): latent attention, many small experts, shared ones.
 
 The router scores with a sigmoid, chooses by score plus a bias of each expert, among the best groups of experts, and
 weighs by the score alone. The first layers are dense. Layers for predicting several tokens are not read.
