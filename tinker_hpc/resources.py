@@ -25,7 +25,9 @@ GPU_MEMORY_GIB = {
     "v100": 16, "t4": 16, "a30": 24, "l4": 24, "a100": 40, "a40": 48, "a6000": 48, "l40s": 48, "h100": 80, "h200": 141,
     "gh200": 96, "b200": 180,
 }  # fmt: skip
-"""By the word in `gpu_type`; where one was sold in several sizes, the smallest."""
+"""By the word in `gpu_type`; where one was sold in several sizes and the type does not say which, the smallest."""
+STATED_MEMORY = re.compile(r"(?<![a-z0-9])(\d+)gb(?![a-z0-9])")
+"""The size in types as NVIDIA's driver spells them, `nvidia_a100-sxm4-80gb`. A gh200's 480gb are its CPU's."""
 MIG_SLICE = re.compile(r"(?<![a-z0-9])[1-7]g[^a-z0-9](\d+)gb")
 """The slices of a GPU that Slurm gives out like whole ones, by NVIDIA's names: 3g.20gb in `a100_3g.20gb` is three
 sevenths of the cores and 20 GB (docs.nvidia.com/datacenter/tesla/mig-user-guide)."""
@@ -109,8 +111,8 @@ def build_job_spec(
     sure = resources.tp_size is None and machine.on_gpu and known_gpu_memory_gib(profile) is not None
     if sure and not plan.fits:
         raise ConfigError(
-            f"{base_model.name} does not fit {nodes} node(s) with {ranks_per_node} GPU(s) of "
-            f"{machine.memory_gib:g} GiB. {' '.join(plan.reasons)} To try all the same, give tp_size by hand."
+            f"{base_model.name} does not fit {nodes} node(s) with {ranks_per_node} GPU(s) of {machine.memory_gib:g} GiB"
+            f"{_where_memory_is_from(profile)}. {' '.join(plan.reasons)} To try all the same, give tp_size by hand."
         )
     return JobSpec(
         run_id=run_id,
@@ -230,7 +232,19 @@ def known_gpu_memory_gib(profile: ClusterProfile) -> int | None:
     if part := MIG_SLICE.search(gpu_type):
         return int(part[1])
     words = re.split(r"[^a-z0-9]+", gpu_type)
+    if "gh200" not in words and (stated := STATED_MEMORY.search(gpu_type)):
+        return int(stated[1])
     return next((GPU_MEMORY_GIB[word] for word in words if word in GPU_MEMORY_GIB), None)
+
+
+def _where_memory_is_from(profile: ClusterProfile) -> str:
+    """Behind a size that the profile does not state itself: where it is from, and how to put it right."""
+    if profile.gpu_memory_gib is not None:
+        return ""
+    return (
+        f", taken from gpu_type {profile.gpu_type!r} (where that is wrong, set gpu_memory_gib in "
+        f"[clusters.{profile.name}] of the configuration)"
+    )
 
 
 def has_slices(profile: ClusterProfile) -> bool:

@@ -116,6 +116,16 @@ def test_what_cannot_fit_is_refused_before_it_queues() -> None:
     assert assumed.layout.world_size == 2, "an assumption refuses nobody"
 
 
+def test_a_refusal_says_where_the_size_of_a_gpu_is_from() -> None:
+    with pytest.raises(
+        ConfigError, match=r"of 40 GiB, taken from gpu_type 'a100' \(.*set gpu_memory_gib in \[clusters.c\]"
+    ):
+        spec(Resources(), ClusterProfile("c", gpu_type="a100"), published("Qwen3-32B"))
+    with pytest.raises(ConfigError, match=r"GPU\(s\) of 40 GiB\. The weights"):
+        spec(Resources(), ClusterProfile("c", gpu_type="a100", gpu_memory_gib=40), published("Qwen3-32B"))
+    assert spec(Resources(), ClusterProfile("c", gpu_type="nvidia_a100_80gb_pcie"), published("Qwen3-32B"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -141,6 +151,13 @@ def test_what_the_worker_would_refuse_is_refused_before_it_queues(change, words)
     [
         (ClusterProfile("c"), 1, 1, None, 40),
         (ClusterProfile("c", gpu_type="h200"), 1, 1, "8G", 141),
+        (ClusterProfile("c", gpu_type="nvidia_a100-sxm4-80gb"), 1, 1, None, 80),
+        (ClusterProfile("c", gpu_type="A100_80GB"), 1, 1, None, 80),
+        (ClusterProfile("c", gpu_type="nvidia_a100_80gb_pcie"), 1, 1, None, 80),
+        (ClusterProfile("c", gpu_type="tesla_v100-sxm2-32gb"), 1, 1, None, 32),
+        (ClusterProfile("c", gpu_type="rtx_8000_48gb"), 1, 1, None, 48),
+        (ClusterProfile("c", gpu_type="nvidia_gh200_480gb"), 1, 1, None, 96),  # of which 480 are the CPU's
+        (ClusterProfile("c", gpu_type="nvidia_a100-sxm4-80gb", gpu_memory_gib=79), 1, 1, None, 79),
         (ClusterProfile("c", gpu_type="a100_1g.5gb"), 1, 1, None, 5),
         (ClusterProfile("c", gpu_type="nvidia_a100_3g.20gb"), 1, 1, None, 20),
         (ClusterProfile("c", gpu_type="nvidia_h100_80gb_hbm3_1g.10gb"), 1, 1, None, 10),
