@@ -9,12 +9,12 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 from launch.job_spec import JobSpec, Layout
-from launch.model_sizes import read_sizes
-from launch.plan import Machine, Plan, Wish, make_plan
+from launch.model_sizes import ModelSizes, read_sizes
+from launch.plan import Machine, Plan, Wish, make_plan, possible_layouts
 from tinker_hpc.base_models import BaseModel
 from tinker_hpc.config import ClusterProfile, parse_memory_gib, parse_time_limit_min
 from tinker_hpc.errors import ConfigError
@@ -195,23 +195,32 @@ def plan_for(
     sizes = read_sizes(base_model.config, where)
     wish = Wish(tp_size=tp_size, ep_size=ep_size, pp_size=pp_size)
     plan = make_plan(sizes, machine, wish=wish, lora_rank=lora_rank, num_adapters=num_adapters, per_expert=per_expert)
-    if plan is not None:
-        return plan
-    if tp_size is not None and machine.world_size % tp_size:
-        raise ConfigError(
-            f"tp_size is {tp_size}, which does not divide the {machine.world_size} ranks of {machine.nodes} node(s) "
-            f"with {machine.ranks_per_node} each. Choose a tp_size that divides {machine.ranks_per_node}."
-        )
-    if pp_size is not None or ep_size is not None:
-        raise ConfigError(
-            f"pp_size is {pp_size} and ep_size {ep_size}: pp_size must divide the {machine.world_size} ranks and the "
-            f"{sizes.num_layers} layers of {base_model.name}, ep_size its experts (1 without) and tp_size * dp_size. "
-            "Choose others, or leave them out."
-        )
-    raise ConfigError(
-        f"tp_size is {tp_size}: it must divide the {machine.ranks_per_node} ranks of a node, and the "
-        f"{sizes.num_heads} heads and the MLP's width of {base_model.name}, and divide its {sizes.num_kv_heads} "
-        "key-value heads or be a multiple of them. Choose another, or leave it out."
+    if plan is None:
+        raise ConfigError(_misfit(base_model.name, sizes, machine, wish))
+    return plan
+
+
+def _misfit(model: str, sizes: ModelSizes, machine: Machine, wish: Wish) -> str:
+    """Which of the given sizes leaves no layout, the others before it being kept; its rule, and what would do."""
+    culprit, kept = "tp_size", Wish()
+    with_tp = Wish(tp_size=wish.tp_size)
+    for name, given in (("pp_size", with_tp), ("ep_size", replace(with_tp, pp_size=wish.pp_size))):
+        if any(possible_layouts(sizes, machine, given)):
+            culprit, kept = name, given
+    rules = {
+        "tp_size": f"it must divide the {machine.ranks_per_node} ranks of a node, and the {sizes.num_heads} heads and "
+        f"the MLP's width of {model}, and divide its {sizes.num_kv_heads} key-value heads or be a multiple of them",
+        "pp_size": f"tp_size * pp_size must divide the {machine.world_size} ranks, and {model} has {sizes.num_layers} "
+        "layers to share out",
+        "ep_size": f"it must divide tp_size * dp_size and the {sizes.num_experts} experts of a layer of {model}"
+        if sizes.num_experts
+        else f"{model} has no experts to share out",
+    }
+    beside = " and ".join(f"{name} {size}" for name, size in asdict(kept).items() if size is not None)
+    would_do = sorted({getattr(split, culprit) for split in possible_layouts(sizes, machine, kept)})
+    return (
+        f"{culprit} is {getattr(wish, culprit)}{f', beside {beside}' if beside else ''}: {rules[culprit]}. "
+        f"Choose {' or '.join(map(str, would_do))}, or leave it out."
     )
 
 

@@ -296,7 +296,7 @@ def test_plan(root: Path, call, tmp_path: Path) -> None:
     code, _, err = call("plan", "--base-model", "llama", "--gpus", "0", "--memory", "64X")
     assert code == 2 and "memory is '64X'; write a number and K, M, G or T" in err
     code, _, err = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "80", "--tp-size", "3")
-    assert code == 2 and "tp_size is 3, which does not divide the 4 ranks" in err
+    assert code == 2 and "tp_size is 3: it must divide the 4 ranks of a node" in err
     (tmp_path / "llama" / "config.json").write_text(json.dumps(widths | config | {"model_type": "mistral"}))
     code, out, err = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "80")
     assert code == 2 and out == "" and "says model_type 'mistral', which is not supported" in err

@@ -54,15 +54,36 @@ def test_cpu_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("resources", "words"),
+    ("name", "resources", "words"),
     [
-        (Resources(gpus_per_node=4, tp_size=3), "tp_size is 3, which does not divide the 4 ranks"),
-        (Resources(gpus_per_node=12, tp_size=12), "and divide its 8 "),
+        ("Qwen3-8B", Resources(gpus_per_node=4, tp_size=3), "tp_size is 3: it must divide the 4 ranks .* 1 or 2 or 4,"),
+        ("Qwen3-8B", Resources(gpus_per_node=12, tp_size=12), "and divide its 8 .* Choose 1 or 2 or 4, or leave"),
+        ("Qwen3-8B", Resources(gpus_per_node=6, tp_size=3, pp_size=2), "^tp_size is 3: .* the 32 heads .* 1 or 2, or"),
+        ("Qwen3-8B", Resources(gpus_per_node=4, tp_size=2, pp_size=4), "^pp_size is 4, beside tp_size 2: .* 1 or 2,"),
+        (
+            "Qwen3-8B",
+            Resources(gpus_per_node=4, pp_size=3),
+            "^pp_size is 3: .* the 4 ranks, .* 36 layers .* 1 or 2 or 4,",
+        ),
+        ("Qwen3-8B", Resources(8, 8, pp_size=64), "^pp_size is 64: .* Choose 1 or 2 or 4 or 8 or 16 or 32, or"),
+        ("Qwen3-8B", Resources(gpus_per_node=4, ep_size=2), "^ep_size is 2: Qwen3-8B has no experts .* Choose 1, or"),
+        (
+            "Qwen3-30B-A3B",
+            Resources(gpus_per_node=8, pp_size=2, ep_size=8),
+            "^ep_size is 8, beside pp_size 2: .* 128 experts .* Choose 1 or 2 or 4, or",
+        ),
     ],
 )
-def test_sizes_that_do_not_go_together(resources: Resources, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        spec(resources)
+def test_sizes_that_do_not_go_together(name: str, resources: Resources, words: str) -> None:
+    """The message names the size at fault, its rule, and the sizes that would do beside the others that were given."""
+    with pytest.raises(ConfigError, match=words) as caught:
+        spec(resources, base_model=published(name))
+    assert "None" not in str(caught.value)
+
+
+def test_a_pipeline_may_have_stages_of_unequal_size() -> None:
+    job = spec(Resources(gpus_per_node=5, pp_size=5), base_model=published("Qwen3-8B"))
+    assert job.layout.pp_size == 5, "of 36 layers"
 
 
 @pytest.mark.parametrize("bad", [{"nodes": 0}, {"nodes": "2"}, {"gpus_per_node": -1}, {"tp_size": True}])
