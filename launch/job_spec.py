@@ -70,6 +70,9 @@ class JobSpec:
     """Per node, with Slurm's unit (`64G`). None: the profile's, else the cluster's default."""
     time_limit_min: int = 60
     layout: Layout = field(default_factory=Layout)
+    sizes_by_hand: Mapping[str, int] = field(default_factory=dict)
+    """Of the layout's tp_size, pp_size and ep_size those that were given; the others were planned into the cluster's
+    GPUs, and are planned anew for another cluster's."""
     command: tuple[str, ...] | None = None
     """The user's program. None: the pickled function in `payload.pkl`."""
     working_folder: str | None = None

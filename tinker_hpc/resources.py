@@ -61,6 +61,12 @@ class Resources:
     ep_size: int | None = None
     """Ranks that share the experts of a layer out among them. None: planned; 1 without experts."""
 
+    @property
+    def sizes_by_hand(self) -> dict[str, int]:
+        """Of the layout's sizes those that are given."""
+        sizes = {"tp_size": self.tp_size, "pp_size": self.pp_size, "ep_size": self.ep_size}
+        return {name: size for name, size in sizes.items() if size is not None}
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
@@ -100,14 +106,7 @@ def build_job_spec(
         on_gpu=gpus_per_node > 0,
         sliced=gpus_per_node > 0 and has_slices(profile),
     )
-    plan = plan_for(
-        base_model,
-        machine,
-        tp_size=resources.tp_size,
-        pp_size=resources.pp_size,
-        ep_size=resources.ep_size,
-        per_expert=per_expert,
-    )
+    plan = plan_for(base_model, machine, **resources.sizes_by_hand, per_expert=per_expert)
     sure = resources.tp_size is None and machine.on_gpu and known_gpu_memory_gib(profile) is not None
     if sure and not plan.fits:
         raise ConfigError(
@@ -137,6 +136,7 @@ def build_job_spec(
             token_budget=plan.token_budget,
             recompute=plan.recompute,
         ),
+        sizes_by_hand=resources.sizes_by_hand,
         command=command,
         working_folder=working_folder or os.getcwd(),
         environment=dict(environment or {}),
@@ -157,6 +157,7 @@ def driver_spec(worker: JobSpec, *, run_id: str, command: tuple[str, ...] | None
         cpus_per_node=DRIVER_CPUS,
         memory=DRIVER_MEMORY,
         layout=Layout(),
+        sizes_by_hand={},
         command=command,
         serves_run=None,
     )

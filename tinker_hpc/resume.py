@@ -29,10 +29,11 @@ def resume(
     """Submit the next job of a run that ended: cancelled, failed, or given up on.
 
     Args:
-        cluster: another profile. None: the run's own, as it was when it was submitted.
+        cluster: another profile. The layout is planned for its GPUs, but for sizes that were given by hand. None: the
+            run's own, as it was when it was submitted.
         resources: sizes that differ from the run's; None where they stay.
     Raises:
-        ConfigError: the run is not over, or has succeeded.
+        ConfigError: the run is not over, or has succeeded; or it does not fit what is asked for now.
         UnknownRunError, SubmissionError, SlurmUnavailableError.
     """
     config = config or load_config()
@@ -83,8 +84,10 @@ def resumed_spec(spec: JobSpec, *, cluster: str | None, resources: Resources, co
         "time": spec.time_limit_min,
     }
     same_ranks = all(asked[name] is None for name in ("nodes", "gpus_per_node", "ranks_per_node"))
-    sizes = ("tp_size", "pp_size", "ep_size")
-    kept |= {name: getattr(spec.layout, name) if same_ranks else None for name in sizes}
+    same_gpus = same_ranks and cluster is None
+    by_hand = {**(spec.sizes_by_hand if same_ranks else {}), **resources.sizes_by_hand}
+    # On the same GPUs what was planned for them stays, for the same bits; for others it is planned as for a new run.
+    kept |= {name: getattr(spec.layout, name) for name in ("tp_size", "pp_size", "ep_size")} if same_gpus else by_hand
     merged = Resources(**{name: kept.get(name) if value is None else value for name, value in asked.items()})
     fresh = build_job_spec(
         merged,
@@ -100,8 +103,8 @@ def resumed_spec(spec: JobSpec, *, cluster: str | None, resources: Resources, co
         serves_run=spec.serves_run,
         per_expert=config.expert_lora == "per_expert",
     )
-    layout = spec.layout if same_ranks and all(asked[name] is None for name in sizes) else fresh.layout
-    return replace(fresh, base_model_folder=spec.base_model_folder, layout=layout)
+    layout = spec.layout if same_gpus and not resources.sizes_by_hand else fresh.layout
+    return replace(fresh, base_model_folder=spec.base_model_folder, layout=layout, sizes_by_hand=by_hand)
 
 
 def put_end_aside(folder: RunFolder) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from published_configs import PUBLISHED
 
 from launch import attempts
 from launch.job_spec import JobSpec
 from launch.submitted import SubmittedJob
 from tinker_hpc.base_models import resolve
 from tinker_hpc.config import ClusterProfile, Config
-from tinker_hpc.errors import SubmissionError
+from tinker_hpc.errors import ConfigError, SubmissionError
 from tinker_hpc.private_files import write_json
 from tinker_hpc.resources import Resources, build_job_spec, driver_spec
 from tinker_hpc.resume import put_end_aside, resume, resumed_spec
@@ -62,7 +64,64 @@ def test_another_number_of_gpus_is_another_layout(config: Config) -> None:
 def test_another_cluster(config: Config) -> None:
     fresh = resumed_spec(spec_of(), cluster="other", resources=Resources(time=10), config=config)
     assert (fresh.cluster.name, fresh.cluster.partition, fresh.time_limit_min) == ("other", "pli", 10)
-    assert fresh.layout.tp_size == 2, "as many ranks: the same layout, so the same bits"
+    assert fresh.layout.tp_size == 2, "as many ranks, so what was given by hand stays"
+
+
+def submitted_on(config: Config, cluster: str, **sizes: int) -> JobSpec:
+    """A run with a model of 61 GiB; what it was given by hand is in `sizes`."""
+    model = config.data_root.parent / "Qwen3-32B"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text(json.dumps(PUBLISHED["Qwen3-32B"]))
+    (model / "model.safetensors").touch()
+    return build_job_spec(
+        Resources(**sizes),
+        profile=config.profile(cluster),
+        base_model=resolve(str(model), {}),
+        asked_base_model=str(model),
+        run_id="r-1",
+        kind="run",
+        name="r",
+    )
+
+
+@pytest.fixture
+def gpus(config: Config) -> Config:
+    """Clusters with GPUs of two sizes."""
+    profiles = [ClusterProfile(f"of{gib}", gpu_memory_gib=gib) for gib in (40, 80, 141)]
+    return replace(config, clusters={profile.name: profile for profile in profiles})
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "num_gpus"), [("of141", "of80", 4), ("of80", "of141", 4), ("of80", "of40", 8)]
+)
+def test_on_other_gpus_the_layout_is_that_of_a_new_run(gpus: Config, before: str, now: str, num_gpus: int) -> None:
+    spec, there = (submitted_on(gpus, cluster, gpus_per_node=num_gpus) for cluster in (before, now))
+    assert spec.layout != there.layout
+    fresh = resumed_spec(spec, cluster=now, resources=Resources(), config=gpus)
+    assert fresh == there
+    assert resumed_spec(fresh, cluster=before, resources=Resources(), config=gpus) == spec, "and back"
+
+
+def test_what_does_not_fit_the_other_gpus_is_refused(gpus: Config) -> None:
+    spec = submitted_on(gpus, "of141")
+    with pytest.raises(ConfigError, match=r"does not fit 1 node.* of 40 GiB.*give tp_size by hand"):
+        resumed_spec(spec, cluster="of40", resources=Resources(), config=gpus)
+    tried = resumed_spec(spec, cluster="of40", resources=Resources(tp_size=1), config=gpus)
+    assert tried.layout.tp_size == 1, "who gives a size by hand gets it"
+    more = resumed_spec(spec, cluster="of40", resources=Resources(gpus_per_node=4), config=gpus)
+    assert more.layout == submitted_on(gpus, "of40", gpus_per_node=4).layout
+
+
+def test_sizes_given_by_hand_go_along(gpus: Config) -> None:
+    spec = submitted_on(gpus, "of80", gpus_per_node=8, tp_size=8)
+    fresh = resumed_spec(spec, cluster="of141", resources=Resources(), config=gpus)
+    assert fresh == submitted_on(gpus, "of141", gpus_per_node=8, tp_size=8)
+    assert fresh.layout != submitted_on(gpus, "of141", gpus_per_node=8).layout
+    now = resumed_spec(
+        submitted_on(gpus, "of80", gpus_per_node=8), cluster=None, resources=Resources(tp_size=8), config=gpus
+    )
+    assert now.sizes_by_hand == {"tp_size": 8}, "not the sizes that were planned and stay"
+    assert JobSpec.from_json(now.to_json()) == now
 
 
 def test_a_driver_stays_a_driver(config: Config) -> None:
