@@ -50,6 +50,11 @@ class Layout:
         """Ranks of different data-parallel copies exchange tokens, so they must step together, data or not."""
         return self.tp_size % self.ep_size != 0
 
+    @property
+    def computes_together(self) -> bool:
+        """Ranks exchange tensors in the middle of a pass, so one that leaves it leaves others in a collective."""
+        return self.tp_size > 1 or self.pp_size > 1 or self.ep_size > 1
+
 
 @dataclass(frozen=True)
 class LoraSpec:

@@ -1,6 +1,7 @@
 """A group of passes on this rank: all of their data once through the model, and every rank knows the results.
 
-Whatever fails, every rank says the same about it, and the gradients are as they were before.
+Whatever fails, the gradients are as they were before, and every rank says the same about it; but for a rank that fails
+in the middle of what others compute with it, which says so alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def run_together(
 
     Args:
         adapters: those of the passes, their state on the device. token_budget: most tokens of a micro-batch.
-    Raises: what the model raises, on every rank the same.
+    Raises: what the model raises, on every rank the same where each computes by itself. Where they compute together
+        (Layout.computes_together) the rank that failed raises at once and the others may hang in what it left: the
+        caller has to find out who is there (tinker_hpc/worker/ranks.py, which waits a minute).
     Collectives: those of TrainingPass; then, with several copies or stages, the results over the control group.
     """
     saved = {key: adapter.grads.clone() for key, adapter in adapters.items() if backward and adapter.has_gradients}
@@ -49,8 +52,11 @@ def run_together(
     try:
         running = TrainingPass(model, passes, loras, results, backward)
         running.run([([items[index] for index in batch.members], batch.is_long) for batch in batches])
-    except Exception as error:  # another data-parallel rank may have had other data, and waits for us below
-        failure = error
+    except Exception as error:
+        if layout.computes_together:  # those that wait for this rank in the middle of the pass never come to us below
+            restore()
+            raise
+        failure = error  # another data-parallel rank may have had other data, and waits for us below
     model.gets_on(sum(lengths))  # now it may have to wait for copies that have more to do, or other data
     if layout.dp_size * layout.pp_size > 1:
         failure = runtime.first_failure(model.runtime, failure)

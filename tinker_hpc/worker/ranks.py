@@ -61,12 +61,20 @@ def describe(error: Exception) -> Failure:
 
 
 class Ranks:
-    """The ranks of this worker, over a gloo group of them all."""
+    """The ranks of this worker, over a gloo group of them all.
 
-    def __init__(self, control_group: dist.ProcessGroup | None, global_rank: int, world_size: int) -> None:
+    Args: in_place: whether they go on where all ran out of memory. On CUDA, ranks that compute together cannot: NCCL
+        does not hold up the host, so one may have launched operations of which another ran out of memory before its
+        part. They would be matched with later ones: a hang, or wrong numbers.
+    """
+
+    def __init__(
+        self, control_group: dist.ProcessGroup | None, global_rank: int, world_size: int, *, in_place: bool = True
+    ) -> None:
         self._group = control_group
         self.rank = global_rank
         self.world_size = world_size
+        self._in_place = in_place
 
     @property
     def is_first(self) -> bool:
@@ -96,7 +104,7 @@ class Ranks:
         """The failure of the first rank that has one, on every rank; None if all succeeded.
 
         Raises: EndWorker if some failed and some did not: their states differ now, all must start again. On every rank
-            if all get here, else on those that failed.
+            if all get here, else on those that failed. Also if all ran out of memory and cannot go on in place.
         Collectives: over the control group one all-gather of a flag and, after a failure, one broadcast.
         """
         if self.world_size == 1:
@@ -125,6 +133,8 @@ class Ranks:
         if len(failed) < self.world_size:
             where = ", ".join(map(str, failed))
             raise EndWorker(f"rank {where} of {self.world_size} failed alone: {agreed.message}", agreed)
+        if agreed.out_of_memory and not self._in_place:
+            raise EndWorker(f"all ranks ran out of memory while they computed together: {agreed.message}", agreed)
         return agreed
 
     def require_equal(self, flags: Sequence[bool]) -> None:

@@ -57,7 +57,8 @@ def serve(folder: WorkerFolder, owner: dict[str, Any], parting: Parting) -> None
     folder_of_model = Path(declaration["base_model_folder"])
     recompute = bool((declaration.get("layout") or {}).get("recompute"))
     engine = Engine.start(folder_of_model, layout, dtype=dtype, token_budget=token_budget, recompute=recompute)
-    ranks = Ranks(engine.control_group, engine.global_rank, engine.world_size)
+    in_place = not (engine.runtime.device.type == "cuda" and layout.computes_together)
+    ranks = Ranks(engine.control_group, engine.global_rank, engine.world_size, in_place=in_place)
     hang = HangWatch(float(declaration.get("hang_floor_s") or FLOOR_S))
     engine.model.gets_on = hang.expect
     while _serve_once(folder, owner, declaration, engine, ranks=ranks, layout=layout, hang=hang, parting=parting):
