@@ -135,8 +135,10 @@ def agent_environment(spec: JobSpec, environ: Mapping[str, str], *, cores: int) 
     }
     # Without a word from the user: a node's cores divided by its ranks. torch would say 1 on any number of cores.
     env.setdefault("OMP_NUM_THREADS", str(max(1, min(cores, spec.cpus_per_node) // spec.ranks_per_node)))
-    if (devices := _devices(environ)) is not None:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(devices[: spec.ranks_per_node])
+    # Always said, so that a rank knows whether it was given a GPU (megatron_adapters/runtime.py). A job without any may
+    # see those of its node, or a value of the shell that it was submitted from.
+    devices = _devices(environ) or [str(index) for index in range(spec.ranks_per_node)]
+    env["CUDA_VISIBLE_DEVICES"] = ",".join(devices[: spec.ranks_per_node]) if spec.gpus_per_node else ""
     return env
 
 

@@ -71,7 +71,8 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
 
     Args:
         dtype: "float32" or "bfloat16"; None means bfloat16 on CUDA and float32 on CPU.
-    Raises: ConfigError if the number of processes does not fit the layout, or the dtype is unknown.
+    Raises: ConfigError if the number of processes does not fit the layout, the dtype is unknown, or torch does not see
+        the GPUs that the job was given.
     Collectives: creates groups, so every rank must call it at the same point; a second call leaves those of the first.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -81,6 +82,8 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
             f"{layout.pp_size} needs {layout.world_size}. Change the layout or the number of ranks."
         )
     cuda = torch.cuda.is_available()
+    if not cuda:
+        _refuse_given_gpus(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     compute_dtype = _dtype(dtype, cuda)
     if cuda:
@@ -205,6 +208,22 @@ def _pickles(error: Exception) -> bool:
     except Exception:  # whatever a foreign exception's __reduce__ raises
         return False
     return True
+
+
+def _refuse_given_gpus(visible: str) -> None:
+    """A job that was given GPUs must not compute for hours on CPUs, in another precision, because torch sees none.
+
+    Args: visible: CUDA_VISIBLE_DEVICES, which launch/children.py leaves empty where the job has none.
+    """
+    if visible in ("", "-1", "NoDevFiles"):  # the last is what some versions of Slurm write
+        return
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    raise ConfigError(
+        f"this job was given GPUs (CUDA_VISIBLE_DEVICES={visible}), but torch {torch.__version__}, {built}, "
+        f"sees none on {os.uname().nodename}. If `nvidia-smi` fails there, the node is broken: leave it out. If the "
+        "driver it prints is too old for that CUDA, or torch was built without, install the torch that fits the driver "
+        "(docs/cluster.md, section 1). To compute on CPUs ask for gpus_per_node=0."
+    )
 
 
 def _join(world_size: int, cuda: bool) -> None:

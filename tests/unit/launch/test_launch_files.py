@@ -98,7 +98,9 @@ def test_gpus_are_shared_out() -> None:
         "tml-x",
         "0",
     )
-    assert "CUDA_VISIBLE_DEVICES" not in agent_environment(gpu_spec(), {}, cores=64)
+    assert agent_environment(gpu_spec(), {}, cores=64)["CUDA_VISIBLE_DEVICES"] == "0,1", "where Slurm does not say"
+    on_cpus = agent_environment(gpu_spec(gpus_per_node=0), environ, cores=64)
+    assert on_cpus["CUDA_VISIBLE_DEVICES"] == "", "whatever the node has, or the shell that it was submitted from"
 
 
 @pytest.mark.parametrize(
