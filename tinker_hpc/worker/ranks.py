@@ -46,7 +46,10 @@ class EndWorker(BaseException):
 
 
 def describe(error: Exception) -> Failure:
-    """What the user hears of an exception: their own mistakes plainly, ours with the type."""
+    """What the user hears of an exception: their own mistakes plainly, ours with the type.
+
+    Raises: EndWorker if it has left this rank's GPU of no use.
+    """
     if is_out_of_memory(error):
         return Failure("server", f"{type(error).__name__}: {error}", out_of_memory=True)
     if isinstance(error, _USER_ERRORS):
@@ -57,7 +60,21 @@ def describe(error: Exception) -> Failure:
         where = f" ({error.filename})" if error.filename else ""
         advice = "Look at space, quota and permissions under the data root, then try again."
         return Failure("server", f"{error.strerror}{where}. {advice}")
+    _end_without_gpu(error)
     return Failure("server", f"{type(error).__name__}: {error}")
+
+
+def _end_without_gpu(error: Exception) -> None:
+    """After an illegal access, a failed assertion or an error of its memory a GPU answers this process with the same
+    error for ever; a new process may have it back. The request that met it is run again, as after a kill: it may be the
+    hardware's fault.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.current_stream().query()  # not synchronize: what is under way may wait for another rank for ever
+    except RuntimeError as device_error:
+        raise EndWorker(f"this rank's GPU does not answer any more: {device_error}; request: {error}") from error
 
 
 class Ranks:
