@@ -226,7 +226,6 @@ class Desk:
                 self._backlog += _size(request)
                 self._open.add(request.header["seq"])
             for refusal in self._schedule.add(request):
-                self._backlog -= _size(request)
                 self._refuse(refusal)
         return bool(new)
 
@@ -234,7 +233,6 @@ class Desk:
         """Answer the samples that were cancelled before they ran. Returns the seqs of those under way."""
         refusals, others = self._schedule.take_cancelled()
         for refusal in refusals:
-            self._backlog -= _size(refusal.request)
             self._refuse(refusal)
         return [self._sampling[request_id] for request_id in others if request_id in self._sampling]
 
@@ -399,6 +397,8 @@ class Desk:
         self._schedule.finish(request, error=None)  # its samples come up in their turn, recorded ones too, and end here
 
     def _refuse(self, refusal: Refusal) -> None:
+        """Answer what was read and will never run."""
+        self._backlog -= _size(refusal.request)
         self._open.discard(refusal.request.header["seq"])
         if not self._redo.is_answered(refusal.request):
             self._answer(refusal.request, Failure(refusal.category, refusal.error), {}, {})

@@ -123,6 +123,17 @@ def test_a_record_that_is_in_the_log_twice_runs_once_and_leaves_nothing_over(run
     assert run.worker(as_saved) == [1, 2]
 
 
+def test_what_waits_for_something_that_fails_leaves_nothing_over(run: Run) -> None:
+    run.send("create_model", "a:0")
+    waited = [run.send("forward_backward", "a:0"), run.send("save_sampler_weights", "a:0", sampling_session_id="of a")]
+    waited.append(run.send("sample", sampling_session_id="of a"))
+    run.send("open_sampler", sampling_session_id="opened", source={})
+    waited.append(run.send("sample", sampling_session_id="opened"))
+    assert run.worker(lambda request: Failure("server", "no memory")) == [1, 5]
+    assert run.worker(never) == [], "the same where they are known to have failed"
+    assert all("no memory" in str(run.errors()[seq]) for seq in waited)
+
+
 def as_saved(request: Record) -> dict[str, Any]:
     loads = request.header["op"] in ("load_state", "open_sampler") or "from_state" in request.header
     return {"checkpoint": ["r0", 1.0]} if loads else {}
