@@ -49,7 +49,7 @@ def sample(payload: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any],
         "num_samples": num_samples,
         "max_tokens": _max_tokens(params.get("max_tokens"), prompt.size, room, base),
         "temperature": _temperature(params.get("temperature", 1.0)),
-        "top_k": _top_k(params.get("top_k", -1)),
+        "top_k": _top_k(params.get("top_k", -1), base),
         "top_p": _top_p(params.get("top_p", 1.0)),
         "seed": seed(params.get("seed")),
         "stop": _stop(params.get("stop"), base),
@@ -93,10 +93,11 @@ def _temperature(value: Any) -> float:
     return temperature
 
 
-def _top_k(value: Any) -> int:
+def _top_k(value: Any, base: BaseModel) -> int:
+    """More than the vocabulary is no limit, as the vocabulary itself is; a tensor of the worker's may not hold it."""
     if not isinstance(value, int) or isinstance(value, bool) or value < -1 or value == 0:
         refuse(f"top_k is {value!r}, expected 1 or more, or -1 for no limit.")
-    return value
+    return min(value, base.vocab_size)
 
 
 def _top_p(value: Any) -> float:

@@ -144,6 +144,12 @@ def test_stops(stop, expected):
     assert header["max_tokens"] is None, "the worker knows what it has room for"
 
 
+@pytest.mark.parametrize(("top_k", "expected"), [(-1, -1), (99, 99), (100, 100), (2**63, 100), (2**64, 100)])
+def test_a_top_k_beyond_the_vocabulary_is_the_vocabulary(top_k, expected):
+    header, _ = sampling.sample({"prompt": prompt(1), "sampling_params": {"top_k": top_k, "top_p": 0.5}}, BASE)
+    assert header["top_k"] == expected
+
+
 WRONG_SAMPLES = [
     ({"prompt": {"chunks": "x"}}, "prompt must be a ModelInput"),
     ({"prompt": prompt()}, "the prompt is empty"),
