@@ -168,9 +168,10 @@ class Decoder:
         if request.stop_strings:
             try:
                 self._decode_text()
-            except (OSError, ValueError) as error:
+            except Exception as error:  # transformers and tokenizers raise what a wrong file happens to break in them
                 return (
-                    f"stop strings need the model's tokenizer, which did not load: {error}. Stop on token ids instead"
+                    "stop strings need the model's tokenizer, which did not load: "
+                    f"{type(error).__name__}: {error}. Stop on token ids instead"
                 )
         return None
 

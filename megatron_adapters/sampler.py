@@ -75,7 +75,7 @@ def memory_for_cache(device: torch.device) -> int:
 def load_decode_text(base_model_folder: Path) -> DecodeText:
     """The model's own tokenizer as token ids -> text, special tokens kept.
 
-    Raises: OSError or ValueError where the folder has no tokenizer that loads.
+    Raises: an Exception of any kind where the folder has no tokenizer that loads.
     """
     from transformers import AutoTokenizer
 

@@ -14,6 +14,7 @@ from megatron_adapters.decode import Decoder
 from megatron_adapters.kv_cache import KvCache, KvShape
 from megatron_adapters.sample_ranks import SampleRanks
 from megatron_adapters.sample_request import PromptScores, PromptTargets, SampleRequest, SampleResult
+from megatron_adapters.stopping import DecodeText
 from megatron_adapters.token_forward import Decoded, Prefilled, PrefillRow
 from megatron_adapters.token_sampler import Draw
 
@@ -237,6 +238,19 @@ def test_stop_token_is_the_last_and_stop_string_is_found() -> None:
     assert tokens_of(on_token) == [tokens[:end]] and on_token.sequences[0].stop_reason == "stop"
     assert tokens_of(on_string) == [tokens[:13]] and on_string.sequences[0].stop_reason == "stop"
     assert tokens_of(on_nothing) == [tokens] and on_nothing.sequences[0].stop_reason == "length"
+
+
+def test_a_tokenizer_that_does_not_load_fails_only_what_needs_it() -> None:
+    """As tokenizers says that a tokenizer.json is wrong: neither an OSError nor a ValueError."""
+    decoder, _, _ = make_decoder()
+
+    def broken() -> DecodeText:
+        raise Exception("data did not match any variant of untagged enum ModelWrapper")
+
+    decoder._decode_text = broken
+    on_string, on_token = decoder.run([request(stop_strings=("~",)), request(stop_token_ids=frozenset({4}))])
+    assert on_string.error is not None and "did not load: Exception: data did not match any variant" in on_string.error
+    assert on_token.error is None and on_token.sequences
 
 
 def test_length_without_a_wish_is_the_context_and_a_full_prompt_still_gets_one_token() -> None:
