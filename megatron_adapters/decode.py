@@ -70,7 +70,7 @@ class Decoder:
         )
         self._open: dict[int, _Open] = {}
         self._cancelled: dict[int, str] = {}
-        self._results: list[SampleResult | None] = []
+        self._num_arrived = 0
         self._shares = Shares(self._ranks.dp_size)
 
     def run(
@@ -84,15 +84,18 @@ class Decoder:
         """Answer all requests, and those that `admit` brings in between steps.
 
         Args:
-            on_finished: called on every rank as each request is answered, with its place in the order of arrival.
+            on_finished: called on every rank as each request is answered, with its place in the order of arrival. The
+                answer is then the caller's alone: a run that others keep joining may last for days.
             admit: called before every step, the same number of times on every rank; must return the same requests on
                 every rank. The run ends when nothing is left, so what arrives later is for the next run.
             max_live: most sequences that this rank advances at once, beside what the cache has room for.
-        Returns: one result per request in order of arrival, on every rank. A request that cannot be served has
-            `error` set and disturbs no other.
+        Returns: without `on_finished`, one result per request in order of arrival, on every rank; with it nothing.
+            A request that cannot be served has `error` set and disturbs no other.
         Collectives: those of the model's passes and of `SampleRanks`.
         """
         self._own.max_live = max_live
+        results: dict[int, SampleResult] = {}
+        on_finished = on_finished or results.__setitem__
         try:
             self._accept(requests, on_finished)
             while True:
@@ -105,7 +108,7 @@ class Decoder:
                 self._own.step()
                 self._forward.join_others()
                 self._settle(on_finished)
-            return [result for result in self._results if result is not None]
+            return [results[index] for index in sorted(results)]
         finally:
             self._own.drop(None, tainted=True)  # some only after an exception: the lanes must not stay taken
             self._reset()
@@ -124,15 +127,14 @@ class Decoder:
 
     # Requests in, results out: the same on every rank.
 
-    def _accept(self, requests: Sequence[SampleRequest], on_finished: OnFinished | None) -> None:
-        first = len(self._results)
+    def _accept(self, requests: Sequence[SampleRequest], on_finished: OnFinished) -> None:
         good = []
-        for index, request in enumerate(requests, start=first):
-            self._results.append(None)
+        for index, request in enumerate(requests, start=self._num_arrived):
             if message := self._refusal(request):
-                self._answer(index, SampleResult(error=message), on_finished)
+                on_finished(index, SampleResult(error=message))
             else:
                 good.append((index, request))
+        self._num_arrived += len(requests)
         shares = self._shares.deal([request.num_samples for _, request in good])
         for (index, request), parts in zip(good, shares, strict=True):
             self._open[index] = _Open(request.num_samples, parts=parts)
@@ -175,12 +177,7 @@ class Decoder:
                 )
         return None
 
-    def _answer(self, index: int, result: SampleResult, on_finished: OnFinished | None) -> None:
-        self._results[index] = result
-        if on_finished is not None:
-            on_finished(index, result)
-
-    def _settle(self, on_finished: OnFinished | None) -> None:
+    def _settle(self, on_finished: OnFinished) -> None:
         events: list[Event] = self._ranks.exchange(self._own.take_events())
         for event in events:
             entry = self._open.get(event.request_index)
@@ -188,7 +185,7 @@ class Decoder:
                 continue
             if isinstance(event, Failed):
                 self._abandon(event.request_index, entry, tainted=True)
-                self._answer(event.request_index, SampleResult(error=event.message), on_finished)
+                on_finished(event.request_index, SampleResult(error=event.message))
             elif isinstance(event, Scored):
                 entry.scores = event.scores
             else:
@@ -197,13 +194,13 @@ class Decoder:
                 if len(entry.sequences) == entry.num_samples:
                     del self._open[event.request_index]
                     sequences = [entry.sequences[sample] for sample in range(entry.num_samples)]
-                    self._answer(event.request_index, SampleResult(sequences, entry.scores), on_finished)
+                    on_finished(event.request_index, SampleResult(sequences, entry.scores))
 
-    def _give_up_cancelled(self, on_finished: OnFinished | None) -> None:
+    def _give_up_cancelled(self, on_finished: OnFinished) -> None:
         for index, reason in self._cancelled.items():
             if index in self._open:
                 self._abandon(index, self._open[index], tainted=False)
-                self._answer(index, SampleResult(error=reason), on_finished)
+                on_finished(index, SampleResult(error=reason))
         self._cancelled.clear()
 
     def _abandon(self, index: int, entry: _Open, *, tainted: bool) -> None:

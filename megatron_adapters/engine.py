@@ -251,7 +251,8 @@ class Engine:
         """Answer sampling requests, batched across prompts and snapshots; see `Decoder.run`.
 
         `on_finished(index, result)` is called on every rank as each is answered; `admit()` may bring in more between
-        steps, and must return equal requests on every rank. A request that cannot be served has `error` set.
+        steps, and must return equal requests on every rank. A request that cannot be served has `error` set. With
+        `on_finished` nothing is returned.
         """
         if self._decoder is None:  # at the first use: the cache is planned into what the weights left free
             self._decoder = make_decoder(self.model, self.snapshots, self.base_model_folder)

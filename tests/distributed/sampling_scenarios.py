@@ -130,14 +130,15 @@ def snapshots_are_immutable(engine: Engine) -> Outcome:
 def arrivals(engine: Engine) -> Outcome:
     """Requests that come while others run, more than fit into one prefill; every rank sees the same answers."""
     waiting: list[Sequence[SampleRequest]] = [[], [ask(prompts()[3], "peft", seed=4)], [], [ask(prompts()[0], None)]]
-    finished: list[int] = []
-    results = engine.sample(
+    answers: dict[int, SampleResult] = {}
+    engine.sample(
         [ask(prompts()[2], "peft", num_samples=5, max_tokens=12), ask(np.array([VOCAB], dtype=np.int32), None)],
-        on_finished=lambda index, _: finished.append(index),
+        on_finished=answers.__setitem__,
         admit=lambda: waiting.pop(0) if waiting else [],
     )
     alone = engine.sample([ask(prompts()[3], "peft", seed=4)])
-    return {"results": results, "finished": finished, "alone": alone[0]}
+    results = [answers[index] for index in sorted(answers)]
+    return {"results": results, "finished": list(answers), "alone": alone[0]}
 
 
 def distributions(engine: Engine) -> list[SampleResult]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -177,34 +178,41 @@ def test_no_draw_is_wider_than_the_row_limit(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_waiting_requests_take_the_lanes_of_finished_ones_in_order() -> None:
     decoder, forward, _ = make_decoder(max_rows=2)
-    finished: list[int] = []
-    results = decoder.run(
-        [request(max_tokens=tokens) for tokens in (8, 3, 4, 4)], on_finished=lambda index, _: finished.append(index)
-    )
-    assert finished == [1, 2, 0, 3]
-    assert [len(result.sequences[0].tokens) for result in results] == [8, 3, 4, 4]
+    answers: dict[int, SampleResult] = {}
+    decoder.run([request(max_tokens=tokens) for tokens in (8, 3, 4, 4)], on_finished=answers.__setitem__)
+    assert list(answers) == [1, 2, 0, 3]
+    assert [len(answers[index].sequences[0].tokens) for index in range(4)] == [8, 3, 4, 4]
     assert all(len(step) <= 2 for step in forward.steps) and len(forward.steps) <= 9
 
 
 def test_requests_admitted_between_steps_join_the_batch() -> None:
     decoder, forward, _ = make_decoder()
     arrivals = [[], [], [request(max_tokens=3, seed=4)], []]
-    finished: list[int] = []
-    results = decoder.run(
-        [request(max_tokens=8)],
-        on_finished=lambda index, _: finished.append(index),
-        admit=lambda: arrivals.pop(0) if arrivals else [],
-    )
-    assert finished == [1, 0] and len(results) == 2
-    assert tokens_of(results[1]) == tokens_of(make_decoder()[0].run([request(max_tokens=3, seed=4)])[0])
+    answers: dict[int, SampleResult] = {}
+    decoder.run([request(max_tokens=8)], answers.__setitem__, admit=lambda: arrivals.pop(0) if arrivals else [])
+    assert list(answers) == [1, 0]
+    assert tokens_of(answers[1]) == tokens_of(make_decoder()[0].run([request(max_tokens=3, seed=4)])[0])
     assert max(len(step) for step in forward.steps) == 2
+
+
+def test_an_answer_that_was_handed_over_is_kept_by_nobody() -> None:
+    decoder, _, _ = make_decoder()
+    alive: list[weakref.ref[SampleResult]] = []
+    left: list[int] = []
+
+    def admit() -> list[SampleRequest]:
+        left.append(sum(answer() is not None for answer in alive))
+        return [request(max_tokens=1)] if len(left) < 20 else []
+
+    run = decoder.run([request(max_tokens=1)], lambda _, result: alive.append(weakref.ref(result)), admit)
+    assert run == [] and len(alive) == 20 and max(left) == 0
 
 
 def test_a_cancelled_request_leaves_at_once_and_the_others_do_not_notice() -> None:
     decoder, forward, cache = make_decoder(max_rows=4)
     kept = request(max_tokens=20, seed=5)
     running, waiting, short = request(max_tokens=30, num_samples=2), request(num_samples=9), request(max_tokens=2)
-    finished: list[int] = []
+    answers: dict[int, SampleResult] = {}
     steps: list[int] = []
 
     def admit() -> list[SampleRequest]:
@@ -216,10 +224,10 @@ def test_a_cancelled_request_leaves_at_once_and_the_others_do_not_notice() -> No
             decoder.cancel(3, "too late")
         return []
 
-    results = decoder.run([running, kept, waiting, short], lambda index, _: finished.append(index), admit)
-    assert [result.error for result in results] == ["not wanted", None, "not wanted", None]
-    assert finished == [0, 2, 3, 1] and cache.num_live() == 0
-    assert tokens_of(results[1]) == tokens_of(make_decoder()[0].run([kept])[0])
+    decoder.run([running, kept, waiting, short], answers.__setitem__, admit)
+    assert [answers[index].error for index in range(4)] == ["not wanted", None, "not wanted", None]
+    assert list(answers) == [0, 2, 3, 1] and cache.num_live() == 0
+    assert tokens_of(answers[1]) == tokens_of(make_decoder()[0].run([kept])[0])
     assert [len(step) for step in forward.steps[:3]] == [4, 4, 4] and {len(s) for s in forward.steps[5:]} == {1}
 
 
@@ -332,11 +340,10 @@ def test_a_bad_request_fails_alone_and_says_what_to_change() -> None:
         "target_prompt_logprobs has ids -2 to 7": request(target_prompt_logprobs=targets([0], [-2, 7])),
         "a prompt of 2 tokens has rows 0 to 0": request(target_prompt_logprobs=targets([0, 1], [3, 4])),
     }
-    finished: list[int] = []
-    results = decoder.run([*bad.values(), request()], on_finished=lambda index, _: finished.append(index))
+    results = decoder.run([*bad.values(), request()])
     for message, result in zip(bad, results, strict=False):
         assert result.error is not None and message in result.error and not result.sequences
-    assert results[-1].error is None and sorted(finished) == list(range(len(bad) + 1))
+    assert results[-1].error is None and len(results) == len(bad) + 1
     assert cache.num_live() == 0
 
 
