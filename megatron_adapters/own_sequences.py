@@ -1,9 +1,9 @@
 """The sequences that one rank samples: started where there is room, advanced together, ended one by one.
 
-Prompts are computed packed, several at once; then all live sequences, whatever their adapter, advance by one token a
-step. A sequence that ends leaves its lane to the next that waits, in order of arrival. Sequences with the same weights
-are neighbours in a batch, so that each adapter is applied once to one contiguous part. What happened is told to
-decode.py as events.
+Prompts are computed packed, several at once; between two such passes all live sequences, whatever their adapter,
+advance by one token. A sequence that ends leaves its lane to the next that waits, in order of arrival. Sequences with
+the same weights are neighbours in a batch, so that each adapter is applied once to one contiguous part. What happened
+is told to decode.py as events.
 
 Shapes: B sequences of a step (or of a prefill), V vocabulary.
 """
@@ -137,27 +137,28 @@ class OwnSequences:
             self._leave(sequence, tainted=tainted)
 
     def start_waiting(self) -> None:
-        """Start what fits, in order of arrival; the first that does not fit holds back those behind it."""
-        while self.waiting:
-            started: list[tuple[PrefillRow, list[_Live], Waiting]] = []
-            num_tokens = num_rows = 0
-            while self.waiting and (
-                not started or num_tokens + len(self.waiting[0].request.prompt) <= self._prefill_tokens
-            ):
-                waiting = self.waiting[0]
-                sequences = self._take_lanes(waiting, self._cache.max_rows - num_rows)
-                if not sequences:
-                    break
-                lanes = [sequence.lane for sequence in sequences if sequence.lane is not None]
-                request = waiting.request
-                started.append((PrefillRow(request, lanes, waiting.scored), sequences, waiting))
-                num_tokens += len(request.prompt)
-                num_rows += len(sequences)
-                if waiting.samples:
-                    break
-                self.waiting.popleft()
-            if not started:
-                return
+        """Start what fits into one pass, in order of arrival; the first that does not fit holds back those behind it.
+
+        One pass and no more, however much waits: those under way go on, and others are heard, in between.
+        """
+        started: list[tuple[PrefillRow, list[_Live], Waiting]] = []
+        num_tokens = num_rows = 0
+        while self.waiting and (
+            not started or num_tokens + len(self.waiting[0].request.prompt) <= self._prefill_tokens
+        ):
+            waiting = self.waiting[0]
+            sequences = self._take_lanes(waiting, self._cache.max_rows - num_rows)
+            if not sequences:
+                break
+            lanes = [sequence.lane for sequence in sequences if sequence.lane is not None]
+            request = waiting.request
+            started.append((PrefillRow(request, lanes, waiting.scored), sequences, waiting))
+            num_tokens += len(request.prompt)
+            num_rows += len(sequences)
+            if waiting.samples:
+                break
+            self.waiting.popleft()
+        if started:
             self._prefill(sorted(started, key=lambda one: _weights_order(one[0].snapshot_id)))
 
     def _take_lanes(self, waiting: Waiting, most: int) -> list[_Live]:

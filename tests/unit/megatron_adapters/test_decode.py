@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -155,6 +156,23 @@ def test_prompts_are_packed_up_to_the_limit_and_a_long_one_goes_alone() -> None:
     decoder, forward, _ = make_decoder()
     decoder.run([request([1] * length, max_tokens=2) for length in (30, 30, 30, 100, 5)])
     assert forward.prefills == [[30, 30], [30], [100], [5]]
+
+
+def test_between_two_packs_of_prompts_the_others_go_on_and_are_heard() -> None:
+    """Samples of one token need no lane, so nothing but this stops them from being computed all at once."""
+    decoder, forward, _ = make_decoder()
+    passes: list[tuple[int, int]] = []
+    answered_after: list[int] = []
+
+    def admit() -> list[SampleRequest]:
+        passes.append((len(forward.prefills), len(forward.steps)))
+        return [request([1] * 60, max_tokens=1, prompt_logprobs=True) for _ in range(20)] if len(passes) == 3 else []
+
+    results = decoder.run([request(max_tokens=15)], lambda *_: answered_after.append(len(forward.prefills)), admit)
+    assert len(results) == 21 and len(forward.prefills) == 21
+    between = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(passes)]
+    assert between == [(1, 1), (0, 1), *[(1, 1)] * 12, *[(1, 0)] * 8]
+    assert sorted(answered_after) == [*range(2, 14), 13, *range(14, 22)], "each is answered after its own pass"
 
 
 def test_no_draw_is_wider_than_the_row_limit(monkeypatch: pytest.MonkeyPatch) -> None:
