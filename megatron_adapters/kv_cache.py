@@ -150,16 +150,21 @@ class KvCache:
         return group.take()
 
     def _rows_to_grow_to(self, group: LaneGroup) -> int:
-        """Twice as many, or as many as the budget leaves; other groups give up their unused rows first if need be."""
+        """Twice as many, or as many as the budget leaves; other groups give up their unused rows first if need be.
+
+        Only where that makes room: who waits asks again at every step, and each time they would move what they hold.
+        """
         others = [other for other in self.groups.values() if other is not group]
         wanted = min(max(4, 2 * group.num_rows), self.max_rows)
-        in_use = sum(other.num_rows * other.lane_tokens for other in others)
-        if in_use + wanted * group.lane_tokens > self.budget_tokens:
+        room = self.budget_tokens - sum(other.num_rows * other.lane_tokens for other in others)
+        if wanted * group.lane_tokens > room:
+            room = self.budget_tokens - sum(len(other.lanes) * other.lane_tokens for other in others)
+            if room // group.lane_tokens <= group.num_rows:
+                return group.num_rows
             for other in others:
                 if len(other.lanes) < other.num_rows:
                     other.resize(len(other.lanes))
-            in_use = sum(other.num_rows * other.lane_tokens for other in others)
-        return max(group.num_rows, min(wanted, (self.budget_tokens - in_use) // group.lane_tokens))
+        return max(group.num_rows, min(wanted, room // group.lane_tokens))
 
     def release(self, lane: Lane, *, tainted: bool = False) -> None:
         """Free a lane; `tainted` where its keys or values may hold NaN or infinity."""

@@ -52,6 +52,17 @@ def test_idle_rows_of_other_lengths_are_given_up() -> None:
     assert in_memory(cache) == 1024
 
 
+def test_rows_are_not_given_up_where_that_makes_no_room() -> None:
+    cache = make_cache()
+    for _ in range(9):
+        assert cache.reserve(60) is not None
+    [group] = cache.groups.values()
+    assert group.num_rows == 16 and cache.reserve(500) is None, "nine of 64 tokens leave 448"
+    assert group.num_rows == 16
+    cache.release(group.lanes[0])
+    assert cache.reserve(500) is not None and group.num_rows == 8
+
+
 def test_row_limit() -> None:
     cache = make_cache(max_rows=2)
     assert cache.reserve(1) and cache.reserve(200) and cache.reserve(1) is None
