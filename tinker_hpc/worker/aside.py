@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import threading
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,10 @@ MAX_WRITING = 2
 """Copies in host memory on their way to the disk; the next waits."""
 
 
+class _Closed(Exception):
+    """Ends a write that the disk refuses and nobody waits for any more."""
+
+
 class SnapshotsAside:
     """The same calls in the same order on every rank."""
 
@@ -32,6 +37,7 @@ class SnapshotsAside:
         self._ranks = ranks
         self._writing: dict[str, Future[None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="aside")
+        self._closing = threading.Event()
         self._written: set[str] = set()
 
     def put(self, sampler: str) -> None:
@@ -43,7 +49,7 @@ class SnapshotsAside:
                 while len(self._writing) >= MAX_WRITING:
                     self._settle(next(iter(self._writing)))
                 write = functools.partial(self._write, sampler, copy)
-                self._writing[sampler] = self._thread.submit(until_written, write)
+                self._writing[sampler] = self._thread.submit(until_written, write, sleep=self._pause)
         self._engine.drop_snapshot(sampler)
 
     def bring_back(self, sampler: str) -> None:
@@ -82,6 +88,18 @@ class SnapshotsAside:
         """On rank 0: wait until everything is on the disk."""
         for sampler in list(self._writing):
             self._settle(sampler)
+
+    def close(self) -> None:
+        """End the thread, so that nothing is written into the folder from here on: whoever opens it next may make other
+        snapshots under the same ids. What waits to be written is dropped; no snapshot of the worker refers to it
+        (`TrainStep.state` flushes). A full disk is not waited for.
+        """
+        self._closing.set()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _pause(self, seconds: float) -> None:
+        if self._closing.wait(seconds):
+            raise _Closed
 
     def _settle(self, sampler: str) -> None:
         """Wait for its writing. A write that failed leaves no folder, and is told when somebody asks for it."""

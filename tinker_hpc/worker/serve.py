@@ -96,6 +96,7 @@ def _serve_once(
     parting.arm(first.wake if first else None)
     desk = first.desk(layout, snapshots, parting) if first else None
     again = Loop(folder.path, ranks, train_step, sample_step, snapshots, hang=hang, desk=desk).run()
+    aside.close()
     if first is not None:
         first.close()
     return again

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -158,3 +161,27 @@ def test_of_samplers_opened_by_path_few_stay_in_memory_and_none_is_lost(tmp_path
     ):
         restarted.snapshot_for("s4")
     assert engine.snapshots == {"s1": 1.0, "s2": 2.0}
+
+
+def test_what_was_queued_before_a_rewind_is_never_written_over_what_comes_after(tmp_path: Path, monkeypatch) -> None:
+    refused = threading.Event()
+
+    def refuse(*_: Any) -> None:
+        refused.set()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    engine, aside = make(tmp_path)
+    engine.snapshots = {"m:sample:5": 1.0, "m:sample:6": 1.0}
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(HostCopy, "write", refuse)
+        aside.put("m:sample:5"), aside.put("m:sample:6")
+        assert refused.wait(10)
+        aside.close()
+    again = SnapshotsAside(tmp_path / "aside", engine, Ranks(None, 0, 1))
+    again.keep_only(())
+    time.sleep(1.2)  # longer than a write that a disk refused is put off
+    assert list((tmp_path / "aside").iterdir()) == []
+    engine.snapshots = {"m:sample:5": 2.0}
+    again.put("m:sample:5")
+    again.bring_back("m:sample:5")
+    assert engine.snapshots == {"m:sample:5": 2.0}
