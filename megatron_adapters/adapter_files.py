@@ -253,16 +253,42 @@ def assemble(parts: Mapping[int, Tensor], stages: Sequence[Sequence[Shard]], lay
     return full
 
 
+def own_part(mine: Sequence[Shard], held: Mapping[str, Tensor], place: Place, dtype: torch.dtype) -> Tensor:
+    """What a rank gives to a file, on the CPU: `mine` one after the other, as the buffers have them.
+
+    One matrix after the other, since this is also how a snapshot leaves a device whose memory is short: a copy of them
+    all would not fit there.
+    """
+    sizes = [shard.size for shard in mine]
+    part = torch.empty(sum(sizes), dtype=dtype)
+    for shard, values in zip(mine, part.split(sizes), strict=True):
+        replace(shard, offset=0).held(values, place).copy_(held[shard.key])
+    return part
+
+
 def gather(lora: LoraWeights, flat: Tensor, runtime: Runtime, arch: Architecture) -> dict[str, Tensor]:
     """The full matrices of one buffer on the CPU of global rank 0; an empty dict elsewhere.
 
     Args: flat: this rank's buffer of the layout that `lora` has here (shard_layout), any dtype.
+    Collectives: those of gather_matrices.
+    """
+    place = runtime.place
+    held = {shard.key: shard.held(flat, place) for shard in stage_shards(lora, arch, runtime.layout, place.pp_rank)}
+    return gather_matrices(lora, held, flat.dtype, runtime, arch)
+
+
+def gather_matrices(
+    lora: LoraWeights, held: Mapping[str, Tensor], dtype: torch.dtype, runtime: Runtime, arch: Architecture
+) -> dict[str, Tensor]:
+    """The full matrices on the CPU of global rank 0; an empty dict elsewhere.
+
+    Args: held: by PEFT's name what this rank has of each of `lora`'s matrices, without padding, of one dtype.
     Collectives: over the control group, one message to rank 0 from every other rank that owns something.
     """
     layout = runtime.layout
     stages = [stage_shards(lora, arch, layout, pp_rank) for pp_rank in range(layout.pp_size)]
     mine = owned(stages[runtime.place.pp_rank], runtime.place)
-    part = torch.cat([shard.view(flat).flatten() for shard in mine]).cpu() if mine else None
+    part = own_part(mine, held, runtime.place, dtype) if mine else None
     if runtime.global_rank != 0:
         if part is not None:
             dist.send(part, group=runtime.control_group, group_dst=0)
@@ -271,7 +297,7 @@ def gather(lora: LoraWeights, flat: Tensor, runtime: Runtime, arch: Architecture
     for rank in range(1, layout.world_size):
         place = place_of(rank, layout)
         if num := sum(shard.size for shard in owned(stages[place.pp_rank], place)):
-            parts[rank] = torch.empty(num, dtype=flat.dtype)
+            parts[rank] = torch.empty(num, dtype=dtype)
             dist.recv(parts[rank], group=runtime.control_group, group_src=rank)
     return assemble(parts, stages, layout)
 

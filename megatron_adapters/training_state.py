@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .adapter_files import GRADIENTS_FILE, HostCopy, collect, gather, peft_config, read_into, stage_shards
+from .adapter_files import GRADIENTS_FILE, HostCopy, collect, gather, gather_matrices, peft_config, read_into
 from .adapter_tensors import AdapterTensors
 from .adapters import Adapter, LoraWeights, peft_key
 from .families import Architecture
@@ -57,18 +57,17 @@ def restore_gradients(adapter: Adapter, folder: Path, runtime: Runtime, *, same_
 
 
 def copy_snapshot(weights: LoraWeights, arch: Architecture, runtime: Runtime, *, base_model: str) -> HostCopy:
-    """A sampling snapshot, in the compute dtype. Collectives: those of adapter_files.gather."""
-    shards = stage_shards(weights, arch, runtime.layout, runtime.place.pp_rank)
-    flat = torch.zeros(sum(shard.size for shard in shards), dtype=runtime.dtype, device=runtime.device)
-    parts = {
+    """A sampling snapshot, in the compute dtype; nothing is allocated on the device, whose memory may be short.
+
+    Collectives: those of adapter_files.gather_matrices.
+    """
+    held = {
         peft_key(path, letter): part
         for path, pair in weights.pairs.items()
         for letter, part in zip("AB", pair, strict=True)
     }
-    for shard in shards:
-        shard.held(flat, runtime.place).copy_(parts[shard.key])
     config = peft_config(weights.rank, weights.alpha, weights.targets, base_model)
-    return HostCopy(config, gather(weights, flat, runtime, arch), {}, 0)
+    return HostCopy(config, gather_matrices(weights, held, runtime.dtype, runtime, arch), {}, 0)
 
 
 def _gather_shares(grads: Tensor, runtime: Runtime) -> list[Tensor]:

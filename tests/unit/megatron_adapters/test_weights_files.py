@@ -6,19 +6,22 @@ import errno
 import json
 import resource
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from megatron_adapters.adapter_files import HostCopy, assemble, owned, peft_config, read_config
-from megatron_adapters.adapters import Adapter
+from megatron_adapters.adapter_files import HostCopy, assemble, own_part, owned, peft_config, read_config
+from megatron_adapters.adapters import Adapter, peft_key
 from megatron_adapters.expected_tensors import expected_shapes
 from megatron_adapters.families import Architecture, architecture
 from megatron_adapters.interface import Layout
 from megatron_adapters.placement import place_of, stage_layers
 from megatron_adapters.projections import projections, target_names
+from megatron_adapters.training_state import copy_snapshot
 from megatron_adapters.weights import Checkpoint, check_tensors, interleave_qkv
 from tinker_hpc.errors import WeightsError
 
@@ -159,11 +162,11 @@ def number_b(adapter: Adapter) -> None:
 
 
 def full_matrices(ranks: list[Adapter], layout: Layout) -> dict[str, torch.Tensor]:
-    parts = {
-        rank: torch.cat([shard.view(adapter.weights).flatten() for shard in mine])
-        for rank, adapter in enumerate(ranks)
-        if (mine := owned(adapter.shards, adapter.place))
-    }
+    parts = {}
+    for rank, adapter in enumerate(ranks):
+        held = {shard.key: shard.held(adapter.weights, adapter.place) for shard in adapter.shards}
+        if mine := owned(adapter.shards, adapter.place):
+            parts[rank] = own_part(mine, held, adapter.place, adapter.weights.dtype)
     stage_size = layout.tp_size * layout.dp_size
     return assemble(parts, [ranks[stage * stage_size].shards for stage in range(layout.pp_size)], layout)
 
@@ -211,6 +214,19 @@ def test_a_snapshot_keeps_its_numbers(arch: Architecture) -> None:
     adapter.weights.add_(1.0)
     assert torch.equal(snapshot.pairs["lm_head"].a, before)
     assert not snapshot.pairs["lm_head"].a.requires_grad
+
+
+def test_a_snapshot_leaves_a_device_that_has_no_room_for_a_copy(arch: Architecture) -> None:
+    """The meta device stands for it: what is allocated there can never be read."""
+    snapshot = build(arch).lora.snapshot(torch.float32)
+    place, meta = place_of(0, SINGLE), torch.device("meta")
+    runtime: Any = SimpleNamespace(layout=SINGLE, place=place, global_rank=0, device=meta, dtype=torch.float32)
+    copy = copy_snapshot(snapshot, arch, runtime, base_model="base")
+    assert len(copy.weights) == 2 * len(snapshot.pairs)
+    for path, pair in snapshot.pairs.items():
+        for letter, part in zip("AB", pair, strict=True):
+            copied = copy.weights[peft_key(path, letter)]
+            assert torch.equal(copied, part) and copied.data_ptr() != part.data_ptr()
 
 
 def test_seeds_and_names_make_different_matrices(arch: Architecture) -> None:
