@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_adapters.engine import Engine, HostCopy
-from tinker_hpc.errors import RequestError, WeightsError
+from tinker_hpc.errors import RequestError
 from tinker_hpc.patience import until_written
 from tinker_hpc.private_files import make_private
 from tinker_hpc.run_folder import model_folder_name
@@ -55,17 +55,20 @@ class SnapshotsAside:
     def bring_back(self, sampler: str) -> None:
         """Into the engine again.
 
-        Raises: RequestError if the disk does not have it: it refused for good then, or somebody removed it since.
-        Collectives: Ranks.on_first.
+        Raises: RequestError if the disk does not have it: it refused for good then, or somebody removed it since;
+            MemoryError if it does not fit; EndWorker if that is so on some ranks alone.
+        Collectives: Ranks.on_first, Ranks.on_all.
         """
         self._ranks.on_first(lambda: self._settle(sampler))
-        try:
-            self._engine.load_snapshot(sampler, self._of(sampler))
-        except (WeightsError, OSError) as error:
-            raise RequestError(
-                f"sampler {sampler} was set aside in {self._of(sampler)} and cannot be read back: {error} "
-                "Keep weights that you need for long with save_weights_for_sampler(name) and open them by path."
-            ) from error
+        failure = self._ranks.on_all(lambda: self._engine.load_snapshot(sampler, self._of(sampler)))
+        if failure is None:
+            return
+        if failure.out_of_memory:
+            raise MemoryError(failure.message)
+        raise RequestError(
+            f"sampler {sampler} was set aside in {self._of(sampler)} and cannot be read back: {failure.message} "
+            "Keep weights that you need for long with save_weights_for_sampler(name) and open them by path."
+        )
 
     def forget(self, sampler: str) -> None:
         """Nobody can ask for it any more."""

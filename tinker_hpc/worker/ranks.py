@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -166,6 +167,21 @@ class Ranks:
         dist.all_gather(everyones, mine, group=self._group)
         if any(not torch.equal(theirs, everyones[0]) for theirs in everyones):
             raise EndWorker(f"the ranks disagree over which passes failed: {[t.tolist() for t in everyones]}")
+
+    def on_all(self, action: Callable[[], Any]) -> Failure | None:
+        """Run `action` on every rank. Returns why it failed on all of them, None if it did on none.
+
+        Raises: EndWorker if it failed on some alone.
+        Collectives: those of `action`, then one `agree`.
+        """
+        failure = None
+        try:
+            action()
+        except Exception as error:
+            failure = describe(error)
+            if failure.category == "server" and not failure.out_of_memory:
+                traceback.print_exc()
+        return self.agree(failure)
 
     def on_first(self, action: Callable[[], Any]) -> Any:
         """Run `action` on rank 0 alone; every rank returns its result (JSON values) or raises its error.

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_adapters.engine import Engine
 from megatron_adapters.interface import AdamParams, LoraSpec, Pass
-from tinker_hpc.errors import RequestError, WeightsError
+from tinker_hpc.errors import RequestError
 from tinker_hpc.log import Record
 from tinker_hpc.patience import Wait
 from tinker_hpc.worker import checkpoint
@@ -111,8 +111,9 @@ class TrainStep:
     def snapshot_for(self, sampling_session_id: str) -> str | None:
         """The snapshot a sampler reads, brought back to memory where it was set aside.
 
-        Raises: RequestError if it made room for newer ones, or cannot be read back.
-        Collectives: where it was set aside those of SnapshotsAside, or Ranks.on_first.
+        Raises: RequestError if it made room for newer ones, or cannot be read back; EndWorker if some ranks alone
+            cannot read it.
+        Collectives: where it was set aside those of SnapshotsAside, or Ranks.on_first and Ranks.on_all.
         """
         if sampling_session_id in self._evicted:
             raise RequestError(
@@ -292,8 +293,10 @@ class TrainStep:
         try:
             if _identity(self._verified(opened["folder"], opened["path"])) != opened["checkpoint"]:
                 raise RequestError(f"{opened['path']} has been overwritten since.")
-            self._engine.load_snapshot(sampler, Path(opened["folder"]))
-        except (RequestError, WeightsError, OSError) as error:
+            failure = self._ranks.on_all(lambda: self._engine.load_snapshot(sampler, Path(opened["folder"])))
+            if failure is not None:
+                raise MemoryError(failure.message) if failure.out_of_memory else RequestError(failure.message)
+        except (RequestError, OSError) as error:
             raise RequestError(
                 f"sampler {sampler} made room for others that were used since, and cannot be read back: {error} Keep "
                 "what you sample from later under a name of its own."

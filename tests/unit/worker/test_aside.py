@@ -20,7 +20,7 @@ from tinker_hpc.log import Record
 from tinker_hpc.worker import checkpoint
 from tinker_hpc.worker.aside import SnapshotsAside
 from tinker_hpc.worker.checkpoint import Checkpoint
-from tinker_hpc.worker.ranks import Ranks
+from tinker_hpc.worker.ranks import EndWorker, Failure, Ranks
 from tinker_hpc.worker.train_step import TrainStep
 
 
@@ -185,3 +185,34 @@ def test_what_was_queued_before_a_rewind_is_never_written_over_what_comes_after(
     again.put("m:sample:5")
     again.bring_back("m:sample:5")
     assert engine.snapshots == {"m:sample:5": 2.0}
+
+
+class OneOfTwo(Ranks):
+    """A rank beside another on which everything works."""
+
+    def agree(self, failure: Failure | None) -> None:
+        if failure is not None:
+            raise EndWorker(f"rank 0 of 2 failed alone: {failure.message}", failure)
+
+
+@pytest.mark.parametrize("sampler", ["set aside", "opened"])
+def test_what_one_rank_alone_cannot_read_back_ends_the_worker(tmp_path: Path, monkeypatch, sampler: str) -> None:
+    """As the failure of a sample it would go unnoticed, and the ranks would sample different requests."""
+    monkeypatch.setattr("tinker_hpc.worker.train_step.MAX_SNAPSHOTS", 1)
+    engine, ranks = make(tmp_path)[0], OneOfTwo(None, 0, 1)
+    step = TrainStep(engine, ranks, "base", None, SnapshotsAside(tmp_path / "aside", engine, ranks))
+    for number, name in enumerate(("set aside", "newer")):
+        engine.snapshots[name] = float(number)
+        step._snapshot_of[name] = "m"
+        step._keep_in_memory(name)
+    for name in ("opened", "another"):
+        fields = {"op": "open_sampler", "seq": 0, "sampling_session_id": name, "source": save(tmp_path, name, 9.0)}
+        step.run(Record(fields))
+    assert set(engine.snapshots) == {"newer", "another"}
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(engine, "load_snapshot", refuse)
+    with pytest.raises(EndWorker, match="failed alone: Input/output error"):
+        step.snapshot_for(sampler)
