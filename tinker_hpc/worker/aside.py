@@ -39,18 +39,30 @@ class SnapshotsAside:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="aside")
         self._closing = threading.Event()
         self._written: set[str] = set()
+        self._said = False
 
-    def put(self, sampler: str) -> None:
-        """Take a snapshot out of the engine's memory. Collectives: Engine.copy_snapshot, unless it was here before."""
+    def put(self, sampler: str) -> bool:
+        """Take a snapshot out of the engine's memory. False if there is no memory for its copy: then it stays.
+
+        Raises: EndWorker if that is so on some ranks alone.
+        Collectives: Engine.copy_snapshot by Ranks.on_all, unless it was here before.
+        """
         if sampler not in self._written:
-            self._written.add(sampler)
-            copy = self._engine.copy_snapshot(sampler)
+            copies: list[HostCopy] = []
+            failure = self._ranks.on_all(lambda: copies.append(self._engine.copy_snapshot(sampler)))
+            if failure is not None:
+                if not failure.out_of_memory:
+                    raise RuntimeError(failure.message)
+                self._say_once(failure.message)
+                return False
             if self._ranks.is_first:
                 while len(self._writing) >= MAX_WRITING:
                     self._settle(next(iter(self._writing)))
-                write = functools.partial(self._write, sampler, copy)
+                write = functools.partial(self._write, sampler, copies.pop())
                 self._writing[sampler] = self._thread.submit(until_written, write, sleep=self._pause)
+            self._written.add(sampler)
         self._engine.drop_snapshot(sampler)
+        return True
 
     def bring_back(self, sampler: str) -> None:
         """Into the engine again.
@@ -99,6 +111,12 @@ class SnapshotsAside:
         """
         self._closing.set()
         self._thread.shutdown(cancel_futures=True)
+
+    def _say_once(self, why: str) -> None:
+        """Over the bound is better than a request that fails for another's sake."""
+        if self._ranks.is_first and not self._said:
+            print(f"worker: sampling snapshots stay in memory beyond their bound: {why}", flush=True)
+        self._said = True
 
     def _pause(self, seconds: float) -> None:
         if self._closing.wait(seconds):

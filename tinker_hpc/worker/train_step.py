@@ -111,8 +111,8 @@ class TrainStep:
     def snapshot_for(self, sampling_session_id: str) -> str | None:
         """The snapshot a sampler reads, brought back to memory where it was set aside.
 
-        Raises: RequestError if it made room for newer ones, or cannot be read back; EndWorker if some ranks alone
-            cannot read it.
+        Raises: RequestError if it is unknown, made room for newer ones, or cannot be read back; EndWorker if some ranks
+            alone cannot read it.
         Collectives: where it was set aside those of SnapshotsAside, or Ranks.on_first and Ranks.on_all.
         """
         if sampling_session_id in self._evicted:
@@ -127,6 +127,10 @@ class TrainStep:
             self._keep_in_memory(sampling_session_id)
         if sampling_session_id in self._opened and sampling_session_id not in self.samplers:
             self._open_again(sampling_session_id)
+        if sampling_session_id not in self.samplers:
+            raise RequestError(
+                f"sampler {sampling_session_id!r} is not known to this worker; create a sampling client first"
+            )
         self.samplers.move_to_end(sampling_session_id)
         return self.samplers[sampling_session_id]
 
@@ -371,13 +375,15 @@ class TrainStep:
             self._take_out(oldest)
 
     def _take_out(self, sampler: str) -> None:
-        """Of memory: what was opened by path is on the disk already, the snapshot of a model is set aside."""
-        del self.samplers[sampler]
+        """Of memory: what was opened by path is on the disk already, a model's is set aside if its copy fits."""
         owner = self._snapshot_of.get(sampler)
         if owner is None:
             self._engine.drop_snapshot(sampler)
+            del self.samplers[sampler]
             return
-        self._aside.put(sampler)
+        if not self._aside.put(sampler):
+            return
+        del self.samplers[sampler]
         self._set_aside[sampler] = owner
         lost = [s for s, whose in self._set_aside.items() if whose == owner]
         for oldest in lost[: max(0, len(lost) - MAX_ASIDE)]:

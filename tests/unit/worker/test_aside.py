@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shutil
@@ -216,3 +217,35 @@ def test_what_one_rank_alone_cannot_read_back_ends_the_worker(tmp_path: Path, mo
     monkeypatch.setattr(engine, "load_snapshot", refuse)
     with pytest.raises(EndWorker, match="failed alone: Input/output error"):
         step.snapshot_for(sampler)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("a mistake of ours")])
+def test_a_snapshot_whose_copy_fails_is_still_there(tmp_path: Path, monkeypatch, capsys, error: Exception) -> None:
+    monkeypatch.setattr("tinker_hpc.worker.train_step.MAX_SNAPSHOTS", 1)
+    engine, aside = make(tmp_path)
+    step = TrainStep(engine, Ranks(None, 0, 1), "base", None, aside)
+
+    def snapshot(name: str, value: float) -> None:
+        engine.snapshots[name] = value
+        step._snapshot_of[name] = "m"
+        step._keep_in_memory(name)
+
+    def fail(_: str) -> HostCopy:
+        raise error
+
+    snapshot("old", 1.0)
+    with monkeypatch.context() as short, contextlib.suppress(RuntimeError):
+        short.setattr(engine, "copy_snapshot", fail)
+        snapshot("newer", 2.0)
+        snapshot("newest", 3.0)
+        assert isinstance(error, torch.OutOfMemoryError) and capsys.readouterr().out.count("stay in memory") == 1
+    assert step.snapshot_for("old") == "old" and engine.snapshots["old"] == 1.0 and step.state()["aside"] == {}
+    snapshot("last", 4.0)
+    assert "old" in step.set_aside and "old" not in engine.snapshots
+    assert step.snapshot_for("old") == "old" and engine.snapshots == {"old": 1.0}
+
+
+def test_an_unknown_sampler_is_refused_with_words(tmp_path: Path) -> None:
+    engine, aside = make(tmp_path)
+    with pytest.raises(RequestError, match="sampler 'nobody' is not known to this worker"):
+        TrainStep(engine, Ranks(None, 0, 1), "base", None, aside).snapshot_for("nobody")
