@@ -138,8 +138,10 @@ class Config:
     def profile(self, name: str | None = None) -> ClusterProfile:
         """The profile of that name, or the default one.
 
-        Raises: UnknownClusterError listing the known names.
+        Raises: UnknownClusterError listing the known names; ConfigError for what is no name.
         """
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(f"cluster is {name!r}; expected a profile's name: {', '.join(sorted(self.clusters))}.")
         wanted = name or self.cluster
         if wanted not in self.clusters:
             where = self.path or default_config_path(os.environ)
@@ -252,9 +254,7 @@ def _profile(name: str, table: Any, where: str) -> ClusterProfile:
             if not all(isinstance(line, str) for line in values[key]):
                 raise ConfigError(f"{here}: {key} is {values[key]!r}; expected a list of strings.")
             values[key] = tuple(values[key])
-    for variable, value in values.get("environment", {}).items():
-        if not isinstance(value, str):
-            raise ConfigError(f'{here}: environment {variable} is {value!r}; write it as a string, "{value}".')
+    check_environment(values.get("environment", {}), here)
     if "executor" not in values and name == "local":
         values["executor"] = "local"
     return ClusterProfile(name=name, **values)
@@ -302,15 +302,38 @@ def _folder(text: str, environ: Mapping[str, str], where: str) -> Path:
     return Path(os.path.abspath(os.path.expanduser(_VARIABLE.sub(value, text))))
 
 
+_VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def check_environment(environment: object, where: str = "") -> None:
+    """Refuse variables that the job's script could not `export`.
+
+    Raises: ConfigError naming the variable.
+    """
+    here = f"{where}: " if where else ""
+    if not isinstance(environment, Mapping):
+        raise ConfigError(
+            f'{here}environment is {environment!r}; expected variables by name, {{"NCCL_DEBUG": "WARN"}}.'
+        )
+    for variable, value in environment.items():
+        if not isinstance(variable, str) or not _VARIABLE_NAME.fullmatch(variable):
+            raise ConfigError(
+                f"{here}environment has a variable {variable!r}; a name is letters, digits and `_`, not beginning with "
+                "a digit."
+            )
+        if not isinstance(value, str):
+            raise ConfigError(f'{here}environment {variable} is {value!r}; write it as a string, "{value}".')
+
+
 def parse_memory_gib(memory: str, where: str = "") -> float:
     """GiB of a memory size as Slurm takes it: `64G`; a bare number is MiB. Infinite for `0`, all that a node has.
 
     Raises: ConfigError for anything else.
     """
-    match = re.fullmatch(r"(\d+)([KMGT]?)", memory)
+    match = re.fullmatch(r"(\d+)([KMGT]?)", memory) if isinstance(memory, str) else None
     if match is None:
         here = f"{where}: " if where else ""
-        raise ConfigError(f"{here}memory is {memory!r}; write a number and K, M, G or T, for example 64G.")
+        raise ConfigError(f'{here}memory is {memory!r}; write a number and K, M, G or T, for example "64G".')
     number, unit = int(match[1]), match[2] or "M"
     return number * {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2.0**10}[unit] if number else math.inf
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
@@ -262,6 +262,19 @@ def has_slices(profile: ClusterProfile) -> bool:
     return MIG_SLICE.search((profile.gpu_type or "").lower()) is not None
 
 
+def base_model_names(base_model: object) -> list[str]:
+    """The base models that a call's `base_model` names, one or several, as text.
+
+    Raises: ConfigError if that is not what it is.
+    """
+    several = base_model if isinstance(base_model, Sequence) and not isinstance(base_model, str) else [base_model]
+    if not all(isinstance(one, str | os.PathLike) for one in several):
+        raise ConfigError(
+            f"base_model is {base_model!r}; expected a hub name, the folder of a model, or a list of such."
+        )
+    return [os.fspath(one) for one in several]
+
+
 def check_run_name(name: str | None, *, otherwise: str) -> str:
     """The name a run id starts with: the user's, refused if it cannot be one; else made from `otherwise`.
 
@@ -270,9 +283,9 @@ def check_run_name(name: str | None, *, otherwise: str) -> str:
     if name is None:
         made = re.sub(r"[^A-Za-z0-9._-]+", "-", otherwise.rstrip("/").rsplit("/", 1)[-1]).strip("-._")
         return made[:40] or "run"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise ConfigError(
-            f"name is {name!r}; it becomes a folder and job name: up to 64 letters, digits, `.`, `_` and `-`, starting "
-            "with a letter or digit."
+            f"name is {name!r}; it becomes a folder and job name: a string of up to 64 letters, digits, `.`, `_` and "
+            "`-`, starting with a letter or digit."
         )
     return name

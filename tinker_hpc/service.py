@@ -20,7 +20,7 @@ from typing import Any
 import tinker
 
 from launch.loop_start.sitecustomize import end_the_sdks_requests
-from tinker_hpc.resources import Resources
+from tinker_hpc.resources import Resources, base_model_names
 from tinker_hpc.sessions import Session
 
 _LOOPBACK = ("127.0.0.1", "localhost")
@@ -116,7 +116,7 @@ for _name in (
 @contextlib.contextmanager
 def session(
     *,
-    base_model: str | Sequence[str],
+    base_model: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     cluster: str | None = None,
     nodes: int | None = None,
     gpus_per_node: int | None = None,
@@ -137,9 +137,10 @@ def session(
     Args: as `tinker_hpc.submit`.
     Raises: UnknownBaseModelError, UnknownClusterError, ConfigError, SubmissionError, SessionError.
     """
+    base_models = base_model_names(base_model)
     resources = Resources(nodes, gpus_per_node, ranks_per_node, cpus_per_node, memory, time, tp_size, pp_size, ep_size)
     with Session(cluster=cluster, resources=resources, name=name) as running:
-        for served in [base_model] if isinstance(base_model, str) else base_model:
+        for served in base_models:
             running.serve(served)
         client = ServiceClient(session=running)
         ended = "errored"

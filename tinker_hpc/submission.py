@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from launch.job_spec import JobSpec
 from tinker_hpc.base_models import resolve
-from tinker_hpc.config import ClusterProfile, Config, load_config
+from tinker_hpc.config import ClusterProfile, Config, check_environment, load_config
 from tinker_hpc.errors import ConfigError, SlurmUnavailableError, SubmissionError
 from tinker_hpc.payload import dump_call
 from tinker_hpc.private_files import write_bytes
-from tinker_hpc.resources import Resources, build_job_spec, check_run_name, driver_spec
+from tinker_hpc.resources import Resources, base_model_names, build_job_spec, check_run_name, driver_spec
 from tinker_hpc.run_folder import RunFolder
 from tinker_hpc.runs import Run
 
@@ -28,7 +29,7 @@ def submit(
     function: Callable[..., Any],
     /,
     *args: Any,
-    base_model: str | Sequence[str],
+    base_model: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     cluster: str | None = None,
     nodes: int | None = None,
     gpus_per_node: int | None = None,
@@ -89,7 +90,7 @@ def submit(
     payload = dump_call(function, args, kwargs)
     function_name = getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", "run")
     return submit_loop(
-        base_models=[base_model] if isinstance(base_model, str) else base_model,
+        base_models=base_model_names(base_model),
         cluster=cluster,
         resources=Resources(
             nodes, gpus_per_node, ranks_per_node, cpus_per_node, memory, time, tp_size, pp_size, ep_size
@@ -133,6 +134,10 @@ def submit_loop(
         )
         if payload is not None:
             write_bytes(folder.payload, payload)
+    except BaseException:  # whatever it is, a Ctrl-C while a model is downloaded too: nothing is submitted yet
+        shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+    try:
         # The run itself last: its gateway then knows all its workers, and a refusal leaves no loop without a model.
         for spec in reversed(specs):
             worker = spec.run_id.removeprefix(f"{folder.run_id}-w")
@@ -162,12 +167,14 @@ def job_specs(
     """The jobs of a run: the first carries gateway, loop and the first model's worker, the others a worker each.
     With a separate driver the first carries gateway and loop alone. Without `weights` config.json is enough.
 
-    Raises: ConfigError for no or the same base model twice, or sizes that cannot go together; UnknownBaseModelError.
+    Raises: ConfigError for no or the same base model twice, variables that cannot be set, or sizes that cannot go
+        together; UnknownBaseModelError.
     """
     if not base_models:
         raise ConfigError("no base model; name at least one.")
     if driver not in ("together", "separate"):
         raise ConfigError(f'driver is {driver!r}; it must be "together" (on the worker\'s node) or "separate".')
+    check_environment(environment or {})
     separate = driver == "separate"
     models = [resolve(asked, config.base_models, weights=weights) for asked in base_models]
     specs: list[JobSpec] = []

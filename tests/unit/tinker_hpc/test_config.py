@@ -61,6 +61,7 @@ def test_every_field_of_a_profile_arrives() -> None:
         ({"clusters": {"c": {"executor": "pbs"}}}, ["pbs", "slurm", "local"]),
         ({"clusters": {"c": {"memory": "64 gigs"}}}, ["64 gigs", "64G"]),
         ({"clusters": {"c": {"environment": {"A": 1}}}}, ["environment A", "string"]),
+        ({"clusters": {"c": {"environment": {"A B": "x"}}}}, ["[clusters.c]", "'A B'", "letters, digits and `_`"]),
         ({"clusters": {"bad name": {}}}, ["bad name"]),
         ({"clusters": {"c": 3}}, ["[clusters.c]", "table"]),
         ({"stable_reinforce": "ppo"}, ["stable_reinforce is 'ppo'", '"importance_sampling"']),

@@ -220,7 +220,7 @@ def test_run_names(given, otherwise, expected) -> None:
     assert check_run_name(given, otherwise=otherwise) == expected
 
 
-@pytest.mark.parametrize("name", ["", "a b", "-x", "../x", "x" * 65, "ä"])
+@pytest.mark.parametrize("name", ["", "a b", "-x", "../x", "x" * 65, "ä", 3, Path("x")])
 def test_names_that_cannot_be_folders(name) -> None:
     with pytest.raises(ConfigError, match="name is"):
         check_run_name(name, otherwise="run")

@@ -95,6 +95,16 @@ def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"base_model": "MODEL", "tp_size": 3}, ConfigError, "tp_size is 3"),
         ({"base_model": "MODEL", "time": "soon"}, ConfigError, "'soon'"),
         ({"base_model": "MODEL", "name": "a/b"}, ConfigError, "'a/b'"),
+        ({"base_model": Path("/no/such-model")}, UnknownBaseModelError, "unknown base model '/no/such-model'"),
+        ({"base_model": [Path("/no/such-model")]}, UnknownBaseModelError, "unknown base model '/no/such-model'"),
+        ({"base_model": 3}, ConfigError, "base_model is 3; expected a hub name, the folder"),
+        ({"base_model": ["MODEL", None]}, ConfigError, "base_model is .*None.; expected a hub name, the folder"),
+        ({"base_model": "MODEL", "cluster": ClusterProfile("local")}, ConfigError, "expected a profile's name: local"),
+        ({"base_model": "MODEL", "memory": 64}, ConfigError, 'memory is 64; write .*"64G"'),
+        ({"base_model": "MODEL", "name": 3}, ConfigError, "name is 3; .* a string"),
+        ({"base_model": "MODEL", "environment": {"A": 1}}, ConfigError, 'environment A is 1; write .*"1"'),
+        ({"base_model": "MODEL", "environment": {"A B": "x"}}, ConfigError, "environment has a variable 'A B'; a name"),
+        ({"base_model": "MODEL", "environment": ["A=x"]}, ConfigError, "environment is ..A=x..; expected variables"),
     ],
 )
 def test_a_mistake_leaves_no_run_behind(data_root: Path, *, kwargs, error, words, monkeypatch) -> None:
@@ -107,6 +117,26 @@ def test_a_mistake_leaves_no_run_behind(data_root: Path, *, kwargs, error, words
     with pytest.raises(error, match=words):
         submit(train, 1, **{"cluster": "local", **kwargs})
     assert not (data_root / "runs").exists() or not list((data_root / "runs").iterdir())
+
+
+def test_the_folder_of_a_model_may_be_a_path(data_root: Path) -> None:
+    with pytest.raises(ConfigError, match="nodes is 2"):  # which is looked at when the model has been read
+        submit(train, 1, base_model=MODEL, cluster="local", nodes=2)
+
+
+@pytest.mark.parametrize("ended", [KeyboardInterrupt, RuntimeError])
+def test_no_run_is_left_behind_by_what_nobody_foresaw(data_root: Path, monkeypatch, ended) -> None:
+    def end(*args: object, **kwargs: object) -> None:
+        raise ended
+
+    with monkeypatch.context() as patched, pytest.raises(ended):
+        patched.setattr("tinker_hpc.submission.resolve", end)
+        submit(train, 1, base_model=str(MODEL), cluster="local")
+    assert not list((data_root / "runs").iterdir())
+    monkeypatch.setattr("launch.submit.submit", end)
+    with pytest.raises(ended):
+        submit(train, 1, base_model=str(MODEL), cluster="local")
+    assert len(list((data_root / "runs").iterdir())) == 1, "there may be a job that needs it"
 
 
 def test_what_does_not_pickle_fails_first(data_root: Path) -> None:

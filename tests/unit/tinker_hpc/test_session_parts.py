@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launch import sbatch
 from launch.job_state import JobState, JobStatus
+from tinker_hpc import service
 from tinker_hpc.config import build_config
-from tinker_hpc.errors import SlurmUnavailableError, SubmissionError
+from tinker_hpc.errors import ConfigError, SlurmUnavailableError, SubmissionError
 from tinker_hpc.private_files import read_json
 from tinker_hpc.service import bypass_proxy
 from tinker_hpc.sessions import Session
@@ -109,6 +112,26 @@ def test_the_loopback_address_never_goes_through_a_proxy() -> None:
     assert environ["NO_PROXY"] == "127.0.0.1,localhost"
     bypass_proxy(environ)
     assert environ["no_proxy"] == "cluster.edu,localhost,127.0.0.1"
+
+
+@pytest.mark.parametrize("base_model", ["/m", Path("/m"), ["/m"], (Path("/m"),)])
+def test_a_session_takes_the_folder_of_a_model_as_a_path_too(base_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[str] = []
+
+    @contextlib.contextmanager
+    def begin(**given: object) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(serve=served.append)
+
+    monkeypatch.setattr(service, "Session", begin)
+    monkeypatch.setattr(service, "ServiceClient", lambda session: None)
+    with service.session(base_model=base_model):
+        assert served == ["/m"]
+
+
+def test_a_session_is_not_begun_for_what_names_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "Session", None)
+    with pytest.raises(ConfigError, match="base_model is 3; expected a hub name"), service.session(base_model=3):  # type: ignore[arg-type]
+        pass
 
 
 TINY = Path(__file__).parents[2] / "models" / "tiny-qwen3"
