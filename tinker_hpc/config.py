@@ -293,6 +293,9 @@ _VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
 def _folder(text: str, environ: Mapping[str, str], where: str) -> Path:
     """`text` as an absolute path, `~` and `$VARIABLES` replaced; clusters name scratch by variables."""
 
+    if not text.strip():
+        raise ConfigError(f"{where} is {text!r}, expected the path of a folder. Write one, or leave it out.")
+
     def value(match: re.Match[str]) -> str:
         variable = match.group(1) or match.group(2)
         if not environ.get(variable):

@@ -71,6 +71,9 @@ def test_every_field_of_a_profile_arrives() -> None:
         ({"expert_lora": "own"}, ["expert_lora is 'own'", '"shared_outer" or "per_expert"']),
         ({"base_models": {"Qwen/Qwen3-8B": 3}}, ["Qwen/Qwen3-8B", "folder"]),
         ({"data_root": "$NO_SUCH/x"}, ["$NO_SUCH", "not set"]),
+        ({"data_root": ""}, ["data_root is ''", "expected the path of a folder"]),
+        ({"state_dir": " "}, ["state_dir is ' '", "expected the path of a folder"]),
+        ({"base_models": {"m": ""}}, ["[base_models] \"m\" is ''", "expected the path of a folder"]),
     ],
 )
 def test_mistakes_are_refused_with_what_is_valid(table, words) -> None:
