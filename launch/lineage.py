@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from launch.job_state import JobState, JobStatus
 from launch.submitted import SubmittedJob
-from tinker_hpc.private_files import make_private, read_json, write_json
+from tinker_hpc.private_files import make_private, write_json
 from tinker_hpc.run_folder import RunFolder
 
 
@@ -16,15 +16,16 @@ def jobs_of(run_folder: RunFolder) -> list[SubmittedJob]:
     """Every job that was submitted for a run, in that order; [] if none (completely) was.
 
     submitted.json is the first; jobs/<n>.json are those that followed. Lists the folder afresh.
+    Raises: DataRootError naming a file that is damaged.
     """
     first = SubmittedJob.of(run_folder)
     if first is None:
         return []
     jobs = [first]
     for number in _numbers(run_folder):
-        value = read_json(run_folder.jobs / f"{number}.json")
-        if value is not None:
-            jobs.append(SubmittedJob.from_json(value))
+        job = SubmittedJob.read(run_folder.jobs / f"{number}.json", run_folder)
+        if job is not None:
+            jobs.append(job)
     return jobs
 
 

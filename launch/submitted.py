@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
-from tinker_hpc.private_files import read_json
 from tinker_hpc.run_folder import RunFolder
 
 
@@ -38,6 +38,15 @@ class SubmittedJob:
 
     @classmethod
     def of(cls, run_folder: RunFolder) -> SubmittedJob | None:
-        """The job of a run; None if it was never (completely) submitted."""
-        value = read_json(run_folder.submitted)
-        return None if value is None else cls.from_json(value)
+        """The job of a run; None if it was never (completely) submitted. Raises: DataRootError as `read`."""
+        return cls.read(run_folder.submitted, run_folder)
+
+    @classmethod
+    def read(cls, path: Path, run_folder: RunFolder) -> SubmittedJob | None:
+        """The job in a file of the run's; None while there is none. Raises: DataRootError if the file is damaged."""
+        value = run_folder.read(path)
+        if value is None:
+            return None
+        if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in value]:
+            raise run_folder.unreadable(path, ValueError(f"it has no {', '.join(missing)}"))
+        return cls.from_json(value)

@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tinker_hpc.private_files import make_private, read_json
+from tinker_hpc.errors import DataRootError
+from tinker_hpc.private_files import make_private
 from tinker_hpc.run_folder import RunFolder
 
 _TABLE = "runs_2"  # the number is the schema's: another one, and the old table is simply not read
@@ -49,12 +50,12 @@ class RunRow:
 def row_from_folder(folder: RunFolder) -> RunRow | None:
     """What a run's own files say, or None for a folder that is not a run (yet), or whose files cannot be read."""
     try:
-        spec = read_json(folder.spec)
-        submitted = read_json(folder.submitted) or {}
-        outcome = read_json(folder.outcome) or {}
-    except (OSError, ValueError):  # one bad folder must not hide the others; `status ID` says what is wrong with it
+        spec = folder.read(folder.spec)
+        submitted = folder.read(folder.submitted) or {}
+        outcome = folder.read(folder.outcome) or {}
+    except DataRootError:  # one bad folder must not hide the others; `status ID` says what is wrong with it
         return None
-    if not isinstance(spec, dict):
+    if spec is None:
         return None
     cluster = spec.get("cluster")
     return RunRow(
@@ -98,12 +99,21 @@ class Registry:
         self._memory: sqlite3.Connection | None = None
 
     def refresh(self) -> list[RunRow]:
-        """Bring the index up to the run folders and return every run, newest first."""
+        """Bring the index up to the run folders and return every run, newest first.
+
+        Raises: DataRootError if the data root is no folder, or may not be read.
+        """
         known = {row.run_id: row for row in self._rows()}
         try:
             names = sorted(os.listdir(self._data_root / "runs"))
         except FileNotFoundError:
             names = []
+        except OSError as error:
+            raise DataRootError(
+                f"cannot list {self._data_root / 'runs'}: {error.strerror}. Set data_root in the configuration file, "
+                "or TINKER_HPC_DATA_ROOT, to the folder your runs are in, or check its permissions.",
+                path=str(self._data_root),
+            ) from error
         rows: list[RunRow] = []
         changed: list[RunRow] = []
         for name in names:

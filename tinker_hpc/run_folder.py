@@ -48,6 +48,7 @@ One writer per file. JSON files are replaced whole (write, fsync, rename), so a 
 from __future__ import annotations
 
 import os
+import reprlib
 import secrets
 import time
 import zlib
@@ -56,7 +57,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinker_hpc.errors import UnknownRunError
+from tinker_hpc.errors import DataRootError, UnknownRunError
 from tinker_hpc.private_files import check_data_root, make_private, read_json, write_json
 
 
@@ -158,9 +159,13 @@ class RunFolder:
 
     @classmethod
     def find(cls, root: Path, run_id: str) -> RunFolder:
-        """The run of that id. Raises: UnknownRunError with the data root searched."""
+        """The run of that id. Raises: UnknownRunError with the data root searched; DataRootError if it may not be."""
         folder = cls(root / "runs" / run_id)
-        if "/" in run_id or not (folder.path / "run.json").exists():
+        try:
+            found = "/" not in run_id and folder.spec.exists()
+        except OSError as error:
+            raise folder.unreadable(folder.spec, error) from error
+        if not found:
             raise UnknownRunError(f"no run {run_id!r} under {root / 'runs'}. `tinker-hpc ls` lists the runs.")
         return folder
 
@@ -175,7 +180,7 @@ class RunFolder:
 
     def worker_runs(self) -> Iterator[RunFolder]:
         """The run folders that `add_worker_run` made, in order."""
-        for index in sorted(int(name) for name in os.listdir(self.path / "workers") if name.isdigit()):
+        for index in self._worker_numbers():
             if self.worker(index).path.is_symlink():
                 yield RunFolder(self.path.with_name(f"{self.run_id}-w{index}"))
 
@@ -285,8 +290,36 @@ class RunFolder:
 
     def workers(self) -> Iterator[WorkerFolder]:
         """Every declared worker, in the order they were declared."""
-        parent = self.path / "workers"
-        for name in sorted((n for n in os.listdir(parent) if n.isdigit()), key=int):
-            folder = WorkerFolder(parent / name)
+        for index in self._worker_numbers():
+            folder = self.worker(index)
             if folder.declaration.exists():
                 yield folder
+
+    def _worker_numbers(self) -> list[int]:
+        parent = self.path / "workers"
+        try:
+            return sorted(int(name) for name in os.listdir(parent) if name.isdigit())
+        except OSError as error:
+            raise self.unreadable(parent, error) from error
+
+    def read(self, path: Path) -> dict[str, Any] | None:
+        """What a JSON file of the run says; None while it does not exist.
+
+        Raises: DataRootError if it cannot be read, or is damaged.
+        """
+        try:
+            value = read_json(path)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"it holds {reprlib.repr(value)}, expected an object")
+        except (OSError, ValueError) as error:
+            raise self.unreadable(path, error) from error
+        return value
+
+    def unreadable(self, path: Path, error: Exception) -> DataRootError:
+        """What to raise where a file or folder of the run cannot be read, or is damaged."""
+        why = error.strerror if isinstance(error, OSError) else error
+        return DataRootError(
+            f"cannot read {path} of run {self.run_id}: {why}. Check its permissions, or bring it back from a backup; "
+            f"jobs of the run that are still in Slurm's queue end by: scancel --name={self.run_id}",
+            path=str(path),
+        )

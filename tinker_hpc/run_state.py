@@ -14,7 +14,7 @@ from typing import Any
 
 from launch import lineage
 from launch.job_state import OUTCOME_STATES, JobState, JobStatus
-from tinker_hpc.private_files import read_json
+from tinker_hpc.errors import DataRootError
 from tinker_hpc.run_folder import RunFolder
 
 
@@ -97,22 +97,28 @@ def read_own_files(folder: RunFolder) -> OwnFiles:
 
     The folder is listed afresh and only files in the list are opened: asking NFS for a name that does not exist yet
     makes it remember "no such file" for up to a minute.
+    Raises: DataRootError naming what cannot be read.
     """
-    names = set(os.listdir(folder.path))
+    try:
+        names = set(os.listdir(folder.path))
+    except OSError as error:
+        raise folder.unreadable(folder.path, error) from error
 
-    def read(name: str) -> Any | None:
-        return read_json(folder.path / name) if name in names else None
+    def read(name: str) -> dict[str, Any] | None:
+        return folder.read(folder.path / name) if name in names else None
 
     worker = folder.worker(0)
     try:
-        status = read_json(worker.status) if worker.status.name in os.listdir(worker.path) else None
+        has_status = worker.status.name in os.listdir(worker.path)
     except FileNotFoundError:
-        status = None
+        has_status = False
+    except OSError as error:
+        raise folder.unreadable(worker.path, error) from error
     return OwnFiles(
         spec=read("run.json") or {},
         submitted=read("submitted.json"),
         outcome=read("outcome.json"),
-        worker_status=status,
+        worker_status=folder.read(worker.status) if has_status else None,
         cancel_requested="cancel.json" in names,
         has_result="result.pkl" in names,
         job_ids=tuple(job.job_id for job in lineage.jobs_of(folder)) if "submitted.json" in names else (),
@@ -181,13 +187,20 @@ def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def read_json_lines(folder: Any, name: str) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file that one other process appends to; [] while there is none."""
+    """The whole lines of a JSON-lines file that one other process appends to; [] while there is none.
+
+    Raises: DataRootError if it cannot be read.
+    """
     try:
         if name not in os.listdir(folder):
             return []
         data = (folder / name).read_bytes()
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise DataRootError(
+            f"cannot read {folder / name}: {error.strerror}. Check its permissions, then try again.", path=str(folder)
+        ) from error
     rows: list[dict[str, Any]] = []
     for line in data[: data.rfind(b"\n") + 1].splitlines():
         try:

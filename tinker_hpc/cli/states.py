@@ -11,10 +11,12 @@ import click
 from launch import lineage
 from launch.failure import duration_text
 from launch.job_state import JobState, JobStatus
+from launch.submitted import SubmittedJob
 from launch.waiting_words import in_words
 from tinker_hpc.cli.options import json_option
 from tinker_hpc.cli.output import age_text, clock_text, emit, fields, table
 from tinker_hpc.config import Config, load_config
+from tinker_hpc.errors import DataRootError
 from tinker_hpc.job_watch import JobWatch
 from tinker_hpc.registry import Registry, RunRow
 from tinker_hpc.run_folder import RunFolder
@@ -87,27 +89,50 @@ def reason_text(status: RunStatus) -> str:
 
 
 def current_statuses(config: Config, *, limit: int = 0) -> list[RunStatus]:
-    """The status of the newest runs. Slurm is asked once, for those whose end is not on record yet."""
+    """The status of the newest runs. Slurm is asked once, for those whose end is not on record yet.
+
+    That there is no data root, and which runs are left out since their files are damaged, is said on standard error.
+    """
     registry = Registry(config.state_dir, config.data_root)
     rows = registry.refresh()
+    if not config.data_root.exists():
+        _say(
+            f"there is no folder {config.data_root} yet; the first run makes it. Where there are runs already, set "
+            "data_root in the configuration file, or TINKER_HPC_DATA_ROOT, to the folder they are in."
+        )
     rows = rows[:limit] if limit else rows
-    open_jobs = {
-        row.run_id: jobs
-        for row in rows
-        if not row.final and (jobs := lineage.jobs_of(RunFolder(config.data_root / "runs" / row.run_id)))
-    }
+    folders = {row.run_id: RunFolder(config.data_root / "runs" / row.run_id) for row in rows}
+    open_jobs: dict[str, list[SubmittedJob]] = {}
+    damaged: set[str] = set()
+    for row in rows:
+        try:
+            if not row.final and (jobs := lineage.jobs_of(folders[row.run_id])):
+                open_jobs[row.run_id] = jobs
+        except DataRootError as error:  # one bad run must not hide the others
+            _say(str(error))
+            damaged.add(row.run_id)
     states = JobWatch().statuses(open_jobs, max_age_s=0.0) if open_jobs else {}
     statuses = []
     for row in rows:
+        if row.run_id in damaged:
+            continue
         if row.final and row.details:
             statuses.append(RunStatus.from_json(json.loads(row.details)))
             continue
         job = states.get(row.run_id)
-        now = combine(row.run_id, read_own_files(RunFolder(config.data_root / "runs" / row.run_id)), job)
+        try:
+            now = combine(row.run_id, read_own_files(folders[row.run_id]), job)
+        except DataRootError as error:
+            _say(str(error))
+            continue
         statuses.append(now)
         if is_final(now, job, time.time()):
             registry.record(_row(row, now))
     return statuses
+
+
+def _say(message: str) -> None:
+    click.echo(f"tinker-hpc: {message}", err=True)
 
 
 def is_final(status: RunStatus, job: JobStatus | None, now: float) -> bool:

@@ -66,7 +66,8 @@ BAD = {"state": "failed", "reason": "loop", "exit_code": 3, "error": "Traceback:
 
 
 def test_ls(root: Path, call) -> None:
-    assert call("ls", "--json") == (0, "[]\n", "")
+    code, out, err = call("ls", "--json")
+    assert (code, out) == (0, "[]\n") and f"there is no folder {root} yet; the first run makes it" in err
     make_run(root, "good", GOOD)
     make_run(root, "bad", BAD)
     code, out, _ = call("ls", "--json")
@@ -75,7 +76,39 @@ def test_ls(root: Path, call) -> None:
     assert states == {"good": ("COMPLETED", 0, ""), "bad": ("FAILED", 3, "Traceback:\nKeyError: 'x'")}
     _, out, _ = call("ls")
     assert len(out.splitlines()) == 3 and "Traceback: KeyError: 'x'" in out
-    assert len(call("ls", "-n", "1")[1].splitlines()) == 2
+    code, out, err = call("ls", "-n", "1")
+    assert len(out.splitlines()) == 2 and err == ""
+
+
+@pytest.mark.parametrize("command", ["ls", "usage"])
+def test_a_data_root_that_is_a_file(root: Path, call, command: str) -> None:
+    root.write_text("")
+    code, out, err = call(command)
+    assert (code, out) == (2, "") and f"cannot list {root}/runs: Not a directory" in err
+
+
+@pytest.mark.parametrize("name", ["submitted.json", "jobs/2.json", "workers/0/status.json"])
+def test_a_damaged_run_is_named_by_ls_and_said_by_status(root: Path, call, name: str) -> None:
+    good, bad = make_run(root, "good", GOOD), make_run(root, "bad", BAD)
+    (bad.path / name).parent.mkdir(parents=True, exist_ok=True)
+    (bad.path / name).write_text("{")
+    code, out, err = call("ls", "--json")
+    assert code == 0 and [run["id"] for run in json.loads(out)] == [good.run_id]
+    if name != "submitted.json":  # without that it is not listed at all
+        assert err.count(f"cannot read {bad.path / name} of run {bad.run_id}: ") == 1
+    for command in ("status", "cancel", "resume"):
+        code, out, err = call(command, bad.run_id)
+        assert (code, out) == (2, "")
+        assert f"cannot read {bad.path / name} of run {bad.run_id}: " in err and "bring it back from a backup" in err
+    assert call("logs", bad.run_id)[0] == 0
+
+
+def test_a_run_without_its_workers_folder(root: Path, call) -> None:
+    folder = make_run(root, "bad", BAD)
+    (folder.path / "workers").rmdir()
+    for command in ("status", "metrics", "resume"):
+        code, out, err = call(command, folder.run_id)
+        assert (code, out) == (2, "") and f"cannot read {folder.path}/workers of run" in err
 
 
 def test_ls_says_the_same_from_its_memory(root: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:

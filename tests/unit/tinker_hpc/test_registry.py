@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tinker_hpc.errors import DataRootError
 from tinker_hpc.private_files import write_json
 from tinker_hpc.registry import Registry, RunRow, row_from_folder
 from tinker_hpc.run_folder import RunFolder
@@ -49,6 +50,28 @@ def test_a_folder_without_a_spec_is_not_a_run(registry: Registry, root: Path) ->
     assert row_from_folder(folder) is None
     (root / "runs" / "stray-file").write_text("")
     assert registry.refresh() == []
+
+
+def test_a_data_root_that_cannot_be_listed_is_said(registry: Registry, root: Path, monkeypatch) -> None:
+    root.write_text("")
+    with pytest.raises(DataRootError, match=f"cannot list {root}/runs: Not a directory.*TINKER_HPC_DATA_ROOT"):
+        registry.refresh()
+
+    def locked(folder: Path) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(os, "listdir", locked)  # root, who runs the tests in CI, may list everything
+    with pytest.raises(DataRootError, match=r"Permission denied.*check its permissions"):
+        registry.refresh()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "null"])
+@pytest.mark.parametrize("name", ["run.json", "submitted.json", "outcome.json"])
+def test_a_damaged_run_does_not_hide_the_others(registry: Registry, root: Path, name: str, content: str) -> None:
+    good, bad = make_run(root, 1.0), make_run(root, 2.0)
+    (bad.path / name).write_text(content)
+    others = {bad.run_id} if content == "null" and name != "run.json" else set()  # as if it were not written yet
+    assert {row.run_id for row in registry.refresh()} == {good.run_id} | others
 
 
 @pytest.mark.parametrize("damage", ["delete", "garbage", "truncate", "other schema", "unreadable"])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from launch.job_state import JobState, JobStatus
+from tinker_hpc.errors import DataRootError
 from tinker_hpc.private_files import write_bytes, write_json
 from tinker_hpc.run_folder import RunFolder
-from tinker_hpc.run_state import OwnFiles, RunStatus, combine, read_json_lines, read_own_files
+from tinker_hpc.run_state import OwnFiles, RunStatus, combine, read_json_lines, read_metrics, read_own_files
 
 
 def own(outcome=None, worker=None, submitted=True, has_result=False) -> OwnFiles:
@@ -90,6 +92,47 @@ def test_own_files_of_a_real_folder(tmp_path: Path) -> None:
     folder.worker(0).create(base_model="m", base_model_folder="/m")
     write_json(folder.worker(0).status, {"phase": "ready"})
     assert read_own_files(folder) == OwnFiles({"name": "x"}, None, None, {"phase": "ready"}, True, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [("{", "line 1 column 2"), ("[1]", r"it holds \[1\], expected an object"), ("", "Expecting value")],
+)
+@pytest.mark.parametrize("name", ["run.json", "submitted.json", "outcome.json", "workers/0/status.json"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str, complaint: str) -> None:
+    folder = RunFolder.new(tmp_path / "root", "r")
+    folder.worker(0).create(base_model="m", base_model_folder="/m")
+    (folder.path / name).write_text(content)
+    with pytest.raises(DataRootError, match=f"{folder.path}/{name} of run {folder.run_id}: .*{complaint}.*backup"):
+        read_own_files(folder)
+
+
+def test_a_submitted_job_that_lacks_fields_is_damaged(tmp_path: Path) -> None:
+    folder = RunFolder.new(tmp_path / "root", "r")
+    write_json(folder.submitted, {"job_id": "1", "cluster": "c", "submitted_at": 1.0})
+    with pytest.raises(DataRootError, match=r"submitted\.json of run .*it has no run_id, executor, run_folder\."):
+        read_own_files(folder)
+
+
+def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder.new(tmp_path / "root", "r")
+    write_json(folder.spec, {"name": "x"})
+
+    def locked(path: Path, *args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", locked)  # root, who runs the tests in CI, may read everything
+    for read in (read_own_files, read_metrics, lambda run: read_json_lines(run.path, "events.jsonl")):
+        with pytest.raises(DataRootError, match=f"cannot read {folder.path}.*: Permission denied"):
+            read(folder)
+    monkeypatch.setattr(Path, "exists", locked)
+    with pytest.raises(DataRootError, match=f"cannot read {folder.spec} of run .*Permission denied"):
+        RunFolder.find(tmp_path / "root", folder.run_id)
+
+
+def test_a_run_whose_folder_was_removed_is_not_one_that_waits(tmp_path: Path) -> None:
+    with pytest.raises(DataRootError, match=r"gone.*No such file"):
+        read_own_files(RunFolder(tmp_path / "gone"))
 
 
 def test_a_line_being_written_is_left_for_later(tmp_path: Path) -> None:
