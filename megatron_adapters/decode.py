@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .kv_cache import KvCache
-from .own_sequences import Event, Failed, OwnSequences, Scored, Waiting
+from .own_sequences import Event, Failed, OwnSequences, Scored
 from .sample_ranks import SampleRanks, Shares
 from .sample_request import PromptScores, SampledSequence, SampleRequest, SampleResult, most_tokens, refusal
 from .stopping import DecodeText
 from .token_forward import TokenForward
+from .waiting_samples import Waiting
 
 OnFinished = Callable[[int, SampleResult], None]
 Admit = Callable[[], Sequence[SampleRequest]]

@@ -1,7 +1,7 @@
 """The sequences that one rank samples: started where there is room, advanced together, ended one by one.
 
 Prompts are computed packed, several at once; between two such passes all live sequences, whatever their adapter,
-advance by one token. A sequence that ends leaves its lane to the next that waits, in order of arrival. Sequences with
+advance by one token. A sequence that ends leaves its lane to the next that waits, the samplers in turn. Sequences with
 the same weights are neighbours in a batch, so that each adapter is applied once to one contiguous part. What happened
 is told to decode.py as events.
 
@@ -10,7 +10,6 @@ Shapes: B sequences of a step (or of a prefill), V vocabulary.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,6 +27,7 @@ from .sample_request import PromptScores, RoutedExperts, SampledSequence, Sample
 from .stopping import DecodeText, StopRule
 from .token_forward import PrefillRow, TokenForward
 from .token_sampler import NOT_FINITE, Draw, SamplingRows, top_logprobs
+from .waiting_samples import Waiting, WaitingQueues
 
 
 @dataclass(eq=False)
@@ -50,22 +50,10 @@ class _Live:
         """Where the newest token stands."""
         return len(self.request.prompt) + len(self.tokens) - 1
 
-
-@dataclass
-class Waiting:
-    """Samples of one request that this rank has yet to start."""
-
-    request_index: int
-    request: SampleRequest
-    samples: deque[int]
-    max_tokens: int
-    scored: bool
-    """Still to answer what is asked about the prompt."""
-
     @property
-    def lane_tokens(self) -> int:
-        """The newest token is never cached, so a single one needs no lane at all."""
-        return len(self.request.prompt) + self.max_tokens - 1 if self.max_tokens > 1 else 0
+    def tokens_left(self) -> int:
+        """It may still draw so many."""
+        return self.stop.max_tokens - len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -95,7 +83,7 @@ class OwnSequences:
     """What one rank has to sample.
 
     Attributes:
-        waiting: what it has yet to start, in order of arrival.
+        waiting: what it has yet to start.
         max_live: most sequences advanced at once, beside what the cache has room for.
     """
 
@@ -117,7 +105,7 @@ class OwnSequences:
         self._decode_text = decode_text
         self._prefill_tokens = prefill_tokens
         self.max_live: int | None = None
-        self.waiting: deque[Waiting] = deque()
+        self.waiting = WaitingQueues()
         self._live: list[_Live] = []
         self._attention: DecodeAttention | None = None  # None: the members changed since it was built
         self._events: list[Event] = []
@@ -132,32 +120,37 @@ class OwnSequences:
 
         tainted: their keys or values may hold NaN or infinity.
         """
-        self.waiting = deque(x for x in self.waiting if request_index not in (None, x.request_index))
+        self.waiting.drop(request_index)
         for sequence in [x for x in self._live if request_index in (None, x.request_index)]:
             self._leave(sequence, tainted=tainted)
 
     def start_waiting(self) -> None:
-        """Start what fits into one pass, in order of arrival; the first that does not fit holds back those behind it.
+        """Start what fits into one pass, of the samplers' queues in turn.
 
         One pass and no more, however much waits: those under way go on, and others are heard, in between.
+
+        Where the first of the queue whose turn it is does not fit, it keeps its turn, and others go ahead of it with
+        what has no more tokens to draw than some live sequence: so the last of these ends no later than if nobody had
+        gone ahead, and with it whatever was in the way.
         """
         started: list[tuple[PrefillRow, list[_Live], Waiting]] = []
-        num_tokens = num_rows = 0
-        while self.waiting and (
-            not started or num_tokens + len(self.waiting[0].request.prompt) <= self._prefill_tokens
-        ):
-            waiting = self.waiting[0]
-            sequences = self._take_lanes(waiting, self._cache.max_rows - num_rows)
-            if not sequences:
-                break
-            lanes = [sequence.lane for sequence in sequences if sequence.lane is not None]
+        num_tokens = num_rows = place = 0
+        while place < len(self.waiting) and num_rows < self._cache.max_rows:
+            waiting = self.waiting[place]
             request = waiting.request
+            if started and num_tokens + len(request.prompt) > self._prefill_tokens:
+                break
+            sequences = []
+            if place == 0 or waiting.max_tokens <= max(sequence.tokens_left for sequence in self._live):
+                sequences = self._take_lanes(waiting, self._cache.max_rows - num_rows)
+            if not sequences:
+                place += 1
+                continue
+            lanes = [sequence.lane for sequence in sequences if sequence.lane is not None]
             started.append((PrefillRow(request, lanes, waiting.scored), sequences, waiting))
             num_tokens += len(request.prompt)
             num_rows += len(sequences)
-            if waiting.samples:
-                break
-            self.waiting.popleft()
+            self.waiting.had_turn(place)
         if started:
             self._prefill(sorted(started, key=lambda one: _weights_order(one[0].snapshot_id)))
 

@@ -203,6 +203,51 @@ def test_waiting_requests_take_the_lanes_of_finished_ones_in_order() -> None:
     assert all(len(step) <= 2 for step in forward.steps) and len(forward.steps) <= 9
 
 
+def test_who_asks_for_much_does_not_hold_back_what_fits_beside_it() -> None:
+    decoder, forward, _ = make_decoder(budget_tokens=2 * 256 + 64)
+    finished: list[int] = []
+    steps: list[int] = []
+
+    def on_finished(index: int, _: SampleResult) -> None:
+        finished.append(index)
+        steps.append(len(forward.steps))
+
+    long, short = request(snapshot_id="a", max_tokens=200), request(snapshot_id="bb", max_tokens=3)
+    decoder.run([*[long] * 10, *[short] * 4], on_finished)
+    assert finished == [10, 11, 12, 13, *range(10)] and steps[3] <= 4 * 3
+
+
+def test_who_comes_while_all_room_is_taken_has_the_next_turn() -> None:
+    decoder, _, _ = make_decoder(budget_tokens=2 * 256)
+    arrivals = [[], [], [request(snapshot_id="bb", max_tokens=3)] * 4]
+    finished: list[int] = []
+    decoder.run(
+        [request(snapshot_id="a", max_tokens=200)] * 6,
+        on_finished=lambda index, _: finished.append(index),
+        admit=lambda: arrivals.pop(0) if arrivals else [],
+    )
+    assert finished == [0, 1, 6, 7, 8, 9, 2, 3, 4, 5]
+
+
+def test_who_needs_all_room_has_a_turn_however_many_small_ones_come() -> None:
+    decoder, forward, _ = make_decoder(budget_tokens=256)
+    small, large = request(snapshot_id="bb", max_tokens=20), request(snapshot_id="a", max_tokens=200)
+    num_admits = 0
+    finished: list[int] = []
+
+    def admit() -> list[SampleRequest]:
+        nonlocal num_admits
+        num_admits += 1
+        if num_admits == 30:
+            return [small, large]
+        return [small] if num_admits < 120 else []
+
+    results = decoder.run([], lambda index, _: finished.append(index), admit)
+    asked = next(step for step, snapshot_ids in enumerate(forward.steps) if "a" in snapshot_ids)
+    assert 30 < asked <= 30 + 2 * 20, "the small ones under way end, and those that were started before them"
+    assert len(finished) == len(results) == 120 and all(result.error is None for result in results)
+
+
 def test_requests_admitted_between_steps_join_the_batch() -> None:
     decoder, forward, _ = make_decoder()
     arrivals = [[], [], [request(max_tokens=3, seed=4)], []]
