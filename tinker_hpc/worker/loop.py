@@ -28,6 +28,11 @@ _COMPUTING = frozenset({"forward_backward", "optim_step"})
 _PREFILL_TOKENS = 4096
 """At least what is computed between two decode steps: several short prompts at once (megatron_adapters/decode.py)."""
 
+FITS_FOR = 32
+"""So many groups of passes that cut into sampling take the micro-batches that fitted beside it; the next tries the
+worker's again. A round of sampling that others keep joining has no end, and its cache does not stay as full as it was.
+"""
+
 
 class Loop:
     """Runs until `close`. `folder` is the worker's; `desk` is rank 0's, None on the others."""
@@ -57,6 +62,8 @@ class Loop:
         """The micro-batches that fitted beside this round's samples, whose cache stays while training cuts in; None:
         the worker's do, as far as is known. Equal on all ranks.
         """
+        self._fits_for = 0
+        """How many more groups of passes take it."""
 
     def run(self) -> bool:
         """Returns False after `close`, everything answered and durable; True if the worker has to begin again from a
@@ -157,6 +164,9 @@ class Loop:
             given = [budgets[r.header["seq"]] for r in group if r.header["seq"] in budgets]
             if self._fits_beside is not None and group[0].header["op"] == "forward_backward":
                 given.append(self._fits_beside)
+                self._fits_for -= 1
+                if self._fits_for == 0:
+                    self._fits_beside = None
             budget = min(given) if given else None
             with self._watched(group):
                 if len(group) > 1:
@@ -252,7 +262,7 @@ class Loop:
         now = budget or self._train_step.token_budget
         smaller = split.smaller(passes, now)
         if self._sampling and smaller is not None:
-            self._fits_beside = smaller
+            self._fits_beside, self._fits_for = smaller, FITS_FOR
         if self._desk:
             seqs = ", ".join(str(request.header["seq"]) for request in passes)
             then = (

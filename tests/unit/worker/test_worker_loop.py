@@ -82,18 +82,34 @@ def a_pass(seq: int) -> Record:
 SAMPLE = Record({"op": "sample", "seq": 1}, {"prompt": np.zeros(4, np.int32)})
 
 
+def run_loop(folder: Path, train_step: TrainStep, orders: list[list[Record]], cutting_in: list[list[Record]]) -> Desk:
+    """With room for 20 tokens beside samples. Returns: the desk, with its answers."""
+    desk: Any = Desk(orders, cutting_in)
+    sample_step: Any = SampleStep(train_step, times=len(cutting_in), room=20)
+    watch = HangWatch(arm=lambda _: None, disarm=lambda: None)
+    computing: Any = train_step
+    nothing: Any = None
+    loop = Loop(folder, Ranks(None, 0, 1), computing, sample_step, nothing, hang=watch, desk=desk)
+    assert loop.run() is False
+    return desk
+
+
 def test_training_that_cuts_into_sampling_remembers_what_fitted_until_that_is_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_step = TrainStep()
-    cutting_in = [order("join", a_pass(seq)) for seq in (2, 3, 4)]
-    desk: Any = Desk([order("sample", SAMPLE), order("train", a_pass(5)), order("close")], cutting_in)
-    sample_step: Any = SampleStep(train_step, times=3, room=20)
-    watch = HangWatch(arm=lambda _: None, disarm=lambda: None)
-    computing: Any = train_step
-    nothing: Any = None
-    loop = Loop(tmp_path, Ranks(None, 0, 1), computing, sample_step, nothing, hang=watch, desk=desk)
-    assert loop.run() is False
+    orders = [order("sample", SAMPLE), order("train", a_pass(5)), order("close")]
+    desk = run_loop(tmp_path, train_step, orders, [order("join", a_pass(seq)) for seq in (2, 3, 4)])
     assert train_step.tried == [None, 32, 16, 16, 16, None], "found once, and not where nothing is sampled"
     assert {seq: answer[0]["token_budget"] for seq, answer in desk.answers.items()} == {2: 16, 3: 16, 4: 16, 5: None}
     assert capsys.readouterr().out.count("do not fit into memory") == 2
+
+
+def test_a_round_of_sampling_without_end_forgets_what_fitted_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinker_hpc.worker.loop.FITS_FOR", 3)
+    train_step = TrainStep()
+    cutting_in = [order("join", a_pass(seq)) for seq in range(2, 8)]
+    run_loop(tmp_path, train_step, [order("sample", SAMPLE), order("close")], cutting_in)
+    assert train_step.tried == [None, 32, 16, 16, 16, 16, None, 32, 16, 16]
