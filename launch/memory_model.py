@@ -21,7 +21,7 @@ LOGIT_CHUNK = 2**26
 CACHE_SHARE_GPU, CACHE_SHARE_CPU = 0.6, 0.25
 """Of the room beside weights and adapters, what sampling may fill with keys and values (megatron_adapters/sampler.py).
 The same room holds activations while a pass runs: the cache is emptied before."""
-SNAPSHOT_SHARE = 0.1
+SNAPSHOT_SHARE = 0.05
 """Of that room, what snapshots of adapters for sampling may take beside one (megatron_adapters/snapshot_room.py)."""
 MAX_SNAPSHOTS = 16
 """Of an adapter (tinker_hpc/worker/train_step.py)."""

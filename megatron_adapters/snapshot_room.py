@@ -13,7 +13,7 @@ import torch
 from .adapters import LoraWeights
 from .free_memory import free_memory
 
-SHARE = 0.1
+SHARE = 0.05
 """Of the memory free to this rank when the first one has been made. launch/memory_model.py plans with the same."""
 
 

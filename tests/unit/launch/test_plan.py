@@ -96,7 +96,7 @@ def test_does_not_fit_and_says_what_would() -> None:
     assert plan("Qwen3-235B-A22B", Machine(2, 8, 40)).fits
     assert "It would fit on 9 nodes with 8 such GPUs each." in plan("Qwen3-235B-A22B", Machine(1, 1, 11)).reasons
     assert plan("Qwen3-235B-A22B", Machine(9, 8, 11)).fits
-    both = "It would fit on 9 nodes with 4 such GPUs each, or on 16 such nodes."
+    both = "It would fit on 4 nodes with 8 such GPUs each, or on 16 such nodes."
     assert both in plan("gpt-oss-120b", Machine(1, 3, 11)).reasons
     hopeless = plan("DeepSeek-V3", Machine(1, 1, 4))
     assert "not fit on 64 nodes with 8 such GPUs each either: take GPUs with more memory" in hopeless.reasons[-1]
