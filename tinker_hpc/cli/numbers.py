@@ -17,7 +17,9 @@ _SHOWN = (
 
 
 @click.command()
-@click.option("--tail", type=int, default=20, show_default=True, metavar="N", help="The last N steps; 0 is all.")
+@click.option(
+    "--tail", type=click.IntRange(min=0), default=20, show_default=True, metavar="N", help="The last N steps; 0 is all."
+)
 @json_option
 @click.argument("run_id", metavar="ID")
 def metrics(run_id: str, tail: int, as_json: bool) -> None:

@@ -28,7 +28,7 @@ _ACCOUNTING_LAG_S = 600.0
 
 
 @click.command()
-@click.option("-n", "limit", type=int, default=20, show_default=True, help="How many; 0 is all.")
+@click.option("-n", "limit", type=click.IntRange(min=0), default=20, show_default=True, help="How many; 0 is all.")
 @json_option
 def ls(limit: int, as_json: bool) -> None:
     """List runs and sessions, newest first."""

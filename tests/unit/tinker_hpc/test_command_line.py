@@ -240,6 +240,8 @@ def test_dry_run_writes_nothing(root: Path, call, tmp_path: Path) -> None:
         (("run", "--base-model", "m"), "Missing argument"),
         (("run", "--base-model", "m", "--nodes", "x", "--", "true"), "'x' is not a valid integer"),
         (("run", "--base-model", "m", "--nodes", "0", "--", "true"), "nodes is 0"),
+        (("ls", "-n", "-3"), "-3 is not in the range x>=0"),
+        (("metrics", "--tail", "-3", "ID"), "-3 is not in the range x>=0"),
         (("frobnicate",), "No such command 'frobnicate'"),
         (("statu",), "No such command 'statu'. Did you mean 'status'?"),
         (("run", "--base-model", "m", "--", "python3", "-u", "nope.py", "--steps", "3"), "no file nope.py in "),
