@@ -369,8 +369,9 @@ def _why_long(sizes: ModelSizes, chosen: _Costed, longest: int, costed: list[_Co
         words += f"; the model's context of {sizes.max_context} needs more memory than this layout leaves"
         best = min(costed, key=lambda c: (-c.tokens, _preference(c)))
         if best.tokens > longest:
-            cut = ", ".join(f"{name} {size}" for name, size in asdict(best.split).items() if size > 1)
-            words += f". More ranks for a copy of the model ({cut}) would leave room for {best.tokens}"
+            sizes_given = {name: size for name, size in asdict(best.split).items() if size > 1}
+            options = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in sizes_given.items())
+            words += f". More ranks for a copy of the model ({options}) would leave room for {best.tokens}"
     return words + "."
 
 
@@ -398,7 +399,8 @@ def _fewer_do_better(
     kept = ", keep the activations" if chosen.recompute and not recompute else ""
     return (
         f"{num} of these GPUs on a node would do better, as they divide the model into fewer stages ({stages} instead "
-        f"of {chosen.split.pp_size}){kept} and leave room for sequences of up to {-reach} tokens: ask for {num}."
+        f"of {chosen.split.pp_size}){kept} and leave room for sequences of up to {-reach} tokens: take "
+        f"--gpus-per-node {num}."
     )
 
 

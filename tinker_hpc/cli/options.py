@@ -19,27 +19,14 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def size_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The sizes of a job, as one keyword, `resources`."""
-    names = [field.name for field in fields(Resources)]
+    cpus = click.option("--cpus-per-node", type=int, metavar="N", help="CPU cores of each node (the profile's).")
+    time = click.option("--time", metavar="LIMIT", help="Time limit of each job: minutes, or 8:00:00 (the profile's).")
+    return _with_resources(command, *_machine_options(), cpus, time, *_layout_options())
 
-    @functools.wraps(command)
-    def with_resources(*args: Any, **kwargs: Any) -> Any:
-        resources = Resources(**{name: kwargs.pop(name) for name in names})
-        return command(*args, resources=resources, **kwargs)
 
-    return _with_options(
-        with_resources,
-        click.option("--nodes", type=int, metavar="N", help="Number of nodes (1)."),
-        click.option(
-            "--gpus-per-node", type=int, metavar="N", help="GPUs of each node; 0 is CPU only (the profile's)."
-        ),
-        click.option("--ranks-per-node", type=int, metavar="N", help="Worker processes per node (one per GPU)."),
-        click.option("--cpus-per-node", type=int, metavar="N", help="CPU cores of each node (the profile's)."),
-        click.option("--memory", metavar="SIZE", help="Memory of each node, e.g. 64G (the profile's)."),
-        click.option("--time", metavar="LIMIT", help="Time limit of each job: minutes, or 8:00:00 (the profile's)."),
-        click.option("--tp-size", type=int, metavar="N", help="Tensor parallel size (chosen from the model's size)."),
-        click.option("--pp-size", type=int, metavar="N", help="Pipeline stages (chosen from the model's size)."),
-        click.option("--ep-size", type=int, metavar="N", help="Ranks that share a layer's experts (chosen)."),
-    )
+def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The sizes that a plan depends on, by the same names and as the same keyword; --gpus is its short name."""
+    return _with_resources(command, *_machine_options("--gpus"), *_layout_options())
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,6 +44,42 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--cluster", metavar="C", help="Profile of the configuration; `local` is this machine."),
         click.option("--name", metavar="NAME", help="Start of the id."),
     )
+
+
+def _machine_options(*names_of_gpus: str) -> tuple[Callable[..., Any], ...]:
+    return (
+        click.option("--nodes", type=int, metavar="N", help="Number of nodes (1)."),
+        click.option(
+            "--gpus-per-node",
+            *names_of_gpus,
+            "gpus_per_node",
+            type=int,
+            metavar="N",
+            help="GPUs of each node; 0 is CPU only (the profile's).",
+        ),
+        click.option("--ranks-per-node", type=int, metavar="N", help="Worker processes per node (one per GPU)."),
+        click.option("--memory", metavar="SIZE", help="Memory of each node, e.g. 64G (the profile's)."),
+    )
+
+
+def _layout_options() -> tuple[Callable[..., Any], ...]:
+    return (
+        click.option("--tp-size", type=int, metavar="N", help="Tensor parallel size (chosen from the model's size)."),
+        click.option("--pp-size", type=int, metavar="N", help="Pipeline stages (chosen from the model's size)."),
+        click.option("--ep-size", type=int, metavar="N", help="Ranks that share a layer's experts (chosen)."),
+    )
+
+
+def _with_resources(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
+    """Gathers what these options give into `resources`."""
+    names = {field.name for field in fields(Resources)}
+
+    @functools.wraps(command)
+    def with_resources(*args: Any, **kwargs: Any) -> Any:
+        resources = Resources(**{name: kwargs.pop(name) for name in names & kwargs.keys()})
+        return command(*args, resources=resources, **kwargs)
+
+    return _with_options(with_resources, *options)
 
 
 def _with_options(command: Callable[..., Any], *options: Any) -> Callable[..., Any]:

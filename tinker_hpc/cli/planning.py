@@ -9,33 +9,28 @@ import click
 
 from launch.memory_model import GIB, MARGIN
 from launch.plan import Plan
-from tinker_hpc.cli.options import json_option
+from tinker_hpc.cli.options import json_option, plan_options
 from tinker_hpc.cli.output import emit, fields, table
 from tinker_hpc.errors import ConfigError
+from tinker_hpc.resources import Resources, has_slices, known_gpu_memory_gib, plan_for, rank_memory_gib
 
 
 @click.command()
 @click.option("--base-model", required=True, metavar="M", help="Hub name or folder; only its config.json is read.")
 @click.option("--cluster", metavar="C", help="Profile of the configuration, for what is not given here.")
-@click.option("--nodes", type=click.IntRange(1), default=1, metavar="N", help="Number of nodes (1).")
-@click.option("--gpus", type=click.IntRange(0), metavar="N", help="GPUs of each node; 0 is CPU only (the profile's).")
 @click.option("--gpu-memory", type=float, metavar="GIB", help="Of one GPU, e.g. 80 (the profile's).")
-@click.option("--memory", metavar="SIZE", help="Memory of each node without GPUs, e.g. 64G (the profile's).")
-@click.option("--tp-size", type=click.IntRange(1), metavar="N", help="Tensor parallel size (chosen).")
 @click.option("--lora-rank", type=click.IntRange(1), default=32, metavar="N", help="Rank of the adapters (32).")
 @click.option("--adapters", type=click.IntRange(1), default=1, metavar="N", help="Adapters trained at a time (1).")
+@plan_options
 @json_option
 def plan(
     *,
     base_model: str,
     cluster: str | None,
-    nodes: int,
-    gpus: int | None,
     gpu_memory: float | None,
-    memory: str | None,
-    tp_size: int | None,
     lora_rank: int,
     adapters: int,
+    resources: Resources,
     as_json: bool,
 ) -> None:
     """Say which layout a model would get and whether it fits.
@@ -45,14 +40,14 @@ def plan(
     from launch.plan import Machine
     from tinker_hpc.base_models import resolve
     from tinker_hpc.config import load_config
-    from tinker_hpc.resources import has_slices, known_gpu_memory_gib, plan_for, rank_memory_gib
 
     config = load_config()
     profile = config.profile(cluster)
-    gpus_per_node = profile.default_gpus_per_node if gpus is None else gpus
-    ranks_per_node = gpus_per_node or 1
-    _check_memory(gpus_per_node, gpu_memory, memory)
-    memory = memory or profile.memory
+    nodes = resources.nodes or 1
+    gpus_per_node = profile.default_gpus_per_node if resources.gpus_per_node is None else resources.gpus_per_node
+    ranks_per_node = resources.ranks_per_node or gpus_per_node or 1
+    _check_memory(gpus_per_node, gpu_memory, resources.memory)
+    memory = resources.memory or profile.memory
     known = rank_memory_gib(profile, gpus_per_node, ranks_per_node, memory)
     machine = Machine(
         nodes,
@@ -63,7 +58,16 @@ def plan(
     )
     model = resolve(base_model, config.base_models, weights=False)
     per_expert = config.expert_lora == "per_expert"
-    made = plan_for(model, machine, tp_size=tp_size, lora_rank=lora_rank, num_adapters=adapters, per_expert=per_expert)
+    made = plan_for(
+        model,
+        machine,
+        tp_size=resources.tp_size,
+        pp_size=resources.pp_size,
+        ep_size=resources.ep_size,
+        lora_rank=lora_rank,
+        num_adapters=adapters,
+        per_expert=per_expert,
+    )
     if gpus_per_node and gpu_memory is None and known_gpu_memory_gib(profile) is None:
         made = replace(
             made,
@@ -86,13 +90,13 @@ def _check_memory(gpus_per_node: int, gpu_memory: float | None, memory: str | No
     """Refuses what would play no part in the plan, and what is no size. Raises: ConfigError."""
     if gpu_memory is not None and not gpus_per_node:
         raise ConfigError(
-            f"--gpu-memory is {gpu_memory:g}, but the plan is for nodes without GPUs (--gpus 0, or the cluster's "
-            "profile). Give the number of GPUs, or in its place --memory, that of each node."
+            f"--gpu-memory is {gpu_memory:g}, but the plan is for nodes without GPUs (--gpus-per-node 0, or the "
+            "cluster's profile). Give the number of GPUs, or in its place --memory, that of each node."
         )
     if memory is not None and gpus_per_node:
         raise ConfigError(
             f"--memory is {memory!r}, but the plan is for {gpus_per_node} GPU(s) on a node, whose own memory counts. "
-            "Leave it out, give --gpu-memory in its place, or --gpus 0 for nodes without GPUs."
+            "Leave it out, give --gpu-memory in its place, or --gpus-per-node 0 for nodes without GPUs."
         )
     if gpu_memory is not None and not 1 <= gpu_memory < math.inf:  # nor NaN
         raise ConfigError(f"--gpu-memory is {gpu_memory:g}; it must be a number of GiB of at least 1, for example 80.")

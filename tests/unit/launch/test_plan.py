@@ -151,7 +151,7 @@ def test_fewer_gpus_may_do_better() -> None:
     five, four = plan("Llama-3.1-70B", Machine(1, 5, 80)), plan("Llama-3.1-70B", Machine(1, 4, 80))
     assert five.reasons[-1] == (
         "4 of these GPUs on a node would do better, as they divide the model into fewer stages (1 instead of 5), keep "
-        f"the activations and leave room for sequences of up to {four.longest_sequence} tokens: ask for 4."
+        f"the activations and leave room for sequences of up to {four.longest_sequence} tokens: take --gpus-per-node 4."
     )
     assert (five.pp_size, five.recompute, four.pp_size, four.recompute) == (5, True, 1, False)
     for even in (Machine(1, 4, 80), Machine(1, 8, 80)):
@@ -176,7 +176,7 @@ def test_reasons_say_what_another_layout_would_give() -> None:
     longer = plan("Qwen3-30B-A3B", Machine(1, 12, 24), wish=Wish(tp_size=2, ep_size=4, pp_size=3)).longest_sequence
     assert (
         "context of 40960 needs more memory than this layout leaves. More ranks for a copy of the model "
-        f"(tp_size 2, ep_size 4, pp_size 3) would leave room for {longer}."
+        f"(--tp-size 2 --ep-size 4 --pp-size 3) would leave room for {longer}."
     ) in " ".join(plan("Qwen3-30B-A3B", Machine(1, 12, 24)).reasons)
     alone = plan("Qwen3-8B", Machine(1, 1, 24)).reasons[-1]
     assert alone.endswith("context of 40960 needs more memory than this layout leaves.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+from published_configs import PUBLISHED
 
 from launch import attempts, lineage, process_tree
 from launch.job_spec import JobSpec
@@ -335,6 +337,23 @@ def test_plan(root: Path, call, tmp_path: Path) -> None:
     (tmp_path / "llama" / "config.json").write_text(json.dumps(widths | config | {"model_type": "mistral"}))
     code, out, err = call("plan", "--base-model", "llama", "--gpus", "4", "--gpu-memory", "80")
     assert code == 2 and out == "" and "says model_type 'mistral', which is not supported" in err
+
+
+def test_plan_takes_the_options_it_names(root: Path, call, tmp_path: Path) -> None:
+    """Three stages are advised for twelve small GPUs, by options that give them; all sizes are named as `run` does."""
+    (tmp_path / "moe").mkdir()
+    (tmp_path / "moe" / "config.json").write_text(json.dumps(PUBLISHED["Qwen3-30B-A3B"]))
+    asked = ("plan", "--base-model", "moe", "--gpus-per-node", "12", "--gpu-memory", "24", "--json")
+    made = json.loads(call(*asked)[1])
+    advised = re.search(r"\((--tp-size .*?)\) would leave room for (\d+)", " ".join(made["reasons"]))
+    assert advised and (made["tp_size"], made["pp_size"]) == (4, 1)
+    made = json.loads(call(*asked, *advised[1].split())[1])
+    assert (made["tp_size"], made["ep_size"], made["pp_size"]) == (2, 4, 3)
+    assert made["longest_sequence"] == int(advised[2])
+    code, out, _ = call(
+        "plan", "--base-model", "moe", "--gpus", "0", "--ranks-per-node", "2", "--memory", "512G", "--json"
+    )
+    assert code == 0 and json.loads(out)["capacity"] == 256 * 2**30
 
 
 def test_plan_without_known_memory(root: Path, call) -> None:
