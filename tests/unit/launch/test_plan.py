@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -56,7 +57,7 @@ def layout(made: Plan) -> tuple[int, int, int, int]:
         ("Llama-3.2-1B", Machine(1, 1, 24), (1, 1, 1, 1)),
         ("Llama-3.1-70B", Machine(2, 4, 40), (4, 1, 2, 1)),
         ("Qwen3-235B-A22B", Machine(2, 4, 80), (4, 8, 1, 2)),
-        # Copies of the model that compute activations again would fit, and train 3,283, 4,408 and 7,751 tokens.
+        # Copies of the model that compute activations again would fit, and train 3,283, 4,408 and 8,193 tokens.
         ("Qwen3-32B", Machine(1, 3, 80), (1, 1, 3, 1)),
         ("Qwen3-30B-A3B", Machine(1, 6, 40), (2, 2, 3, 1)),
         ("Qwen3-30B-A3B", Machine(1, 12, 24), (4, 4, 1, 3)),
@@ -180,6 +181,15 @@ def test_reasons_say_what_another_layout_would_give() -> None:
     ) in " ".join(plan("Qwen3-30B-A3B", Machine(1, 12, 24)).reasons)
     alone = plan("Qwen3-8B", Machine(1, 1, 24)).reasons[-1]
     assert alone.endswith("context of 40960 needs more memory than this layout leaves.")
+
+
+def test_the_architecture_page_says_what_is_planned() -> None:
+    page = " ".join((Path(__file__).parents[3] / "ARCHITECTURE.md").read_text().split())
+    small, large = plan("Qwen3-8B", Machine(1, 1, 80)), plan("Llama-3.1-70B", Machine(1, 4, 80))
+    assert (
+        f"Qwen3-8B trains its whole context of {small.longest_sequence:,} tokens on one GPU of 80 GB and Llama-3.1-70B "
+        f"{large.longest_sequence:,} tokens on four"
+    ) in page
 
 
 def test_wishes_are_kept() -> None:
