@@ -5,7 +5,9 @@ Runs samples together, on all ranks. Each is answered as soon as it is finished;
 
 from __future__ import annotations
 
+import itertools
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from megatron_adapters.engine import Engine
@@ -78,8 +80,8 @@ class SampleStep:
         max_live: int | None = None,
     ) -> tuple[list[Record], Failure | None]:
         """One run of the engine. Returns: what is unanswered after it, and why."""
-        arrived: list[Record] = []
-        answered: set[int] = set()
+        arrived: dict[int, Record] = {}  # and not answered, by place in the engine's order of arrival
+        places = itertools.count()
 
         def prepare(records: Sequence[Record]) -> list[SampleRequest]:
             prepared = []
@@ -91,21 +93,24 @@ class SampleStep:
                 except RequestError as error:
                     finish(record, describe(error))
                     continue
-                self._train_step.in_use.add(sampler)
-                arrived.append(record)
+                self._train_step.in_use[sampler] += 1
+                arrived[next(places)] = record
             return prepared
 
         def admit_and_cancel() -> list[SampleRequest]:
             joining, cancelled = admit()
-            for index, record in enumerate(arrived):
-                if record.header["seq"] in cancelled:
-                    self._engine.cancel_sample(index, CANCELLED)
+            if cancelled:
+                for index, record in arrived.items():
+                    if record.header["seq"] in cancelled:
+                        self._engine.cancel_sample(index, CANCELLED)
             return prepare(joining)
 
         def on_finished(index: int, result: SampleResult) -> None:
-            answered.add(index)
-            outcome = sample_result(arrived[index], result) if result.error is None else Failure("user", result.error)
-            finish(arrived[index], outcome)
+            record = arrived[index]
+            outcome = sample_result(record, result) if result.error is None else Failure("user", result.error)
+            del arrived[index]
+            self._train_step.in_use -= Counter([record.header["sampling_session_id"]])  # at 0 it is no longer in there
+            finish(record, outcome)
 
         failure = None
         try:
@@ -116,7 +121,7 @@ class SampleStep:
                 traceback.print_exc()
         finally:
             self._train_step.in_use.clear()
-        unanswered = [record for index, record in enumerate(arrived) if index not in answered]
+        unanswered = list(arrived.values())
         try:
             failure = self._ranks.agree(failure)
         except EndWorker as apart:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -66,8 +66,8 @@ class TrainStep:
         self._models: dict[str, ModelState] = {}
         self.samplers: OrderedDict[str, str | None] = OrderedDict()
         """sampling_session_id -> snapshot_id in the engine, None for the base model; most recently used last."""
-        self.in_use: set[str] = set()
-        """Samplers of the samples under way: not to be dropped."""
+        self.in_use: Counter[str] = Counter()
+        """How many samples are under way, by their samplers: these are not to be dropped."""
         self.taken_back: Set[str] = frozenset()
         """On rank 0: ids of requests that do not count any more; what they saved may be saved over."""
         self._snapshot_of: dict[str, str] = {}

@@ -8,6 +8,7 @@ import json
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def test_where_memory_is_short_of_all_those_used_longest_ago_leave_whosever_they
         step._keep_in_memory(f"s{number}")
     assert list(step.samplers) == ["base", "s0", "s1", "s2"], "the bare base costs nothing"
     assert step.snapshot_for("opened") == "opened" and engine.snapshots == {"s1": 1.0, "s2": 2.0, "opened": 9.0}
-    step.in_use = {"s1"}
+    step.in_use = Counter(["s1"])
     assert step.snapshot_for("s0") == "s0" and engine.snapshots == {"s1": 1.0, "opened": 9.0, "s0": 0.0}
     engine.most = 0
     assert step.snapshot_for("s2") == "s2" and engine.snapshots == {"s1": 1.0, "s2": 2.0}, "these are needed now"
