@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 
 from megatron_adapters.engine import Engine
 from megatron_adapters.sample_request import SampleRequest, SampleResult
-from tinker_hpc.errors import RequestError
 from tinker_hpc.log import Record
 from tinker_hpc.worker.batch import sample_result, to_sample
 from tinker_hpc.worker.ranks import EndWorker, Failure, Ranks, describe
@@ -22,6 +21,7 @@ from tinker_hpc.worker.train_step import Answer, TrainStep
 Finish = Callable[[Record, Answer | Failure], None]
 Admit = Callable[[], tuple[Sequence[Record], Sequence[int]]]
 """Samples that join, and the seqs of those under way that are not wanted any more."""
+BreakOff = Callable[[Sequence[Record], EndWorker], None]
 
 
 class SampleStep:
@@ -38,7 +38,7 @@ class SampleStep:
         finish: Finish,
         admit: Admit,
         nobody: Admit,
-        break_off: Callable[[Sequence[Record], EndWorker], None],
+        break_off: BreakOff,
     ) -> None:
         """Answer `requests` and those that `admit` brings between decode steps, each through `finish`.
 
@@ -46,7 +46,8 @@ class SampleStep:
 
         Where it does not fit into memory, what is unanswered is begun again with half as many sequences at a time, at
         last one request after the other; `nobody` then takes the place of `admit`. Any other failure of the whole batch
-        becomes the failure of everything unanswered in it; it never raises for a request.
+        becomes the failure of everything unanswered in it; it never raises for a request. A request that fails before
+        it is drawn, since its weights cannot be loaded, fails alone.
         Raises: EndWorker, also from `finish` and `admit`; where ranks parted over the batch, after `break_off` with
             what is unanswered.
         Collectives: those of Engine.sample and `admit`; at the end Ranks.agree.
@@ -75,26 +76,32 @@ class SampleStep:
         requests: Sequence[Record],
         finish: Finish,
         admit: Admit,
-        break_off: Callable[[Sequence[Record], EndWorker], None],
+        break_off: BreakOff,
         *,
         max_live: int | None = None,
     ) -> tuple[list[Record], Failure | None]:
         """One run of the engine. Returns: what is unanswered after it, and why."""
-        arrived: dict[int, Record] = {}  # and not answered, by place in the engine's order of arrival
+        unanswered: dict[int, Record] = {}  # by seq, in order of arrival
+        arrived: dict[int, Record] = {}  # those of them that the engine has, by its own order of arrival
         places = itertools.count()
 
+        def answer(record: Record, outcome: Answer | Failure) -> None:
+            del unanswered[record.header["seq"]]
+            finish(record, outcome)
+
         def prepare(records: Sequence[Record]) -> list[SampleRequest]:
+            unanswered.update((record.header["seq"], record) for record in records)
             prepared = []
             for record in records:
-                sampler = record.header["sampling_session_id"]
-                try:
-                    snapshot_id = self._train_step.snapshot_for(sampler)
-                    prepared.append(to_sample(record, self._engine.info, snapshot_id=snapshot_id))
-                except RequestError as error:
-                    finish(record, describe(error))
+                request = self._prepared(record, break_off)
+                if isinstance(request, Failure):
+                    if request.out_of_memory:  # there may be room when nothing else is sampled
+                        raise MemoryError(request.message)
+                    answer(record, request)
                     continue
-                self._train_step.in_use[sampler] += 1
+                self._train_step.in_use[record.header["sampling_session_id"]] += 1
                 arrived[next(places)] = record
+                prepared.append(request)
             return prepared
 
         def admit_and_cancel() -> list[SampleRequest]:
@@ -110,7 +117,7 @@ class SampleStep:
             outcome = sample_result(record, result) if result.error is None else Failure("user", result.error)
             del arrived[index]
             self._train_step.in_use -= Counter([record.header["sampling_session_id"]])  # at 0 it is no longer in there
-            finish(record, outcome)
+            answer(record, outcome)
 
         failure = None
         try:
@@ -121,13 +128,41 @@ class SampleStep:
                 traceback.print_exc()
         finally:
             self._train_step.in_use.clear()
-        unanswered = list(arrived.values())
+        left = list(unanswered.values())
+        return left, self._agree(failure, left, break_off)
+
+    def _prepared(self, record: Record, break_off: BreakOff) -> SampleRequest | Failure:
+        """What the engine takes, or why there is none, which is this request's own failure; the same on every rank.
+
+        Raises: EndWorker where ranks parted over it, after `break_off`.
+        Collectives: those of TrainStep.snapshot_for. Unless the sampler's weights are in memory for others already,
+            Ranks.agree: one rank alone may fail to load them.
+        """
+        sampler = record.header["sampling_session_id"]
+        in_memory = sampler in self._train_step.in_use
+        prepared = None
+        failure = None
         try:
-            failure = self._ranks.agree(failure)
+            snapshot_id = self._train_step.snapshot_for(sampler)
+            prepared = to_sample(record, self._engine.info, snapshot_id=snapshot_id)
+        except Exception as error:
+            failure = describe(error)
+            if failure.category == "server" and not failure.out_of_memory:
+                traceback.print_exc()
+        if not in_memory:
+            failure = self._agree(failure, [record], break_off)
+        if failure is not None:
+            return failure
+        assert prepared is not None
+        return prepared
+
+    def _agree(self, failure: Failure | None, over: Sequence[Record], break_off: BreakOff) -> Failure | None:
+        """As Ranks.agree does; where ranks parted over these requests, `break_off` hears of it first."""
+        try:
+            return self._ranks.agree(failure)
         except EndWorker as apart:
-            break_off(unanswered, apart)
+            break_off(over, apart)
             raise
-        return unanswered, failure
 
 
 def _too_large(request: Record, failure: Failure) -> Failure:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from megatron_adapters.cached_attention import DecodeAttention
@@ -16,7 +17,7 @@ from megatron_adapters.sample_ranks import SampleRanks
 from megatron_adapters.sample_request import SampleRequest
 from megatron_adapters.token_forward import Decoded, Prefilled, PrefillRow
 from tinker_hpc.log import Record
-from tinker_hpc.worker.ranks import Failure, Ranks
+from tinker_hpc.worker.ranks import EndWorker, Failure, Ranks
 from tinker_hpc.worker.sample_step import SampleStep
 
 VOCABULARY = 10
@@ -32,6 +33,7 @@ class Engine:
         self.steps: list[int] = []
         self.num_runs = self.num_recovered = 0
         self.most_at_once = 1000
+        self.when_memory_is_recovered: Callable[[], None] = lambda: None
         cache = KvCache(SHAPE, 10_000, max_context=256, max_rows=64)
         self._decoder = Decoder(
             self,
@@ -51,6 +53,7 @@ class Engine:
 
     def recover_memory(self) -> None:
         self.num_recovered += 1
+        self.when_memory_is_recovered()
 
     def prefill(self, rows: Sequence[PrefillRow]) -> Prefilled:
         return Prefilled(torch.zeros(len(rows), VOCABULARY), [None] * len(rows), [None] * len(rows))
@@ -135,3 +138,49 @@ def test_a_cancelled_sample_is_answered_and_the_others_drawn() -> None:
     samples.run(sample(1, tokens=2), sample(2, tokens=50), sample(3, tokens=9))
     assert samples.errors().keys() == {2, 4} and samples.answers.keys() == {1, 2, 3, 4}
     assert len(samples.engine.steps) == 8
+
+
+@pytest.mark.parametrize("joining", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError("what was it"), OSError(5, "Input/output error", "/file"), KeyError(1)])
+def test_weights_that_cannot_be_loaded_fail_their_samples_alone(error: Exception, joining: bool) -> None:
+    samples = Samples()
+    samples.weights.broken = {"broken": error}
+    first, *others = [sample(1), sample(2, "broken"), sample(3, "b"), sample(4, "broken")]
+    samples.joins = {2: others} if joining else {}
+    samples.run(first, *(() if joining else others))
+    assert samples.answers.keys() == {1, 2, 3, 4} and samples.errors().keys() == {2, 4}
+    assert str(error.args[-1]).split("/")[0] in samples.errors()[2]
+    assert samples.engine.num_runs == 1, "what was live stays live"
+
+
+@pytest.mark.parametrize("joining", [False, True])
+@pytest.mark.parametrize("passes", [False, True])
+def test_weights_without_room_are_loaded_again_when_nothing_else_is_there(joining: bool, passes: bool) -> None:
+    samples = Samples()
+    samples.weights.broken = {"large": MemoryError("no room for these")}
+    if passes:
+        samples.engine.when_memory_is_recovered = samples.weights.broken.clear
+    first, *others = [sample(1), sample(2, "large"), sample(3, "b")]
+    samples.joins = {2: others} if joining else {}
+    samples.run(first, *(() if joining else others))
+    assert samples.answers.keys() == {1, 2, 3} and samples.errors().keys() == (set() if passes else {2})
+    assert passes or "no room for these" in samples.errors()[2]
+    assert not samples.weights.in_use
+
+
+@pytest.mark.parametrize("joining", [False, True])
+def test_where_one_rank_alone_cannot_load_the_weights_only_their_sample_is_to_blame(joining: bool) -> None:
+    class Parting(Ranks):
+        def agree(self, failure: Failure | None) -> Failure | None:
+            if failure is not None:
+                raise EndWorker("rank 0 of 2 failed alone", failure)
+            return None
+
+    samples = Samples()
+    samples.ranks = Parting(None, 0, 1)
+    samples.weights.broken = {"broken": MemoryError()}
+    first, *others = [sample(1), sample(2, "broken"), sample(3, "b")]
+    samples.joins = {2: others} if joining else {}
+    with pytest.raises(EndWorker):
+        samples.run(first, *(() if joining else others))
+    assert samples.broken_off == [2]
