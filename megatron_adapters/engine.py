@@ -150,7 +150,7 @@ class Engine:
         built = (self.runtime.place.pp_rank, adapter.num_parameters)
         check_count(self.model.arch, self.runtime.layout, spec.rank, switches, per_expert=spec.per_expert, built=built)
         adapter.initialize(spec.seed)
-        self._keep(adapter_id, adapter)
+        self.keep_adapter(adapter_id, adapter)
         return spec.rank * parameters_per_rank(self.model.arch, **switches, per_expert=spec.per_expert)
 
     def drop_adapter(self, adapter_id: str) -> None:
@@ -176,10 +176,19 @@ class Engine:
         Without `optimizer` the Adam state starts anew.
         Raises: WeightsError, leaving an existing adapter as it was. Collectives: none.
         """
+        self.keep_adapter(adapter_id, self.read_adapter(folder, optimizer=optimizer))
+
+    def read_adapter(self, folder: Path, *, optimizer: bool) -> Adapter:
+        """What `load_adapter` reads, for `keep_adapter`. Raises: WeightsError. Collectives: none."""
         config = adapter_files.read_config(folder, self.model.arch)
         adapter = self._new_adapter(config.rank, config.alpha, config.targets, per_expert=config.per_expert)
         adapter_files.load(adapter, self.model.arch, folder, optimizer=optimizer)
-        self._keep(adapter_id, adapter)
+        return adapter
+
+    def keep_adapter(self, adapter_id: str, adapter: Adapter) -> None:
+        """Create the adapter from what was read, or replace it. Collectives: none."""
+        self.adapters[adapter_id] = adapter
+        self.room.add(adapter_id, adapter)
 
     # ---- the whole state, for a worker that is started again
 
@@ -221,9 +230,17 @@ class Engine:
 
     def load_snapshot(self, snapshot_id: str, folder: Path) -> None:
         """Snapshot from an adapter's folder. Raises: WeightsError. Collectives: none."""
+        self.keep_snapshot(snapshot_id, self.read_snapshot(folder))
+
+    def read_snapshot(self, folder: Path) -> LoraWeights:
+        """What `load_snapshot` reads, for `keep_snapshot`. Raises: WeightsError. Collectives: none."""
         arch = self.model.arch
         config = adapter_files.read_config(folder, arch)
-        self.snapshots[snapshot_id] = adapter_files.load_snapshot(folder, arch, config, self.runtime, self.model.layers)
+        return adapter_files.load_snapshot(folder, arch, config, self.runtime, self.model.layers)
+
+    def keep_snapshot(self, snapshot_id: str, weights: LoraWeights) -> None:
+        """Collectives: none."""
+        self.snapshots[snapshot_id] = weights
 
     def drop_snapshot(self, snapshot_id: str) -> None:
         """Forget a snapshot. Collectives: none."""
@@ -351,10 +368,6 @@ class Engine:
             place=self.runtime.place,
             device=self.runtime.device,
         )
-
-    def _keep(self, adapter_id: str, adapter: Adapter) -> None:
-        self.adapters[adapter_id] = adapter
-        self.room.add(adapter_id, adapter)
 
     def _adapter(self, adapter_id: str) -> Adapter:
         """The adapter, its state on the device."""

@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,16 @@ def verify(folder: Path, *, path: str, base_model: str) -> Checkpoint:
         if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
             raise RequestError(f"{path} is damaged: {file} fails its checksum. Load another checkpoint.")
     return checkpoint
+
+
+def identity(content: Mapping[str, Any]) -> list[Any]:
+    """Of checkpoint.json: tells a checkpoint from one that was saved over it (pure)."""
+    return [content.get("request_id"), content.get("created_at")]
+
+
+def identity_now(folder: Path) -> list[Any]:
+    """Of what a folder holds at this moment; of none while one is put in the place of another."""
+    return identity(read_json(folder / METADATA) or {})
 
 
 def restore(folder: Path) -> None:

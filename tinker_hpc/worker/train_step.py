@@ -12,10 +12,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from megatron_adapters.adapters import Adapter, LoraWeights
 from megatron_adapters.engine import Engine
 from megatron_adapters.interface import AdamParams, LoraSpec, Pass
 from tinker_hpc.errors import RequestError
@@ -33,6 +34,9 @@ from tinker_hpc.worker.sampler_gap import sampler_gap
 
 Answer = tuple[dict[str, Any], Mapping[str, np.ndarray]]
 """Fields and arrays of a result."""
+_T = TypeVar("_T")
+READ_TRIES = 3
+"""Of a checkpoint that another run saves over while it is read."""
 SAVE_PATIENCE_S = 300.0
 """A checkpoint that a full disk refuses is tried again for so long, like a request (the SDK's five minutes); a quota
 that it does not fit into at all must not hold up everybody for ever."""
@@ -177,9 +181,13 @@ class TrainStep:
             num_parameters = self._engine.create_adapter(model_id, lora)
             self._models[model_id] = ModelState(lora)
             return {"num_parameters": num_parameters}, {}
-        saved = self._verified(source["folder"], source["path"])
-        optimizer = self._with_optimizer(saved, source["optimizer"])
-        self._engine.load_adapter(model_id, Path(source["folder"]), optimizer=optimizer)
+        folder, optimizer = Path(source["folder"]), source["optimizer"]
+
+        def read(saved: Checkpoint) -> Adapter:
+            return self._engine.read_adapter(folder, optimizer=self._with_optimizer(saved, optimizer))
+
+        saved, adapter = self._read(folder, source["path"], read)
+        self._engine.keep_adapter(model_id, adapter)
         self._models[model_id] = ModelState(LoraSpec(**saved.lora), saved.step if optimizer else 0)
         return {"checkpoint": _identity(saved)}, {}
 
@@ -265,17 +273,21 @@ class TrainStep:
     def _load_state(self, request: Record) -> Answer:
         header = request.header
         model = self._models[header["model_id"]]
-        saved = self._verified(header["folder"], header["path"])
-        differing = [k for k, v in asdict(model.lora).items() if k != "seed" and saved.lora[k] != v]
-        if differing:
-            has = ", ".join(f"{k} {saved.lora[k]}" for k in differing)
-            wants = ", ".join(f"{k} {getattr(model.lora, k)}" for k in differing)
-            raise RequestError(
-                f"{header['path']} has {has}; the model was created with {wants}. "
-                "Use create_training_client_from_state(path), which takes the checkpoint's own settings."
-            )
-        optimizer = self._with_optimizer(saved, header["optimizer"])
-        self._engine.load_adapter(header["model_id"], Path(header["folder"]), optimizer=optimizer)
+        folder, optimizer = Path(header["folder"]), header["optimizer"]
+
+        def read(saved: Checkpoint) -> Adapter:
+            differing = [k for k, v in asdict(model.lora).items() if k != "seed" and saved.lora[k] != v]
+            if differing:
+                has = ", ".join(f"{k} {saved.lora[k]}" for k in differing)
+                wants = ", ".join(f"{k} {getattr(model.lora, k)}" for k in differing)
+                raise RequestError(
+                    f"{header['path']} has {has}; the model was created with {wants}. "
+                    "Use create_training_client_from_state(path), which takes the checkpoint's own settings."
+                )
+            return self._engine.read_adapter(folder, optimizer=self._with_optimizer(saved, optimizer))
+
+        saved, adapter = self._read(folder, header["path"], read)
+        self._engine.keep_adapter(header["model_id"], adapter)
         model.step = saved.step if optimizer else 0
         model.since_step = StepMetrics()
         return {"checkpoint": _identity(saved)}, {}
@@ -285,8 +297,9 @@ class TrainStep:
         if source["type"] == "base":
             self.samplers[sampler] = None
             return {}, {}
-        saved = self._verified(source["folder"], source["path"])
-        self._engine.load_snapshot(sampler, Path(source["folder"]))
+        folder = Path(source["folder"])
+        saved, weights = self._read(folder, source["path"], lambda _: self._engine.read_snapshot(folder))
+        self._engine.keep_snapshot(sampler, weights)
         opened = {"folder": source["folder"], "path": source["path"], "checkpoint": _identity(saved)}
         self._opened[sampler] = opened
         self._keep_in_memory(sampler)
@@ -294,17 +307,24 @@ class TrainStep:
 
     def _open_again(self, sampler: str) -> None:
         opened = self._opened[sampler]
-        try:
-            if _identity(self._verified(opened["folder"], opened["path"])) != opened["checkpoint"]:
-                raise RequestError(f"{opened['path']} has been overwritten since.")
-            failure = self._ranks.on_all(lambda: self._engine.load_snapshot(sampler, Path(opened["folder"])))
-            if failure is not None:
-                raise MemoryError(failure.message) if failure.out_of_memory else RequestError(failure.message)
-        except (RequestError, OSError) as error:
+        folder, path = Path(opened["folder"]), opened["path"]
+
+        def read(saved: Checkpoint) -> LoraWeights:
+            if _identity(saved) != opened["checkpoint"]:
+                raise RequestError(f"{path} has been overwritten since.")
+            return self._engine.read_snapshot(folder)
+
+        def bring_back() -> None:
+            self._engine.keep_snapshot(sampler, self._read(folder, path, read)[1])
+
+        failure = self._ranks.on_all(bring_back)
+        if failure is not None and failure.out_of_memory:
+            raise MemoryError(failure.message)
+        if failure is not None:
             raise RequestError(
-                f"sampler {sampler} made room for others that were used since, and cannot be read back: {error} Keep "
-                "what you sample from later under a name of its own."
-            ) from error
+                f"sampler {sampler} made room for others that were used since, and cannot be read back: "
+                f"{failure.message} Keep what you sample from later under a name of its own."
+            )
         self._keep_in_memory(sampler)
 
     def _save(self, request: Record, *, kind: str, optimizer: bool) -> None:
@@ -345,11 +365,26 @@ class TrainStep:
                 if not isinstance(error, OSError) or not self._ranks.on_first(functools.partial(wait.once, error)):
                     raise
 
-    def _verified(self, folder: str, path: str) -> Checkpoint:
-        content = self._ranks.on_first(
-            lambda: asdict(checkpoint.verify(Path(folder), path=path, base_model=self._base_model))
+    def _read(self, folder: Path, path: str, read: Callable[[Checkpoint], _T]) -> tuple[Checkpoint, _T]:
+        """A checkpoint, and what `read` made of its files: of this one, also where another run saves over it meanwhile.
+
+        Raises: RequestError: see checkpoint.verify; also where that goes on and on; what `read` raises.
+        Collectives: Ranks.on_first, those of `read`.
+        """
+
+        def verified() -> dict[str, Any]:
+            return asdict(checkpoint.verify(folder, path=path, base_model=self._base_model))
+
+        for _ in range(READ_TRIES):
+            saved = Checkpoint(**self._ranks.on_first(verified))
+            found = read(saved)
+            if self._ranks.on_first(lambda: checkpoint.identity_now(folder)) == _identity(saved):
+                return saved, found
+            del found  # two may not fit into memory
+        raise RequestError(
+            f"{path} was saved over while it was read, {READ_TRIES} times in a row. Load it when whoever saves it is "
+            "done, or have it saved under a name that is not used again."
         )
-        return Checkpoint(**content)
 
     @staticmethod
     def _with_optimizer(saved: Checkpoint, wanted: bool) -> bool:
@@ -393,5 +428,5 @@ class TrainStep:
 
 
 def _identity(saved: Checkpoint) -> list[Any]:
-    """Tells a checkpoint from one that was saved over it; recorded with every load, and compared on redo."""
-    return [saved.request_id, saved.created_at]
+    """Recorded with every load, and compared on redo."""
+    return checkpoint.identity(asdict(saved))

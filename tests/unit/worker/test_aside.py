@@ -45,11 +45,17 @@ class Engine:
         del self.snapshots[name]
 
     def load_snapshot(self, name: str, folder: Path) -> None:
+        self.keep_snapshot(name, self.read_snapshot(folder))
+
+    def keep_snapshot(self, name: str, value: float) -> None:
+        self.snapshots[name] = value
+
+    def read_snapshot(self, folder: Path) -> float:
         from safetensors.torch import load_file
 
         if not folder.exists():
             raise WeightsError(f"no folder {folder}.")
-        self.snapshots[name] = load_file(folder / WEIGHTS_FILE)["a"][0, 0].item()
+        return load_file(folder / WEIGHTS_FILE)["a"][0, 0].item()
 
 
 def make(folder: Path) -> tuple[Any, SnapshotsAside]:
@@ -215,7 +221,7 @@ def test_what_one_rank_alone_cannot_read_back_ends_the_worker(tmp_path: Path, mo
     def refuse(*_: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(engine, "load_snapshot", refuse)
+    monkeypatch.setattr(engine, "read_snapshot", refuse)
     with pytest.raises(EndWorker, match="failed alone: Input/output error"):
         step.snapshot_for(sampler)
 
@@ -250,3 +256,33 @@ def test_an_unknown_sampler_is_refused_with_words(tmp_path: Path) -> None:
     engine, aside = make(tmp_path)
     with pytest.raises(RequestError, match="sampler 'nobody' is not known to this worker"):
         TrainStep(engine, Ranks(None, 0, 1), "base", None, aside).snapshot_for("nobody")
+
+
+def test_what_is_recorded_of_a_load_is_what_was_loaded(tmp_path: Path, monkeypatch) -> None:
+    """Another run saves over the checkpoint between its checksums and its reading."""
+    engine, aside = make(tmp_path)
+    step = TrainStep(engine, Ranks(None, 0, 1), "base", None, aside)
+    source = save(tmp_path, "latest", 1.0)
+    read, saved_over = engine.read_snapshot, iter(range(2, 99))
+
+    def saved_over_first(times: int) -> None:
+        left = iter(range(times))
+
+        def race(folder: Path) -> float:
+            if next(left, None) is not None:
+                number = next(saved_over)
+                save(tmp_path, "latest", float(number), request_id=f"r{number}")
+            return read(folder)
+
+        monkeypatch.setattr(engine, "read_snapshot", race)
+
+    def open_sampler(name: str) -> Any:
+        fields = {"op": "open_sampler", "seq": 0, "sampling_session_id": name, "source": source}
+        return step.run(Record(fields))[0]["checkpoint"][0]
+
+    saved_over_first(times=2)
+    assert open_sampler("one") == "r3" and engine.snapshots == {"one": 3.0}
+    saved_over_first(times=3)
+    with pytest.raises(RequestError, match=r"sampler_weights/latest was saved over while it was read, 3 times"):
+        open_sampler("two")
+    assert engine.snapshots == {"one": 3.0} and "two" not in step.samplers
