@@ -73,7 +73,8 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
         dtype: "float32" or "bfloat16"; None means bfloat16 on CUDA and float32 on CPU.
     Raises: ConfigError if the number of processes does not fit the layout, the dtype is unknown, or torch does not see
         the GPUs that the job was given.
-    Collectives: creates groups, so every rank must call it at the same point; a second call leaves those of the first.
+    Collectives: creates groups, and on CUDA those of connect, so every rank must call it at the same point; a second
+        call leaves the groups of the first.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != layout.world_size:
@@ -110,7 +111,7 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
     control_group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
     mpu: Any = parallel_state  # its annotations admit None, which initialize_model_parallel rules out
     forward_group: Any = mpu.get_pipeline_model_parallel_group()
-    return Runtime(
+    ranks = Runtime(
         layout=layout,
         device=device,
         dtype=compute_dtype,
@@ -124,6 +125,35 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
         backward_group=_second_pipeline_group(layout) if layout.pp_size > 1 else forward_group,
         control_group=control_group,
     )
+    if cuda:
+        connect(ranks)
+    return ranks
+
+
+def connect(ranks: Runtime) -> None:
+    """Use every way there is between ranks once. NCCL makes a communicator, and the buffers of a connection, when they
+    are first needed, outside torch's allocator: later, activations may have left them no memory.
+
+    Collectives: one all-reduce over each group and an all-to-all over ep_group, in one order on all ranks; a message
+        [1] from stage to stage, and one back, so that no two wait for each other.
+    """
+    number = torch.zeros(1, device=ranks.device)
+    groups = [ranks.tp_group, ranks.dp_group, ranks.forward_group]
+    if ranks.layout.ep_size > 1:  # else there may be no experts at all, and a communicator costs memory
+        groups += [ranks.ep_group, ranks.expert_copies_group]
+        one_each = torch.zeros(ranks.layout.ep_size, device=ranks.device)
+        dist.all_to_all_single(torch.empty_like(one_each), one_each, group=ranks.ep_group)
+    for group in groups:
+        if group.size() > 1:
+            dist.all_reduce(number, group=group)
+    stage = ranks.place.pp_rank
+    if not ranks.is_first_stage:
+        dist.recv(number, group=ranks.forward_group, group_src=stage - 1)
+    if not ranks.is_last_stage:
+        dist.send(number, group=ranks.forward_group, group_dst=stage + 1)
+        dist.recv(number, group=ranks.backward_group, group_src=stage + 1)
+    if not ranks.is_first_stage:
+        dist.send(number, group=ranks.backward_group, group_dst=stage - 1)
 
 
 def _leave_groups() -> None:
