@@ -139,6 +139,10 @@ def agent_environment(spec: JobSpec, environ: Mapping[str, str], *, cores: int) 
     # see those of its node, or a value of the shell that it was submitted from.
     devices = _devices(environ) or [str(index) for index in range(spec.ranks_per_node)]
     env["CUDA_VISIBLE_DEVICES"] = ",".join(devices[: spec.ranks_per_node]) if spec.gpus_per_node else ""
+    # Sampling's cache and training's activations take turns in the same memory: fixed segments, once cut to the sizes
+    # of one, are of no use to the other. The user may have said otherwise by either of the names that torch reads.
+    if spec.gpus_per_node and "PYTORCH_CUDA_ALLOC_CONF" not in env:
+        env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return env
 
 

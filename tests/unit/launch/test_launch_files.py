@@ -103,6 +103,16 @@ def test_gpus_are_shared_out() -> None:
     assert on_cpus["CUDA_VISIBLE_DEVICES"] == "", "whatever the node has, or the shell that it was submitted from"
 
 
+def test_segments_of_a_gpus_memory_grow_unless_the_user_says_otherwise() -> None:
+    def settings(spec: JobSpec, environ: dict[str, str]) -> dict[str, str]:
+        return {k: v for k, v in agent_environment(spec, environ, cores=8).items() if k.endswith("ALLOC_CONF")}
+
+    assert settings(gpu_spec(), {}) == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        assert settings(gpu_spec(), {name: "max_split_size_mb:64"}) == {name: "max_split_size_mb:64"}
+    assert settings(gpu_spec(gpus_per_node=0), {}) == {}
+
+
 @pytest.mark.parametrize(
     ("cores", "given", "threads"), [(64, None, "8"), (4, None, "2"), (1, None, "1"), (64, "3", "3")]
 )
