@@ -57,10 +57,11 @@ def frozen_grouped(x_NI: Tensor, weight_EOI: Tensor, matrices: Sequence[Tensor],
 
 def grouped(x_NI: Tensor, weight_EOI: Tensor, groups: Groups) -> Tensor:
     """The same for a W that is trained; one that all experts share, [1, O, I], is a plain linear."""
+    kernel = trains_by_kernel(x_NI) if torch.is_grad_enabled() else by_kernel(x_NI)
     product = linear if torch.is_grad_enabled() and not by_kernel(x_NI) else F.linear
     if weight_EOI.shape[0] == 1:
         return product(x_NI, weight_EOI[0])
-    if by_kernel(x_NI):
+    if kernel:
         num_outputs = weight_EOI.shape[1]
         x_NI, weight_EOI = _aligned(x_NI, 1), _aligned(_aligned(weight_EOI, 1), 2)
         return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=groups.ends_E)[:, :num_outputs]
@@ -72,6 +73,13 @@ def grouped(x_NI: Tensor, weight_EOI: Tensor, groups: Groups) -> Tensor:
 def by_kernel(x: Tensor) -> bool:
     """Whether grouped_mm is one kernel here."""
     return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def trains_by_kernel(x: Tensor) -> bool:
+    """Whether it gives the matrices their gradients too. Not from Blackwell on, where that of a group without rows (an
+    expert without tokens) is whatever was in memory: github.com/pytorch/pytorch/issues/172439.
+    """
+    return by_kernel(x) and torch.cuda.get_device_capability(x.device)[0] < 10
 
 
 def _aligned(x: Tensor, dim: int) -> Tensor:

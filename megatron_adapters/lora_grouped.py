@@ -1,9 +1,10 @@
 """LoRA of several adapters in one fused linear by grouped products: a few kernels, however many adapters there are.
 
 lora_training.py's loop starts a dozen small kernels for every adapter in every linear, which on a GPU costs more than
-what they compute: so on CUDA in half precision, where torch has grouped_mm as one kernel, a batch of several adapters
-goes this way. Ranks are padded with zeros to the largest one; matrices that lie apart, in float32, are copied together
-in the compute dtype for each product and not kept. The numbers are the loop's, up to roundings of the dtype.
+what they compute: so on CUDA in half precision, where torch has grouped_mm as one kernel (grouped.py), a batch of
+several adapters goes this way. Ranks are padded with zeros to the largest one; matrices that lie apart, in float32, are
+copied together in the compute dtype for each product and not kept. The numbers are the loop's, up to roundings of the
+dtype.
 
 Shapes: T tokens, I inputs, O outputs of a projection, G groups of consecutive tokens, P paths, R the padded rank.
 """
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grouped import ALIGNMENT, by_kernel
+from .grouped import ALIGNMENT, trains_by_kernel
 from .lora_stack import Split, Stack, gradient_of
 
 
@@ -52,7 +53,7 @@ class Plan(NamedTuple):
 
 def is_better(x_TI: Tensor, weight_OI: Tensor, num_parts: int) -> bool:
     """Whether the updates of as many adapters beside this weight are grouped."""
-    return by_kernel(x_TI) and num_parts > 1 and all(size % ALIGNMENT == 0 for size in weight_OI.shape)
+    return trains_by_kernel(x_TI) and num_parts > 1 and all(size % ALIGNMENT == 0 for size in weight_OI.shape)
 
 
 def make_plan(parts: Sequence[tuple[int, int, Stack]], num_paths: int, x_TI: Tensor) -> Plan:
