@@ -1,7 +1,7 @@
 """Where idle adapters wait: their training state leaves the device, and comes back to the bit when it is asked for.
 
 An adapter in training costs 16 bytes a parameter (weights, gradients, Adam's moments). Beyond a bound, those used
-longest ago are put away: from a GPU into pinned host memory, from a CPU's memory onto the node's own disk. The tensors
+longest ago are put away: from a GPU into host memory, from a CPU's memory onto the node's own disk. The tensors
 stay the same objects and lose only their storage, so nothing that refers to them has to be made anew. Sampling
 snapshots are not touched: they are copies (adapters.py).
 """
@@ -197,10 +197,8 @@ def memory_for_adapters(device: torch.device) -> int:
 
 
 def _to_host(buffers: list[Tensor]) -> _OnHost:
-    copies = [torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True) for buffer in buffers]
-    for copy, buffer in zip(copies, buffers, strict=True):
-        copy.copy_(buffer)
-    return _OnHost(copies)
+    """Not pinned: torch rounds each piece of pinned memory up to a power of two and keeps what is freed."""
+    return _OnHost([buffer.to("cpu", copy=True) for buffer in buffers])
 
 
 def _buffers(adapter: Adapter) -> tuple[Tensor, ...]:

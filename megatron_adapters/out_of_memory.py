@@ -10,7 +10,7 @@ _WORDS = (
     "can't allocate memory",  # torch's allocator on CPU: a RuntimeError "DefaultCPUAllocator: can't allocate memory"
     "not enough memory",  # the same on other systems
     "CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS allocates its workspace itself
-    "CUDA error: out of memory",  # torch.AcceleratorError: a kernel loaded at its first use, pinned host memory
+    "CUDA error: out of memory",  # torch.AcceleratorError: a kernel loaded at its first use
     "CUDA driver error: out of memory",  # the allocator's expandable segments
     "CUDA out of memory",  # torch.OutOfMemoryError that came over from another rank as a RuntimeError
 )

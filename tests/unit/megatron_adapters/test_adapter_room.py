@@ -212,6 +212,20 @@ def test_what_finds_no_room_stays_away(tmp_path: Path, monkeypatch: pytest.Monke
     room.close()
 
 
+def test_a_gpus_adapters_wait_in_memory_that_is_not_pinned() -> None:
+    """Tensors here stand for a GPU's: without one there is no pinned memory either."""
+    room = AdapterRoom(torch.device("cuda"), most_bytes=0)
+    adapter = make(1)
+    train(adapter, seed=2)
+    before = state(adapter)
+    room.add("a", adapter)
+    room.add("b", make(1))
+    assert room.is_away("a")
+    room.use(["a"])
+    assert all(torch.equal(now, then) for now, then in zip(state(adapter), before, strict=True))
+    room.close()
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -226,15 +240,15 @@ def test_full_host_memory_leaves_adapters_on_the_gpu(
 ) -> None:
     """A GPU's room on the CPU: the tensors are here, the device's name and the allocator's failure are CUDA's."""
     room = AdapterRoom(torch.device("cuda"), most_bytes=0)
-    first, empty = make(1), torch.empty
+    first, to = make(1), torch.Tensor.to
     before = state(first)
 
-    def no_pinned(*shape: int, pin_memory: bool = False, **options: object) -> torch.Tensor:
-        if pin_memory:
+    def no_copy(tensor: torch.Tensor, *where: object, copy: bool = False, **options: object) -> torch.Tensor:
+        if copy:
             raise error
-        return empty(*shape, **options)  # type: ignore[call-overload]
+        return to(tensor, *where, **options)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(torch, "empty", no_pinned)
+    monkeypatch.setattr(torch.Tensor, "to", no_copy)
     room.add("a", first)
     room.add("b", make(1))
     assert not room.is_away("a")
