@@ -95,6 +95,8 @@ def start(layout: Layout, dtype: str | None = None) -> Runtime:
         # change all the time while decoding, and gpt-oss trains with masks. CUTLASS' memory-efficient kernel, which
         # comes next, takes any shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        # float32 is float32: containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which this wins over.
+        torch.backends.cuda.matmul.allow_tf32 = False
     else:
         cpu_shims.install()
     if not dist.is_initialized():
