@@ -6,7 +6,7 @@ size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby, pairwise
 
 import numpy as np
@@ -20,7 +20,7 @@ from .cached_attention import DecodeAttention, PrefillAttention
 from .inference_layers import Wanted
 from .interface import Choices
 from .lora_linear import Segment
-from .model import Model
+from .model import Model, Table
 from .prompt_scores import Prompt, score_prompts
 from .routing_replay import gather_noted
 from .token_forward import Decoded, Prefilled, PrefillRow
@@ -39,7 +39,7 @@ class ModelForward:
         """Collectives: those of `Model.hidden_states`, `LmHead.logits`, and `score_prompts`; before these, where
         experts are to be noted, of `gather_noted`.
         """
-        self._announce(True)
+        table = self._announce({row.snapshot_id for row in rows})
         device = self._model.runtime.device
         lengths = [len(row.tokens) for row in rows]
         num_tokens = sum(lengths)
@@ -59,6 +59,7 @@ class ModelForward:
             torch.from_numpy(tokens_T.astype(np.int64)).to(device),
             context,
             self._segments(snapshot_ids, lengths, padding),
+            table,
             None if whole else last,
             note_experts=noted,
         )
@@ -90,7 +91,7 @@ class ModelForward:
         """Collectives: those of `Model.hidden_states` and `LmHead.logits`; between these, with `note_experts`, of
         `gather_noted`.
         """
-        self._announce(True)
+        table = self._announce(set(snapshot_ids))
         device = self._model.runtime.device
         num_rows = len(tokens)
         padding = self._model.padded_length(num_rows) - num_rows
@@ -102,6 +103,7 @@ class ModelForward:
             torch.tensor([*tokens, *[0] * padding], device=device),
             context,
             self._segments(snapshot_ids, ones, padding),
+            table,
             note_experts=note_experts,
         )
         logits_BV = self._model.head.logits(hidden_TD[:num_rows], self._segments(snapshot_ids, ones))
@@ -112,6 +114,7 @@ class ModelForward:
         tokens_T: Tensor,
         context: PackedContext,
         segments: Sequence[Segment],
+        table: Table,
         wanted: Wanted | None = None,
         *,
         note_experts: bool,
@@ -119,11 +122,11 @@ class ModelForward:
         """`Model.hidden_states`, and the experts of all tokens [T, M, K] where they are to be noted."""
         model = self._model
         if not note_experts:
-            return model.hidden_states(tokens_T, context, segments, self._table(), wanted), None
+            return model.hidden_states(tokens_T, context, segments, table, wanted), None
         arch = model.arch
         assert arch.experts is not None, "a model without experts was asked which it chose"
         with model.routing.noting() as noted:
-            hidden_TD = model.hidden_states(tokens_T, context, segments, self._table(), wanted)
+            hidden_TD = model.hidden_states(tokens_T, context, segments, table, wanted)
         layers = len(arch.expert_layers)
         found = gather_noted(noted, len(tokens_T), num_layers=layers, experts=arch.experts, runtime=model.runtime)
         return hidden_TD, found
@@ -132,37 +135,40 @@ class ModelForward:
     def join_others(self) -> None:
         """While another rank that shares experts with this one still has a pass to do, take part with padding.
 
-        Collectives: per pass of the busiest rank one all-reduce of a flag over the control group (as before every pass
-        of our own), and `Model.hidden_states`.
+        Collectives: per pass of the busiest rank one all-reduce over the control group (as before every pass of our
+            own), and `Model.hidden_states`.
         """
-        if not self._joint:
-            return
         model = self._model
-        while self._announce(False):
+        while table := self._announce(()):
             length = model.padded_length(0)
             zeros_T = torch.zeros(length, dtype=torch.int64, device=model.runtime.device)
             context = model.context([0, length], torch.arange(length, device=model.runtime.device))
-            model.hidden_states(zeros_T, context, [Segment(None, 0, length)], self._table())
+            model.hidden_states(zeros_T, context, [Segment(table[0], 0, length)], table)
 
-    def _announce(self, has_pass: bool) -> bool:
-        """Say whether this rank is about to do a pass; True if any is."""
+    def _announce(self, snapshot_ids: Collection[str | None]) -> Table:
+        """Say which weights this rank's pass is about to use (None: the base alone); without any it has no pass.
+
+        Returns: for Routing.use the weights that some rank is about to use, and no others: a step of one adapter alone
+            then needs no numbers. Empty if no rank has a pass; None if this rank shares experts with no other copy.
+        """
         if not self._joint:
-            return has_pass
-        flag = torch.tensor([int(has_pass)])
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._model.runtime.control_group)
-        return bool(flag.item())
+            return None
+        known = [None, *sorted(self._snapshots)]  # the same on every rank: all make and drop the same snapshots
+        flags = torch.tensor([snapshot_id in snapshot_ids for snapshot_id in known], dtype=torch.uint8)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._model.runtime.control_group)
+        return [self._weights(snapshot_id) for snapshot_id, live in zip(known, flags.tolist(), strict=True) if live]
 
-    def _table(self) -> list[LoraWeights | None] | None:
-        """See Routing.use: ranks with other requests use other adapters, so all that are known."""
-        return [None, *self._snapshots.values()] if self._joint else None
+    def _weights(self, snapshot_id: str | None) -> LoraWeights | None:
+        return None if snapshot_id is None else self._snapshots[snapshot_id]
 
     def _segments(self, snapshot_ids: Sequence[str | None], lengths: Sequence[int], padding: int = 0) -> list[Segment]:
-        """One segment for every run of equal weights; padding uses the base alone."""
+        """One segment for every run of equal weights; padding goes with the last: weights of its own, be it the base's,
+        would make a step of one adapter a mixed one.
+        """
         segments, start = [], 0
         for snapshot_id, members in groupby(zip(snapshot_ids, lengths, strict=True), key=lambda member: member[0]):
             end = start + sum(length for _, length in members)
-            segments.append(Segment(None if snapshot_id is None else self._snapshots[snapshot_id], start, end))
+            segments.append(Segment(self._weights(snapshot_id), start, end))
             start = end
-        if padding:
-            segments.append(Segment(None, start, start + padding))
+        segments[-1] = segments[-1]._replace(end=start + padding)
         return segments

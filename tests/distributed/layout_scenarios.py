@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import sampling_scenarios
 import torch
+import torch.distributed as dist
 from jobs import Ground
 from parity_reference import ADAM, RANK, VOCAB
 from parity_scenarios import Bench, Outcome, batch, cross_entropy, start
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_adapters.engine import AdamParams, Datum, Engine, LoraSpec, SampleRequest
+from megatron_adapters.experts import StackedExperts
 from megatron_adapters.links import Links
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
@@ -33,6 +35,26 @@ def greedy(ground: Ground) -> Outcome:
     engine = start(ground).engine
     engine.load_snapshot("peft", ground.reference.adapter_folder)
     return sampling_scenarios.greedy(engine)
+
+
+def mixed_experts(ground: Ground) -> Outcome:
+    """Several adapters and the base in one batch and one at a time; and of an odd number of rows of each alone, what
+    layers of experts were told on any rank: how many weights there are, and whether rows are numbered by them.
+    """
+    engine = start(ground).engine
+    outcome = sampling_scenarios.mixed_weights(engine)
+    told: set[tuple[int, bool]] = set()
+    for module in engine.model.gpt.modules():
+        if isinstance(module, StackedExperts):
+            module.register_forward_pre_hook(lambda _, inputs: told.add((len(inputs[2]), inputs[3] is not None)))
+    outcome["told"] = {}
+    for name in (None, *engine.snapshots):
+        told.clear()
+        engine.sample([sampling_scenarios.ask(sampling_scenarios.prompts()[1], name, num_samples=3, max_tokens=4)])
+        everyones: list[set[tuple[int, bool]]] = [set() for _ in range(engine.world_size)]
+        dist.all_gather_object(everyones, told, group=engine.control_group)
+        outcome["told"][name] = set().union(*everyones)
+    return outcome
 
 
 def state(ground: Ground) -> Outcome:

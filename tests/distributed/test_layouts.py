@@ -15,7 +15,7 @@ from parity_reference import LENGTHS, Reference, load_transformers, logits_of, s
 from parity_table import BOUNDS, JOBS, largest_gap
 from sampling_scenarios import prompts
 from test_properties import assert_same_bits, relative_gap
-from test_sampling import generate, tokens_of
+from test_sampling import LOGPROB_TOLERANCE, generate, tokens_of
 from transformers import FineGrainedFP8Config, Mxfp4Config
 
 pytestmark = pytest.mark.distributed
@@ -31,6 +31,7 @@ SAMPLING = [
     }.items()
     for layout in layouts
 ]
+MIXED = [Job(layout, "layout_scenarios:mixed_experts", "qwen3_moe") for layout in ("EP2", "TP2+EP2", "TP2+EP4")]
 RESUMED = [
     Job(layout, "layout_scenarios:next_losses", family, given=Job("TP2+EP2", "layout_scenarios:state", family))
     for family, layouts in {
@@ -77,6 +78,18 @@ def test_greedy_tokens_are_those_of_generate(
     theirs, results = generated[job.family], outcome_of(job)
     assert [tokens_of(result)[0] for result in results[None]] == theirs
     assert [tokens_of(result)[0] for result in results["peft"]] != theirs  # the adapter matters
+
+
+@pytest.mark.parametrize("job", MIXED, ids=str)
+def test_experts_mix_what_is_live_and_no_other_adapters(job: Job, outcome_of: Outcomes) -> None:
+    """Ranks that share experts sample for different adapters at once; a step of one alone is computed as such."""
+    outcome = outcome_of(job)
+    for mixed, single in zip(outcome["together"], outcome["alone"], strict=True):
+        assert tokens_of(mixed) == tokens_of(single)
+        gap = abs(mixed.sequences[0].logprobs - single.sequences[0].logprobs).max()
+        assert gap <= LOGPROB_TOLERANCE
+    assert len({tuple(tokens_of(result)[0]) for result in outcome["together"]}) == len(outcome["together"])
+    assert outcome["told"] == {name: {(1, False)} for name in (None, "mix1", "mix2", "mix3")}
 
 
 @pytest.mark.parametrize("job", RESUMED, ids=str)
