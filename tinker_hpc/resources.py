@@ -268,11 +268,12 @@ def base_model_names(base_model: object) -> list[str]:
     Raises: ConfigError if that is not what it is.
     """
     several = base_model if isinstance(base_model, Sequence) and not isinstance(base_model, str) else [base_model]
-    if not all(isinstance(one, str | os.PathLike) for one in several):
+    names = [os.fspath(one) for one in several if isinstance(one, str | os.PathLike)]
+    if len(names) < len(several):
         raise ConfigError(
             f"base_model is {base_model!r}; expected a hub name, the folder of a model, or a list of such."
         )
-    return [os.fspath(one) for one in several]
+    return names
 
 
 def check_run_name(name: str | None, *, otherwise: str) -> str:
