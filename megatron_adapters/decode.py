@@ -89,7 +89,8 @@ class Decoder:
                 answer is then the caller's alone: a run that others keep joining may last for days.
             admit: called before every step, the same number of times on every rank; must return the same requests on
                 every rank. The run ends when nothing is left, so what arrives later is for the next run.
-            max_live: most sequences that this rank advances at once, beside what the cache has room for.
+            max_live: most sequences that this rank advances at once, beside what the cache has room for, until
+                `requests` are answered: it was found for them, and others may keep joining for days.
         Returns: without `on_finished`, one result per request in order of arrival, on every rank; with it nothing.
             A request that cannot be served has `error` set and disturbs no other.
         Collectives: those of the model's passes and of `SampleRanks`.
@@ -105,6 +106,8 @@ class Decoder:
                     self._give_up_cancelled(on_finished)
                 if not self._open:
                     break
+                if next(iter(self._open)) >= len(requests):  # in order of arrival
+                    self._own.max_live = None
                 self._own.start_waiting()
                 self._own.step()
                 self._forward.join_others()

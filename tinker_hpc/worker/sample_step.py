@@ -44,32 +44,50 @@ class SampleStep:
 
         Beside them `admit` gives the seqs of samples that were cancelled; they are answered with an error at once.
 
-        Where it does not fit into memory, what is unanswered is begun again with half as many sequences at a time, at
-        last one request after the other; `nobody` then takes the place of `admit`. Any other failure of the whole batch
+        Where it does not fit into memory, what is unanswered is begun again with half as many sequences at a time until
+        that is drawn. What does not fit as a single sequence, or has weights that do not, is drawn by itself, with
+        `nobody` in the place of `admit`; then the others go on. Any other failure of the whole batch
         becomes the failure of everything unanswered in it; it never raises for a request. A request that fails before
         it is drawn, since its weights cannot be loaded, fails alone.
         Raises: EndWorker, also from `finish` and `admit`; where ranks parted over the batch, after `break_off` with
             what is unanswered.
         Collectives: those of Engine.sample and `admit`; at the end Ranks.agree.
         """
-        left, failure = self._round(requests, finish, admit, break_off)
-        max_live = sum(record.header["num_samples"] for record in left)
-        while left and failure is not None and failure.out_of_memory and max_live > 1:
-            max_live //= 2
-            self._engine.recover_memory()
-            if self._ranks.is_first:
-                print(f"worker: sampling ran out of memory; {max_live} sequences at a time are tried", flush=True)
-            left, failure = self._round(left, finish, nobody, break_off, max_live=max_live)
-        for record in left:
-            assert failure is not None
-            outcome = failure
-            if failure.out_of_memory:
-                self._engine.recover_memory()
-                again, why = self._round([record], finish, nobody, break_off, max_live=1)
-                if not again:
-                    continue
-                outcome = _too_large(record, why or failure)
-            finish(record, outcome)
+        max_live: int | None = None
+        while requests:
+            left, failure, suspect = self._round(requests, finish, admit, break_off, max_live=max_live)
+            if failure is None or not left:
+                return
+            if not failure.out_of_memory:
+                for record in left:
+                    finish(record, failure)
+                return
+            began = {record.header["seq"] for record in requests}
+            if began.isdisjoint(record.header["seq"] for record in left):
+                max_live = None  # the engine's bound ended with them
+            if suspect is None:
+                num_sequences = max_live or sum(record.header["num_samples"] for record in left)
+                if num_sequences > 1:
+                    max_live = num_sequences // 2
+                    if self._ranks.is_first:
+                        tried = f"{max_live} sequences at a time are tried"
+                        print(f"worker: sampling ran out of memory; {tried}", flush=True)
+                else:
+                    suspect = left[0]
+            if suspect is not None and not self._alone(suspect, finish, nobody, break_off):
+                max_live = None  # it was to blame, and not how many there were
+            requests = [record for record in left if record is not suspect]
+
+    def _alone(self, record: Record, finish: Finish, nobody: Admit, break_off: BreakOff) -> bool:
+        """One sequence at a time, and nobody joins: what does not fit even so is this request's own. False if it does
+        not.
+        """
+        left, failure, not_loaded = self._round([record], finish, nobody, break_off, max_live=1)
+        if not left:
+            return True
+        assert failure is not None
+        finish(record, _too_large(record, failure, not_loaded is not None) if failure.out_of_memory else failure)
+        return False
 
     def _round(
         self,
@@ -79,8 +97,11 @@ class SampleStep:
         break_off: BreakOff,
         *,
         max_live: int | None = None,
-    ) -> tuple[list[Record], Failure | None]:
-        """One run of the engine. Returns: what is unanswered after it, and why."""
+    ) -> tuple[list[Record], Failure | None, Record | None]:
+        """One run of the engine. Returns: what is unanswered after it, why, and the one of these whose weights found no
+        room, if that is why.
+        """
+        suspect: Record | None = None
         unanswered: dict[int, Record] = {}  # by seq, in order of arrival
         arrived: dict[int, Record] = {}  # those of them that the engine has, by its own order of arrival
         places = itertools.count()
@@ -90,12 +111,14 @@ class SampleStep:
             finish(record, outcome)
 
         def prepare(records: Sequence[Record]) -> list[SampleRequest]:
+            nonlocal suspect
             unanswered.update((record.header["seq"], record) for record in records)
             prepared = []
             for record in records:
                 request = self._prepared(record, break_off)
                 if isinstance(request, Failure):
                     if request.out_of_memory:  # there may be room when nothing else is sampled
+                        suspect = record
                         raise MemoryError(request.message)
                     answer(record, request)
                     continue
@@ -129,7 +152,10 @@ class SampleStep:
         finally:
             self._train_step.in_use.clear()
         left = list(unanswered.values())
-        return left, self._agree(failure, left, break_off)
+        failure = self._agree(failure, left, break_off)
+        if failure is not None and failure.out_of_memory:
+            self._engine.recover_memory()
+        return left, failure, suspect
 
     def _prepared(self, record: Record, break_off: BreakOff) -> SampleRequest | Failure:
         """What the engine takes, or why there is none, which is this request's own failure; the same on every rank.
@@ -165,12 +191,20 @@ class SampleStep:
             raise
 
 
-def _too_large(request: Record, failure: Failure) -> Failure:
+def _too_large(request: Record, failure: Failure, not_loaded: bool) -> Failure:
     header = request.header
+    said = failure.message.splitlines()[0][:300]
+    if not_loaded:
+        return Failure(
+            "user",
+            f"the weights of sampler {header['sampling_session_id']} do not fit into the worker's memory, not even "
+            "while nothing else is sampled. The worker goes on. Train a lower rank, or run on more or larger GPUs. "
+            f"The device said: {said}",
+        )
     return Failure(
         "user",
         f"this sample does not fit into the worker's memory, not even one sequence at a time: a prompt of "
         f"{request.arrays['prompt'].size} tokens, max_tokens {header['max_tokens'] or 'not given'}. The worker goes "
         "on. Shorten the prompt, give a lower max_tokens, ask for less about the prompt, or run on more or larger "
-        f"GPUs. The device said: {failure.message.splitlines()[0][:300]}",
+        f"GPUs. The device said: {said}",
     )

@@ -258,6 +258,16 @@ def test_requests_admitted_between_steps_join_the_batch() -> None:
     assert max(len(step) for step in forward.steps) == 2
 
 
+def test_fewer_at_a_time_is_for_the_first_requests_and_not_for_those_that_join() -> None:
+    decoder, forward, _ = make_decoder()
+    arrivals = [[], [request(max_tokens=4) for _ in range(5)]]
+    answers: dict[int, SampleResult] = {}
+    first = [request(max_tokens=5), request(max_tokens=5)]
+    decoder.run(first, answers.__setitem__, lambda: arrivals.pop(0) if arrivals else [], max_live=1)
+    assert list(answers) == list(range(7))
+    assert [len(step) for step in forward.steps] == [1] * 8 + [5] * 3
+
+
 def test_an_answer_that_was_handed_over_is_kept_by_nobody() -> None:
     decoder, _, _ = make_decoder()
     alive: list[weakref.ref[SampleResult]] = []

@@ -32,7 +32,7 @@ class Engine:
         self.eos_token_ids = ()
         self.steps: list[int] = []
         self.num_runs = self.num_recovered = 0
-        self.most_at_once = 1000
+        self.most_at_once = self.longest_prompt = 1000
         self.when_memory_is_recovered: Callable[[], None] = lambda: None
         cache = KvCache(SHAPE, 10_000, max_context=256, max_rows=64)
         self._decoder = Decoder(
@@ -56,6 +56,8 @@ class Engine:
         self.when_memory_is_recovered()
 
     def prefill(self, rows: Sequence[PrefillRow]) -> Prefilled:
+        if any(len(row.tokens) > self.longest_prompt for row in rows):
+            raise MemoryError("a long prompt")
         return Prefilled(torch.zeros(len(rows), VOCABULARY), [None] * len(rows), [None] * len(rows))
 
     def join_others(self) -> None: ...
@@ -118,10 +120,10 @@ class Samples:
         return {seq: outcome.message for seq, outcome in self.answers.items() if isinstance(outcome, Failure)}
 
 
-def sample(seq: int, sampler: str = "a", *, tokens: int = 4, num_samples: int = 1) -> Record:
+def sample(seq: int, sampler: str = "a", *, tokens: int = 4, num_samples: int = 1, prompt: int = 2) -> Record:
     header = {"op": "sample", "seq": seq, "sampling_session_id": sampler, "num_samples": num_samples}
     header |= {"max_tokens": tokens, "temperature": 1.0, "top_k": -1, "top_p": 1.0, "seed": seq}
-    return Record({**header, "stop": {"type": "none"}}, {"prompt": np.array([1, 2], np.int32)})
+    return Record({**header, "stop": {"type": "none"}}, {"prompt": np.ones(prompt, np.int32)})
 
 
 def test_weights_are_in_use_until_the_last_of_their_answers_and_no_longer() -> None:
@@ -164,7 +166,8 @@ def test_weights_without_room_are_loaded_again_when_nothing_else_is_there(joinin
     samples.joins = {2: others} if joining else {}
     samples.run(first, *(() if joining else others))
     assert samples.answers.keys() == {1, 2, 3} and samples.errors().keys() == (set() if passes else {2})
-    assert passes or "no room for these" in samples.errors()[2]
+    assert passes or "the weights of sampler large do not fit" in samples.errors()[2]
+    assert samples.engine.steps[-1] == 2, "the others are drawn together"
     assert not samples.weights.in_use
 
 
@@ -184,3 +187,24 @@ def test_where_one_rank_alone_cannot_load_the_weights_only_their_sample_is_to_bl
     with pytest.raises(EndWorker):
         samples.run(first, *(() if joining else others))
     assert samples.broken_off == [2]
+
+
+def test_after_too_many_at_once_fewer_are_drawn_and_the_others_still_join_or_leave() -> None:
+    samples = Samples()
+    samples.engine.most_at_once = 4
+    samples.joins, samples.cancels = {3: [sample(8, tokens=3)], 12: [sample(9)]}, {4: [7]}
+    samples.run(*(sample(seq, tokens=9) for seq in range(1, 8)))
+    assert samples.answers.keys() == set(range(1, 10)) and samples.errors().keys() == {7}
+    assert samples.engine.steps[:2] == [7, 3] and samples.engine.num_runs == 2
+    assert samples.engine.num_recovered == 1
+
+
+def test_only_what_does_not_fit_by_itself_is_refused_and_then_nobody_is_held_up() -> None:
+    samples = Samples()
+    samples.engine.longest_prompt = 20
+    samples.joins = {2: [sample(4, prompt=30), sample(5), sample(6)]}
+    samples.run(sample(1, tokens=9), sample(2, tokens=9), sample(3, tokens=9))
+    assert samples.answers.keys() == set(range(1, 7)) and samples.errors().keys() == {4}
+    assert "not even one sequence at a time: a prompt of 30 tokens" in samples.errors()[4]
+    assert samples.engine.steps[-1] == 2, "5 and 6 are drawn together"
+    assert not samples.weights.in_use
