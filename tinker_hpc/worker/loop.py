@@ -28,6 +28,9 @@ _COMPUTING = frozenset({"forward_backward", "optim_step"})
 _PREFILL_TOKENS = 4096
 """At least what is computed between two decode steps: several short prompts at once (megatron_adapters/decode.py)."""
 
+_FEWER = 8
+"""Where all ranks have to start again since samples ran out of memory, so many times fewer of them are drawn at a time:
+each try costs a start."""
 FITS_FOR = 32
 """So many groups of passes that cut into sampling take the micro-batches that fitted beside it; the next tries the
 worker's again. A round of sampling that others keep joining has no end, and its cache does not stay as full as it was.
@@ -58,6 +61,8 @@ class Loop:
         self._prompt_tokens = 0
         """Of the longest prompt of this round of sampling."""
         self._sampling = False
+        self._max_live: int | None = None
+        """Sequences at a time in this round of sampling, where more had been too many."""
         self._fits_beside: int | None = None
         """The micro-batches that fitted beside this round's samples, whose cache stays while training cuts in; None:
         the worker's do, as far as is known. Equal on all ranks.
@@ -95,7 +100,15 @@ class Loop:
                     self._desk.sampling_starts()
                 self._note_prompts(requests)
                 self._sampling = True
-                self._sample_step.run(requests, self._finish, self._admit, self._nobody_joins, self._break_off)
+                self._max_live = min((most for _, most in orders[0].header["budgets"]), default=None)
+                self._sample_step.run(
+                    requests,
+                    self._finish,
+                    self._admit,
+                    self._nobody_joins,
+                    self._break_off,
+                    max_live=self._max_live,
+                )
                 self._hang.rest()
                 self._prompt_tokens = 0
                 self._sampling, self._fits_beside = False, None
@@ -294,9 +307,16 @@ class Loop:
         return failure
 
     def _break_off(self, requests: Sequence[Record], apart: EndWorker) -> None:
-        """The ranks parted over these requests and all will start again: see to it that they are not tried again."""
+        """The ranks parted over these requests and all will start again: see to it that they are not tried again, or
+        that samples for which memory was short are tried fewer at a time.
+        """
         if apart.failure is None:
             return
+        if apart.failure.out_of_memory and all(request.header["op"] == "sample" for request in requests):
+            num_sequences = self._max_live or sum(request.header["num_samples"] for request in requests)
+            if num_sequences > 1:
+                leave_budget_notes(self._folder, requests, max(1, num_sequences // _FEWER))
+                return
         if self._desk is None:
             leave_note(self._folder, requests, apart.failure)
             return

@@ -8,7 +8,8 @@ Where several passes were run together, each of them is first run alone; the one
 
     <worker folder>/poison/<seq>.json        {"category", "message"}, written once by the rank that failed
     <worker folder>/poison/<seq>.alone.json  {}: not to be mixed with others
-    <worker folder>/poison/<seq>.budget.json {"token_budget"}: to be run in smaller micro-batches, for want of memory
+    <worker folder>/poison/<seq>.budget.json {"token_budget"}: to be run in smaller micro-batches, for want of memory;
+                                             of a sample: so many sequences at a time
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def leave_budget_notes(worker_folder: Path, requests: Iterable[Record], token_bu
 
 
 def read_budget_notes(worker_folder: Path) -> dict[int, int]:
-    """Most tokens of a micro-batch, by `seq` of the request."""
+    """Most tokens of a micro-batch, or sequences at a time, by `seq` of the request."""
     notes = {}
     for path in (worker_folder / "poison").glob("[0-9]*.budget.json"):
         note = read_json(path)

@@ -39,10 +39,13 @@ class SampleStep:
         admit: Admit,
         nobody: Admit,
         break_off: BreakOff,
+        *,
+        max_live: int | None = None,
     ) -> None:
         """Answer `requests` and those that `admit` brings between decode steps, each through `finish`.
 
         Beside them `admit` gives the seqs of samples that were cancelled; they are answered with an error at once.
+        `max_live`: sequences at a time, where more are known to be too many.
 
         Where it does not fit into memory, what is unanswered is begun again with half as many sequences at a time until
         that is drawn. What does not fit as a single sequence, or has weights that do not, is drawn by itself, with
@@ -53,7 +56,6 @@ class SampleStep:
             what is unanswered.
         Collectives: those of Engine.sample and `admit`; at the end Ranks.agree.
         """
-        max_live: int | None = None
         while requests:
             left, failure, suspect = self._round(requests, finish, admit, break_off, max_live=max_live)
             if failure is None or not left:
@@ -171,6 +173,9 @@ class SampleStep:
         try:
             snapshot_id = self._train_step.snapshot_for(sampler)
             prepared = to_sample(record, self._engine.info, snapshot_id=snapshot_id)
+        except EndWorker as apart:
+            break_off([record], apart)
+            raise
         except Exception as error:
             failure = describe(error)
             if failure.category == "server" and not failure.out_of_memory:

@@ -208,3 +208,12 @@ def test_only_what_does_not_fit_by_itself_is_refused_and_then_nobody_is_held_up(
     assert "not even one sequence at a time: a prompt of 30 tokens" in samples.errors()[4]
     assert samples.engine.steps[-1] == 2, "5 and 6 are drawn together"
     assert not samples.weights.in_use
+
+
+def test_where_ranks_parted_while_weights_were_read_their_sample_is_not_run_again() -> None:
+    samples = Samples()
+    apart: Any = EndWorker("rank 1 of 2 failed alone", Failure("server", "stale file handle"))
+    samples.weights.broken["b"] = apart
+    with pytest.raises(EndWorker):
+        samples.run(sample(1, "a"), sample(2, "b"), sample(3, "a"))
+    assert samples.broken_off == [2] and not samples.answers

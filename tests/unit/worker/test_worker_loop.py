@@ -11,7 +11,8 @@ import pytest
 from tinker_hpc.log import Record
 from tinker_hpc.worker.hang import HangWatch
 from tinker_hpc.worker.loop import Loop
-from tinker_hpc.worker.ranks import Ranks
+from tinker_hpc.worker.poison import read_budget_notes
+from tinker_hpc.worker.ranks import EndWorker, Failure, Ranks
 
 
 class Desk:
@@ -33,6 +34,8 @@ class Desk:
     def sampling_starts(self) -> None: ...
 
     def training_done(self, seconds: float) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 class TrainStep:
@@ -61,7 +64,7 @@ class SampleStep:
     def __init__(self, train_step: TrainStep, times: int, room: int) -> None:
         self.train_step, self.times, self.room = train_step, times, room
 
-    def run(self, requests, finish, admit, nobody, break_off) -> None:
+    def run(self, requests, finish, admit, nobody, break_off, *, max_live=None) -> None:
         before, self.train_step.room = self.train_step.room, self.room
         for _ in range(self.times):
             admit()
@@ -80,6 +83,19 @@ def a_pass(seq: int) -> Record:
 
 
 SAMPLE = Record({"op": "sample", "seq": 1}, {"prompt": np.zeros(4, np.int32)})
+
+
+class ShortOfMemory:
+    """All ranks have to start again over the samples."""
+
+    def __init__(self) -> None:
+        self.max_live: list[int | None] = []
+
+    def run(self, requests, finish, admit, nobody, break_off, *, max_live=None) -> None:
+        self.max_live.append(max_live)
+        apart = EndWorker("all ranks ran out of memory", Failure("server", "no room", out_of_memory=True))
+        break_off(requests, apart)
+        raise apart
 
 
 def run_loop(folder: Path, train_step: TrainStep, orders: list[list[Record]], cutting_in: list[list[Record]]) -> Desk:
@@ -113,3 +129,22 @@ def test_a_round_of_sampling_without_end_forgets_what_fitted_after_a_while(
     cutting_in = [order("join", a_pass(seq)) for seq in range(2, 8)]
     run_loop(tmp_path, train_step, [order("sample", SAMPLE), order("close")], cutting_in)
     assert train_step.tried == [None, 32, 16, 16, 16, 16, None, 32, 16, 16]
+
+
+def test_samples_over_which_all_ranks_start_again_are_drawn_fewer_at_a_time_then(tmp_path: Path) -> None:
+    """At last one sequence alone: that is the request's own failure."""
+    samples = [Record({"op": "sample", "seq": seq, "num_samples": 9}, SAMPLE.arrays) for seq in (1, 2)]
+    sample_step: Any = ShortOfMemory()
+    watch = HangWatch(arm=lambda _: None, disarm=lambda: None)
+    nothing: Any = None
+    tried = []
+    for _ in range(3):
+        orders = order("sample", *samples)
+        orders[0].header["budgets"] = [[seq, most] for seq, most in read_budget_notes(tmp_path).items()]
+        desk: Any = Desk([orders], [])
+        steps: Any = TrainStep()
+        loop = Loop(tmp_path, Ranks(None, 0, 1), steps, sample_step, nothing, hang=watch, desk=desk)
+        with pytest.raises(EndWorker):
+            loop.run()
+        tried.append(sorted(desk.answers))
+    assert sample_step.max_live == [None, 2, 1] and tried == [[], [], [1, 2]]

@@ -15,7 +15,7 @@ def test_snapshots_aside_are_closed_before_the_next_ones_open_the_folder(tmp_pat
         monkeypatch.setattr(serve, name, MagicMock())
     ranks = MagicMock(is_first=False)
     ranks.broadcast.return_value = []
-    monkeypatch.setattr(serve, "Ranks", lambda *_: ranks)
+    monkeypatch.setattr(serve, "Ranks", lambda *_, **__: ranks)
     events: list[str] = []
 
     def open_aside(*_: object) -> MagicMock:
