@@ -26,7 +26,7 @@ from tinker_hpc.worker.train_step import Answer, TrainStep
 
 _COMPUTING = frozenset({"forward_backward", "optim_step"})
 _PREFILL_TOKENS = 4096
-"""At least what is computed between two decode steps: several short prompts at once (megatron_adapters/decode.py)."""
+"""At most what is computed between two decode steps, unless one prompt is longer (megatron_adapters/decode.py)."""
 
 _FEWER = 8
 """Where all ranks have to start again since samples ran out of memory, so many times fewer of them are drawn at a time:
