@@ -309,3 +309,14 @@ def test_short_sequences_are_the_last_resort(name: str, machine: Machine) -> Non
     for split in possible_layouts(sizes(name), machine, Wish()):
         other = plan(name, machine, wish=Wish(split.tp_size, split.ep_size, split.pp_size))
         assert not other.fits or reach(other) <= reach(made)
+
+
+def test_the_planner_counts_with_the_workers_own_bounds() -> None:
+    """It cannot import them: a login node plans without torch."""
+    from launch import memory_model, plan
+    from megatron_adapters import sampler, snapshot_room
+    from tinker_hpc.worker import train_step
+
+    assert (memory_model.CACHE_SHARE_GPU, memory_model.CACHE_SHARE_CPU) == (sampler.CUDA_SHARE, sampler.CPU_SHARE)
+    assert memory_model.SNAPSHOT_SHARE == snapshot_room.SHARE
+    assert (plan.MAX_ROWS, memory_model.MAX_SNAPSHOTS) == (sampler.MAX_ROWS, train_step.MAX_SNAPSHOTS)
